@@ -1,0 +1,171 @@
+"""The plan: what to train and how to aggregate it, one TOML file for the whole federation.
+
+The digest of a plan is taken over the bytes of its file, so everybody who agrees on the digest has read the same
+text. Every field is validated here, an unknown key is an error that names the key and the file. Nothing in a plan
+can weaken the pinned policy of the roster (``privacy/roster.py``) or a site's own file (``participant/policy.py``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from privacy.errors import UserError
+from privacy.settings import Section, parse_toml
+
+MAX_PLAN_BYTES = 4 << 20
+PLAN_LABEL = b"veilsum/1/plan\0"
+
+HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+Text = Annotated[str, Field(min_length=1, max_length=200)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Base(Section):
+    """The foundation model every site already has; weights never travel."""
+
+    name: Text
+    #: SHA-256 over weights, configuration and tokenizer, see ``participant/training.py``.
+    digest: HexDigest
+
+
+class Adapter(Section):
+    """The LoRA adapter: its tensors, and the public seed of what is frozen."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)]
+    alpha: Annotated[float, Field(gt=0)]
+    #: Public 32-byte seed of the frozen A matrices.
+    seed: HexDigest
+    #: Digest of the whole start adapter of stage 1, see ``privacy.adapter.start_digest``.
+    digest: HexDigest
+    #: Linear module -> [out_features, in_features].
+    modules: Annotated[dict[str, tuple[Positive, Positive]], Field(min_length=1)]
+    #: Tensors trained beside the adapter -> shape; they start at zero.
+    head: dict[str, tuple[Positive, ...]] = {}
+
+
+class Data(Section):
+    """Which of a site's registered data sets, and what a record must look like."""
+
+    dataset: Name
+    labels: tuple[Text, ...] = ()
+    max_length: Annotated[int, Field(ge=1, le=1 << 20)] = 128
+
+    @model_validator(mode="after")
+    def _labels_are_distinct(self) -> Data:
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels must be distinct")
+        return self
+
+
+class Training(Section):
+    """Local fine-tuning, the same at every site."""
+
+    loss: Literal["logit_adjusted", "cross_entropy"] = "logit_adjusted"
+    epochs: Annotated[int, Field(ge=1, le=1000)]
+    learning_rate: Annotated[float, Field(gt=0, le=1)]
+    batch_size: Annotated[int, Field(ge=1, le=65536)]
+    #: Seed of the order of examples; not secret.
+    seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
+
+
+class Aggregation(Section):
+    """What is summed and how the mean is applied."""
+
+    method: Literal["freeze_a"] = "freeze_a"
+    weights: Literal["examples", "uniform"] = "examples"
+    server_lr: Annotated[float, Field(gt=0, le=10)] = 1.0
+
+
+class Deadlines(Section):
+    """Seconds each phase stays open for members that are silent."""
+
+    join_s: Positive = 3600
+    share_s: Positive = 600
+    upload_s: Positive = 86400
+    sign_s: Positive = 600
+    unmask_s: Positive = 600
+    outcome_s: Positive = 3600
+
+
+class Round(Section):
+    """Numbers of the secure-aggregation round (protocol sections 5 and 8)."""
+
+    max_cohort: Annotated[int, Field(ge=2, le=128)]
+    min_cohort: Annotated[int, Field(ge=2, le=128)]
+    min_survivors: Annotated[int, Field(ge=2, le=128)]
+    max_colluders: Annotated[int, Field(ge=0, le=126)]
+    bits: Literal[16, 20, 24, 32] = 24
+    #: Public clipping range of one coordinate of the delta; values beyond +-clip are clipped.
+    clip: Annotated[float, Field(gt=0, le=1e6)]
+    #: Largest weight (example count) one site may have.
+    max_weight: Annotated[int, Field(ge=1, le=1 << 40)]
+    audit: Literal["divided", "spot", "none"] = "divided"
+
+
+class Plan(Section):
+    """A whole plan file."""
+
+    name: Name
+    task: Literal["classification"]
+    stages: Annotated[int, Field(ge=1, le=1000)] = 1
+    base: Base
+    adapter: Adapter
+    data: Data
+    training: Training
+    aggregation: Aggregation = Aggregation()
+    round: Round
+    deadlines: Deadlines = Deadlines()
+
+    @model_validator(mode="after")
+    def _task_fits_labels(self) -> Plan:
+        if self.task == "classification" and len(self.data.labels) < 2:
+            raise ValueError("data.labels: a classification task needs at least two labels")
+        return self
+
+    @model_validator(mode="after")
+    def _cohort_is_possible(self) -> Plan:
+        r = self.round
+        if not r.min_survivors <= r.min_cohort <= r.max_cohort:
+            raise ValueError(
+                "round: expected min_survivors <= min_cohort <= max_cohort, "
+                f"found {r.min_survivors}, {r.min_cohort}, {r.max_cohort}"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """A validated plan together with the very bytes its digest is taken over."""
+
+    plan: Plan
+    raw: bytes
+
+    @property
+    def digest(self) -> bytes:
+        return hashlib.sha256(PLAN_LABEL + self.raw).digest()
+
+
+def parse_plan(raw: bytes, source: str = "plan") -> PlanFile:
+    """Parse and validate the bytes of a plan file.
+
+    Raises:
+        UserError: not TOML, an unknown or missing key, or a value out of range; names key and file.
+    """
+    if len(raw) > MAX_PLAN_BYTES:
+        raise UserError(f"{source}: expected at most {MAX_PLAN_BYTES} bytes, found {len(raw)}")
+    return PlanFile(parse_toml(Plan, raw, source), raw)
+
+
+def load_plan(path: Path) -> PlanFile:
+    """Read a plan file; see :func:`parse_plan` for what it raises."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: expected a plan file, found: {error.strerror}", hint="check the path") from error
+    return parse_plan(raw, str(path))

@@ -1,0 +1,1 @@
+"""Secure aggregation: keys, shares, masks, messages and the transcript of one round."""

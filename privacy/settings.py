@@ -1,0 +1,60 @@
+"""One way to read a TOML file into a validated, immutable model; an unknown key is an error that names it."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from privacy.errors import UserError
+
+
+class Section(BaseModel):
+    """One table of a TOML file: immutable, no unknown keys, no silent conversions, no NaN or infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Section)
+
+
+def explain(error: ValidationError) -> str:
+    """The first thing wrong, as one line that names the key and what was found."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown key '{key}'"
+    if first["type"] == "missing":
+        return f"missing key '{key}'"
+    where = f"key '{key}': " if key else ""
+    found = "" if isinstance(first["input"], dict) else f", found {first['input']!r}"
+    return f"{where}{first['msg'].removeprefix('Value error, ')}{found}"
+
+
+def parse_toml(model: type[S], raw: bytes, source: str) -> S:
+    """Validate the bytes of a TOML file against ``model``; ``source`` names the file in errors.
+
+    Raises:
+        UserError: not UTF-8, not TOML, an unknown or missing key, or a value out of range.
+    """
+    try:
+        table = tomllib.loads(raw.decode("utf-8"))
+        text = json.dumps(table)
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, TypeError, RecursionError) as error:
+        raise UserError(f"{source}: expected a TOML file, found: {error}") from error
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        raise UserError(f"{source}: {explain(error)}", hint=f"correct the file {source}") from error
+
+
+def load_toml(model: type[S], path: Path) -> S:
+    """Read and validate the TOML file at ``path``; raises as :func:`parse_toml`, and for an unreadable file."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: expected a readable file, found: {error.strerror}", hint="check the path") from error
+    return parse_toml(model, raw, str(path))

@@ -1,0 +1,1 @@
+"""Generated protobuf stubs, and the only code that touches them (convert.py)."""
