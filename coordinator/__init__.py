@@ -1,1 +1,1 @@
-"""The coordinator: forms cohorts, relays what members seal for each other, unmasks only the sum. Never imports torch."""
+"""The coordinator: forms cohorts, relays what members seal, unmasks only the sum. Never imports torch."""

@@ -46,7 +46,7 @@ class Adapter(Section):
     #: Linear module -> [out_features, in_features].
     modules: Annotated[dict[str, tuple[Positive, Positive]], Field(min_length=1)]
     #: Tensors trained beside the adapter -> shape; they start at zero.
-    head: dict[str, tuple[Positive, ...]] = {}
+    head: dict[str, tuple[Positive, ...]] = Field(default_factory=dict)
 
 
 class Data(Section):
