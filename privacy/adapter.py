@@ -1,0 +1,319 @@
+"""The adapter as both sides see it: tensors under PEFT's names, a flat float32 vector, and its public start.
+
+Coordinator, participants and auditors must agree on all of this bit for bit, so only numpy, safetensors and
+``cryptography`` are used: no torch, no BLAS, no libm. Names and shapes come from the plan
+(:class:`privacy.plan.Adapter`), never from a message. A is frozen and B trained (FFA-LoRA, Sun et al. 2024, arXiv
+2403.12313), because then the mean of the B matrices is the exact aggregate: mean(B A) = mean(B) A.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+
+from privacy.errors import UserError
+from privacy.plan import Adapter
+
+FROZEN_A_LABEL = b"veilsum/1/frozen-a\0"
+START_LABEL = b"veilsum/1/start-adapter\0"
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+
+Vector = NDArray[np.float32]
+Tensors = dict[str, NDArray[np.float32]]
+Shape = tuple[int, ...]
+
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names and shapes of the adapter's tensors; both tuples are in sorted-name order, which orders the vector."""
+
+    #: LoRA A, (rank, in_features) each; frozen, from the public seed.
+    frozen: tuple[tuple[str, Shape], ...]
+    #: LoRA B, (out_features, rank) each, and the head; these are trained, summed and released.
+    trained: tuple[tuple[str, Shape], ...]
+
+    @property
+    def size(self) -> int:
+        """d, the number of trained coordinates."""
+        return sum(math.prod(shape) for _, shape in self.trained)
+
+
+def layout_of(adapter: Adapter) -> Layout:
+    """The tensors that a plan's adapter has, under the names in a saved PEFT adapter."""
+    frozen = {a_name(module): (adapter.rank, inputs) for module, (_, inputs) in adapter.modules.items()}
+    trained: dict[str, Shape] = {
+        f"{_PREFIX}{module}.lora_B.weight": (outputs, adapter.rank) for module, (outputs, _) in adapter.modules.items()
+    }
+    trained |= {f"{_PREFIX}{name}": tuple(shape) for name, shape in adapter.head.items()}
+    return Layout(tuple(sorted(frozen.items())), tuple(sorted(trained.items())))
+
+
+def a_name(module: str) -> str:
+    """PEFT's name of a module's A matrix."""
+    return f"{_PREFIX}{module}.lora_A.weight"
+
+
+def _require(tensors: Mapping[str, NDArray[np.float32]], wanted: tuple[tuple[str, Shape], ...]) -> None:
+    """Raise ValueError unless ``tensors`` are exactly the ``wanted`` names, in the wanted shapes, in float32."""
+    names = {name for name, _ in wanted}
+    for name in sorted(names ^ tensors.keys()):
+        raise ValueError(f"adapter: {'missing' if name in names else 'unexpected'} tensor {name!r}")
+    for name, shape in wanted:
+        found = tensors[name]
+        if found.shape != shape or found.dtype != np.float32:
+            raise ValueError(
+                f"adapter: expected {name!r} as float32 {list(shape)}, found {found.dtype} {list(found.shape)}"
+            )
+
+
+def check_tensors(tensors: Mapping[str, NDArray[np.float32]], layout: Layout) -> None:
+    """Raise ValueError unless ``tensors`` are the whole adapter of ``layout``, every number finite."""
+    _require(tensors, tuple(sorted(layout.frozen + layout.trained)))
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise ValueError(f"adapter: expected finite numbers in {name!r}")
+
+
+def trained_part(tensors: Mapping[str, NDArray[np.float32]], layout: Layout) -> Tensors:
+    """Only the trained tensors of a whole adapter."""
+    return {name: tensors[name] for name, _ in layout.trained}
+
+
+def flatten(tensors: Mapping[str, NDArray[np.float32]], layout: Layout) -> Vector:
+    """The trained tensors as one (d,) float32 vector, in sorted-name order, each row-major.
+
+    Raises:
+        ValueError: a tensor is missing, too many, or of another shape or type.
+    """
+    _require(tensors, layout.trained)
+    if not layout.trained:
+        return np.zeros(0, np.float32)
+    return np.concatenate([tensors[name].reshape(-1) for name, _ in layout.trained])
+
+
+def unflatten(vector: Vector, layout: Layout) -> Tensors:
+    """The inverse of :func:`flatten`; the tensors are copies.
+
+    Raises:
+        ValueError: the vector is not (d,) float32.
+    """
+    if vector.shape != (layout.size,) or vector.dtype != np.float32:
+        raise ValueError(f"adapter: expected float32 ({layout.size},), found {vector.dtype} {vector.shape}")
+    tensors: Tensors = {}
+    start = 0
+    for name, shape in layout.trained:
+        end = start + math.prod(shape)
+        tensors[name] = vector[start:end].reshape(shape).copy()
+        start = end
+    return tensors
+
+
+class _Keystream:
+    """Uniform integers from AES-256-CTR, zero IV: each key is used for one stream only."""
+
+    def __init__(self, seed: bytes, info: bytes) -> None:
+        key = HKDF(SHA256(), 32, salt=None, info=info).derive(seed)
+        self._encryptor = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
+
+    def integers(self, count: int) -> NDArray[np.float64]:
+        """(count,) float64, uniform integers in [-2^23, 2^23), exact: the upper 24 bits of little-endian words."""
+        words = np.frombuffer(self._encryptor.update(bytes(4 * count)), dtype="<u4")
+        return (words >> 8).astype(np.float64) - float(1 << 23)
+
+
+def _dot(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """sum(a b): products rounded once each, their sum correctly rounded, so the order of summation cannot matter."""
+    return math.fsum(np.multiply(a, b).tolist())
+
+
+def frozen_a(seed: bytes, module: str, rank: int, in_features: int) -> NDArray[np.float32]:
+    """(rank, in_features) float32 with orthonormal rows from a public seed, the same bits on every machine.
+
+    Everybody computes A alone and the plan pins its digest, so one differing bit would end the job. Hence uniform
+    integers, not Gaussians (log and cos differ between libms), and Gram-Schmidt whose dot products are correctly
+    rounded by ``math.fsum`` (BLAS and SIMD sums depend on their order); what remains is elementwise multiplication,
+    subtraction, division and square root, which IEEE 754 defines exactly. Gram-Schmidt runs twice, which is enough for
+    orthogonality to rounding error (Giraud et al. 2005). Uniform rows are not exactly rotation invariant; no property
+    used here needs that.
+
+    Raises:
+        ValueError: rank > in_features; so many orthonormal rows do not exist.
+    """
+    if rank > in_features:
+        raise ValueError(f"adapter: expected rank <= {in_features} for module {module!r}, found {rank}")
+    stream = _Keystream(seed, FROZEN_A_LABEL + module.encode())
+    rows: list[NDArray[np.float64]] = []
+    while len(rows) < rank:
+        drawn = stream.integers(in_features)
+        row = drawn
+        for previous in rows * 2:
+            row = np.subtract(row, np.multiply(_dot(previous, row), previous))
+        norm = math.sqrt(_dot(row, row))
+        # A draw that lies almost in the span of the rows before it would be mostly rounding error: draw again.
+        if norm > 2.0**-20 * math.sqrt(_dot(drawn, drawn)):
+            rows.append(np.divide(row, norm))
+    return np.stack(rows).astype(np.float32)
+
+
+def start_adapter(adapter: Adapter) -> Tensors:
+    """The whole adapter before stage 1: A from the public seed; B and the head zero, so the base model is unchanged.
+
+    Raises:
+        ValueError: the rank is larger than a module's in_features.
+    """
+    seed = bytes.fromhex(adapter.seed)
+    tensors = {
+        a_name(module): frozen_a(seed, module, adapter.rank, inputs) for module, (_, inputs) in adapter.modules.items()
+    }
+    return tensors | {name: np.zeros(shape, np.float32) for name, shape in layout_of(adapter).trained}
+
+
+def start_digest(tensors: Mapping[str, NDArray[np.float32]]) -> bytes:
+    """SHA-256 over names (sorted), shapes and little-endian float32 bytes, each length-prefixed (u64, big-endian)."""
+    digest = hashlib.sha256(START_LABEL)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        shape = b"".join(side.to_bytes(8, "big") for side in tensor.shape)
+        for part in (name.encode(), shape, np.ascontiguousarray(tensor, dtype="<f4").tobytes()):
+            digest.update(len(part).to_bytes(8, "big"))
+            digest.update(part)
+    return digest.digest()
+
+
+def check_start(tensors: Mapping[str, NDArray[np.float32]], adapter: Adapter) -> None:
+    """Raise UserError unless ``tensors`` are the start adapter that the plan pins."""
+    found = start_digest(tensors).hex()
+    if found != adapter.digest:
+        raise UserError(
+            f"plan: expected start adapter {adapter.digest}, found {found} from adapter.seed, modules and head",
+            hint="take the plan file as it was agreed, or draft it anew with this version",
+        )
+
+
+def release(start: Mapping[str, NDArray[np.float32]], mean_delta: Vector, server_lr: float, layout: Layout) -> Tensors:
+    """start + server_lr * mean of the deltas, on the trained tensors; A stays. The mean, never the sum, is scaled.
+
+    Computed in float64 and rounded once, elementwise, so that every member gets the coordinator's bits.
+    """
+    before = flatten(trained_part(start, layout), layout).astype(np.float64)
+    after = np.add(before, np.multiply(float(server_lr), mean_delta.astype(np.float64))).astype(np.float32)
+    return {name: start[name] for name, _ in layout.frozen} | unflatten(after, layout)
+
+
+def peft_config(adapter: Adapter, base_name: str) -> dict[str, object]:
+    """``adapter_config.json`` of a sequence classifier; keys as PEFT 0.21 writes them, its other defaults unchanged."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS",
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "target_modules": sorted(adapter.modules),
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.head}),
+    }
+
+
+def save_peft(directory: Path, tensors: Mapping[str, NDArray[np.float32]], *, adapter: Adapter, base_name: str) -> None:
+    """Write a directory that ``peft.PeftModel.from_pretrained(base, directory)`` loads bit for bit.
+
+    The files appear together or not at all: they are written beside ``directory``, fsynced, and renamed. A repeat with
+    the same tensors changes nothing; other tensors replace the whole directory, never a part of it.
+
+    Raises:
+        ValueError: ``tensors`` are not the plan's adapter.
+        OSError: the disk is full or the place not writable; ``directory`` is as it was.
+    """
+    check_tensors(tensors, layout_of(adapter))
+    files = {
+        # PEFT's own files carry this metadata; loaders outside PEFT ask for it.
+        WEIGHTS_FILE: safetensors.numpy.save(dict(tensors), metadata={"format": "pt"}),
+        CONFIG_FILE: (json.dumps(peft_config(adapter, base_name), indent=2) + "\n").encode(),
+    }
+    if directory.is_dir() and all(_content(directory / name) == content for name, content in files.items()):
+        return
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    staging = directory.with_name(f".{directory.name}-{secrets.token_hex(8)}")
+    staging.mkdir()
+    try:
+        for name, content in files.items():
+            _write_synced(staging / name, content)
+        _sync_directory(staging)
+        _swap_in(staging, directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def load_peft(directory: Path) -> Tensors:
+    """The tensors of a saved adapter; check them with :func:`check_tensors`.
+
+    Raises:
+        UserError: no such file, or not a safetensors file of float32 tensors.
+    """
+    path = directory / WEIGHTS_FILE
+    try:
+        tensors = safetensors.numpy.load_file(path)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UserError(
+            f"{path}: expected a PEFT adapter, found: {reason}", hint="name the directory of a released adapter"
+        ) from error
+    for name, tensor in tensors.items():
+        if tensor.dtype != np.float32:
+            raise UserError(f"{path}: expected float32, found {tensor.dtype} in tensor {name!r}")
+    return tensors
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _swap_in(staging: Path, directory: Path) -> None:
+    """Rename ``staging`` to ``directory``; an older directory steps aside first, since rename needs an empty target."""
+    if directory.exists():
+        aside = staging.with_name(staging.name + "-old")
+        directory.rename(aside)
+        staging.rename(directory)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        staging.rename(directory)
+    _sync_directory(directory.parent)
