@@ -1,0 +1,181 @@
+"""Float deltas <-> integers that can be summed exactly (protocol section 8).
+
+A site scales its clipped delta by its weight, rounds stochastically and sums happen modulo 2**b; with N * Qmax <
+2**(b-1) nothing ever wraps, so the centre-lifted total **is** the integer sum. Counts and losses ride along as extra
+coordinates ("extras"), each cut into limbs that are as small as any other coordinate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from os import urandom
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privacy.errors import ProtocolError
+from privacy.plan import Plan
+from privacy.secagg.masking import keystream
+
+#: Losses travel in steps of 2**-16, up to 2**8: times the weight they are an integer sum.
+LOSS_SCALE = 1 << 16
+MAX_LOSS = 1 << 8
+#: Coordinates quantised at a time, which bounds the extra memory.
+TILE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A masked integer beside the delta: only its sum over the survivors is learned."""
+
+    name: str
+    maximum: int  # largest value one member may send
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """The public rule, from plan and roster alone; the same at every member.
+
+    Attributes:
+        size: d, coordinates of the delta.
+        cohort: N, the largest cohort the plan allows; fixes Qmax whatever the real cohort is.
+        clip: the delta is clipped to [-clip, clip] before scaling.
+        max_weight: W_max; a site's weight w scales its delta by w / W_max.
+    """
+
+    size: int
+    bits: int
+    cohort: int
+    clip: float
+    max_weight: int
+    extras: tuple[Extra, ...]
+
+    @property
+    def qmax(self) -> int:
+        """Largest |q|: N * Qmax < 2**(b-1)."""
+        return ((1 << self.bits - 1) - 1) // self.cohort
+
+    @property
+    def limb_bits(self) -> int:
+        """floor(log2(Qmax + 1)): the bits of an extra that fit one coordinate."""
+        return (self.qmax + 1).bit_length() - 1
+
+    def limbs(self, extra: Extra) -> int:
+        """Coordinates that one extra takes."""
+        return -(-extra.maximum.bit_length() // self.limb_bits)
+
+    @property
+    def total_size(self) -> int:
+        """d + extras, the length of the vector that is masked."""
+        return self.size + sum(map(self.limbs, self.extras))
+
+    def quantize(
+        self,
+        delta: NDArray[np.float32],
+        weight: int,
+        extras: Mapping[str, int],
+        rand: Callable[[int], bytes] = urandom,
+    ) -> NDArray[np.int32]:
+        """q = floor(Qmax / clip * w / W_max * clipped delta + u), u uniform in [0, 1) from AES-CTR under a fresh key.
+
+        Args:
+            delta: (d,) float32.
+            weight: 1 <= w <= W_max.
+            extras: name -> value for every extra.
+
+        Returns:
+            (d + extras,) int32, every |q| <= Qmax, checked.
+
+        Raises:
+            ValueError: not finite, wrong shape, weight or extra out of range. Nothing was sent.
+        """
+        if delta.shape != (self.size,):
+            raise ValueError(f"expected a delta of shape ({self.size},), found {delta.shape}")
+        if not np.isfinite(delta).all():
+            raise ValueError("expected a finite delta, found NaN or infinity: training diverged")
+        if not 1 <= weight <= self.max_weight:
+            raise ValueError(f"expected a weight from 1 to {self.max_weight}, found {weight}")
+        scale = self.qmax / self.clip * (weight / self.max_weight)
+        uniform = keystream(rand(32), 32)
+        vector = np.empty(self.total_size, np.int32)
+        for low in range(0, self.size, TILE):
+            part = delta[low : low + TILE]
+            u = uniform(len(part)) / 2.0**32
+            vector[low : low + len(part)] = np.floor(np.clip(part, -self.clip, self.clip) * scale + u)
+        vector[self.size :] = self._encode_extras(extras)
+        if int(np.abs(vector.astype(np.int64)).max(initial=0)) > self.qmax:
+            raise RuntimeError("a quantised coordinate exceeds Qmax")
+        return vector
+
+    def _encode_extras(self, values: Mapping[str, int]) -> list[int]:
+        limbs: list[int] = []
+        for extra in self.extras:
+            value = values[extra.name]
+            if not 0 <= value <= extra.maximum:
+                raise ValueError(f"expected {extra.name} from 0 to {extra.maximum}, found {value}")
+            limbs += [value >> k * self.limb_bits & (1 << self.limb_bits) - 1 for k in range(self.limbs(extra))]
+        return limbs
+
+    def lift(self, total: NDArray[np.uint32]) -> NDArray[np.int64]:
+        """Centre-lift a sum mod 2**b to signed integers, (d + extras,)."""
+        low = total.astype(np.int64) & (1 << self.bits) - 1
+        low -= (low >= 1 << self.bits - 1).astype(np.int64) << self.bits
+        return low
+
+    def decode(self, total: NDArray[np.uint32], survivors: int) -> Decoded:
+        """Mean delta and extras of an unmasked total, exact.
+
+        Args:
+            total: (d + extras,) uint32, sum mod 2**b.
+            survivors: |U3|.
+
+        Raises:
+            ProtocolError: a coordinate beyond |U3| * Qmax, which no honest sum has: the total is garbled.
+        """
+        if total.shape != (self.total_size,):
+            raise ProtocolError(f"expected a total of {self.total_size} coordinates, found {total.shape}")
+        lifted = self.lift(total)
+        if np.abs(lifted).max(initial=0) > survivors * self.qmax or (lifted[self.size :] < 0).any():
+            raise ProtocolError(f"garbled total: a coordinate lies beyond |U3| * Qmax = {survivors * self.qmax}")
+        extras, at = {}, self.size
+        for extra in self.extras:
+            count = self.limbs(extra)
+            extras[extra.name] = sum(int(v) << k * self.limb_bits for k, v in enumerate(lifted[at : at + count]))
+            at += count
+        weight = extras.get("weight", 0)
+        if not survivors <= weight <= survivors * self.max_weight:
+            raise ProtocolError(f"garbled total: {survivors} members cannot have a total weight of {weight}")
+        # Elementwise float64 operations only, which IEEE 754 fixes: every site computes the same bits.
+        mean = lifted[: self.size] * (self.clip * self.max_weight) / (self.qmax * float(weight))
+        return Decoded(mean.astype(np.float32), weight, extras)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a total says: the weighted mean delta (d,) float32, the total weight, and the summed extras."""
+
+    mean: NDArray[np.float32]
+    weight: int
+    extras: dict[str, int]
+
+    @property
+    def loss(self) -> float:
+        """Weighted mean training loss of the cohort, nats per example."""
+        return self.extras["loss"] / LOSS_SCALE / self.weight
+
+
+def quantizer_for(plan: Plan, size: int) -> Quantizer:
+    """The quantiser of a plan whose adapter has ``size`` trained coordinates."""
+    r = plan.round
+    max_weight = r.max_weight if plan.aggregation.weights == "examples" else 1
+    extras = (Extra("weight", max_weight), Extra("loss", max_weight * MAX_LOSS * LOSS_SCALE))
+    quantizer = Quantizer(size, r.bits, r.max_cohort, r.clip, max_weight, extras)
+    if quantizer.cohort * quantizer.qmax >= 1 << quantizer.bits - 1:
+        raise RuntimeError("N * Qmax reaches 2**(b-1)")
+    return quantizer
+
+
+def weighted_loss(loss: float, weight: int) -> int:
+    """A mean loss in nats, times the weight, as the integer that is summed."""
+    return round(min(max(loss, 0.0), float(MAX_LOSS)) * LOSS_SCALE) * weight
