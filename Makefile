@@ -1,0 +1,39 @@
+# Every target does its own set-up, and a second run skips what is done. `make help` lists them.
+SHELL := bash
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-compare test check proto clean distclean
+
+PY := .venv/bin/python
+# The set-up is done when this file exists. Its name follows from what the set-up depends on.
+READY := .venv/.ready-$(shell { pwd; cat constraints.txt pyproject.toml scripts/setup.sh; } | sha256sum | cut -c1-16)
+
+help: ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 20
+
+demo: $(READY) ## one coordinator and five sites fine-tune one model together
+	$(PY) -m demo.run
+
+demo-compare: $(READY) ## the same, and beside it the model trained on all data pooled
+	$(PY) -m demo.run --pooled
+
+test: $(READY) ## run the tests (ARGS="-k shamir" chooses some)
+	$(PY) -m pytest $(ARGS)
+
+check: $(READY) ## formatting, lint, types, and whether the generated code is fresh
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	scripts/proto.sh --check
+
+proto: $(READY) ## generate privacy/wire from proto/*.proto
+	scripts/proto.sh
+
+clean: ## remove what was built; the environments stay
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove the environments too
+	rm -rf .venv .venv-proto
+
+$(READY):
+	@scripts/setup.sh $@
