@@ -1,0 +1,182 @@
+"""A first plan file for a base model: the facts filled in from the model's files, the rest sensible and commented.
+
+Whoever proposes a job drafts the plan once, edits it, and sends the same file to every site; its bytes are what all
+agree on. Torch is imported when a draft is asked for, not before.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from privacy.adapter import layout_of, start_adapter, start_digest
+from privacy.errors import UserError
+from privacy.plan import Adapter, parse_plan
+
+_UNSET_DIGEST = "0" * 64
+
+_TEMPLATE = """\
+# What to train and how to aggregate it. Every site has this very file: its digest is over the bytes, comments included.
+name = {name}
+task = "classification"
+stages = 1  # one upload per site in all
+
+[base]
+name = {base_name}
+# SHA-256 over weights, configuration and tokenizer of the model every site already has.
+digest = {base_digest}
+
+[data]
+dataset = {dataset}  # the name under which each site has registered its own data
+labels = {labels}
+max_length = {max_length}  # tokens; what is longer is cut
+
+[training]
+# Adds the log of a site's own class prior to the logits in training only (Menon et al. 2021): sites with different
+# label mixes can then be averaged. The alternative is "cross_entropy".
+loss = {loss}
+epochs = {epochs}
+learning_rate = {learning_rate}  # for B and head alone; higher than usual for LoRA, since A is frozen
+batch_size = {batch_size}
+seed = {training_seed}  # of the order of examples; not secret
+
+[aggregation]
+method = "freeze_a"  # A from the public seed, B trained: the mean of B is exact
+weights = {weights}  # sites count by their number of examples, or each the same: "uniform"
+server_lr = 1.0  # released = start + server_lr * mean delta
+
+[round]
+max_cohort = {max_cohort}
+min_cohort = {min_cohort}
+min_survivors = {min_survivors}
+max_colluders = {max_colluders}
+bits = 24
+# Public range of one coordinate of a delta; what is beyond is clipped. A few times the largest you expect: a unit of
+# quantisation is clip * max_weight / (examples of the site) / Qmax, with Qmax = (2^(bits-1) - 1) / max_cohort.
+clip = {clip}
+max_weight = {max_weight}  # most examples one site may count for
+audit = "divided"
+
+[deadlines]  # seconds
+join_s = 3600
+share_s = 600
+upload_s = 86400
+sign_s = 600
+unmask_s = 600
+outcome_s = 3600
+
+[adapter]
+# {coordinates} coordinates are trained.
+rank = {rank}
+alpha = {alpha}  # the adapter acts with alpha / rank
+seed = {seed}
+# SHA-256 of the start adapter that every site computes from seed, modules and head.
+digest = {start_digest}
+
+[adapter.modules]  # linear module = [out_features, in_features]
+{modules}
+
+[adapter.head]  # trained beside the adapter, starting at zero
+{head}
+"""
+
+
+def draft_plan(
+    *,
+    base: Path,
+    base_name: str,
+    name: str,
+    dataset: str,
+    labels: Sequence[str],
+    targets: Sequence[str] = ("query", "value"),
+    rank: int = 8,
+    alpha: float | None = None,
+    max_length: int = 128,
+    loss: Literal["logit_adjusted", "cross_entropy"] = "logit_adjusted",
+    epochs: int = 2,
+    learning_rate: float = 2e-3,
+    batch_size: int = 16,
+    training_seed: int = 0,
+    weights: Literal["examples", "uniform"] = "examples",
+    max_cohort: int = 8,
+    min_cohort: int = 4,
+    min_survivors: int = 3,
+    max_colluders: int = 1,
+    clip: float = 0.5,
+    max_weight: int = 65536,
+    seed: bytes | None = None,
+) -> str:
+    """The text of a complete plan file that :func:`privacy.plan.parse_plan` accepts.
+
+    Args:
+        base: directory of the base model.
+        base_name: what people call it.
+        name: the plan's name.
+        dataset: name under which the sites registered their data.
+        labels: the classes; their order numbers the rows of the head.
+        targets: linear modules to adapt, by the last part of their names.
+        rank: of each LoRA pair.
+        alpha: LoRA's scale, the adapter acts with alpha / rank; 2 * rank where None.
+        seed: public 32-byte seed of the frozen A; drawn at random where None.
+
+    The other arguments are the plan's keys of the same name.
+
+    Raises:
+        UserError: the base model cannot be loaded or adapted, or a value is out of the plan's range.
+    """
+    from participant.training import base_digest, inspect_model  # imports torch
+
+    modules, head = inspect_model(base, len(labels), targets)
+    adapter = Adapter(
+        rank=rank,
+        alpha=float(2 * rank if alpha is None else alpha),
+        seed=(secrets.token_bytes(32) if seed is None else seed).hex(),
+        digest=_UNSET_DIGEST,
+        modules=modules,
+        head=head,
+    )
+    try:
+        digest = start_digest(start_adapter(adapter)).hex()
+    except ValueError as error:
+        raise UserError(str(error), hint="choose a smaller rank") from error
+    text = _TEMPLATE.format(
+        name=_toml(name),
+        base_name=_toml(base_name),
+        base_digest=_toml(base_digest(base)),
+        dataset=_toml(dataset),
+        labels=_toml(list(labels)),
+        max_length=max_length,
+        loss=_toml(loss),
+        epochs=epochs,
+        learning_rate=float(learning_rate),
+        batch_size=batch_size,
+        training_seed=training_seed,
+        weights=_toml(weights),
+        max_cohort=max_cohort,
+        min_cohort=min_cohort,
+        min_survivors=min_survivors,
+        max_colluders=max_colluders,
+        clip=float(clip),
+        max_weight=max_weight,
+        coordinates=f"{layout_of(adapter).size:,}",
+        rank=rank,
+        alpha=adapter.alpha,
+        seed=_toml(adapter.seed),
+        start_digest=_toml(digest),
+        modules=_table(modules),
+        head=_table(head),
+    )
+    parse_plan(text.encode(), "draft")
+    return text
+
+
+def _toml(value: str | list[str]) -> str:
+    """A TOML string, or array of strings; JSON's escapes are valid in TOML's basic strings, save DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _table(shapes: Mapping[str, Sequence[int]]) -> str:
+    return "\n".join(f"{_toml(name)} = {list(shape)}" for name, shape in sorted(shapes.items()))

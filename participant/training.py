@@ -1,0 +1,393 @@
+"""Local fine-tuning at one site: one plain loop in torch, from the start adapter and a data set to a delta.
+
+Everything a site must agree on with the others comes from the plan and is checked before the first step: the digest of
+the base model, the modules' shapes, the start adapter. Dropout is off, in the base as in the adapter: B starts at zero,
+the epochs are few, and so one plan on one data set gives one delta on one machine and one number of threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import peft
+import torch
+import transformers
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from participant.data import Examples
+from privacy.adapter import Tensors, Vector, check_tensors, flatten, layout_of, peft_config, trained_part
+from privacy.errors import UserError
+from privacy.plan import Adapter, Plan
+
+BASE_LABEL = b"veilsum/1/base-model\0"
+#: What determines the model: weights and their index, configuration, and every file a tokenizer may read.
+BASE_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "*.model",
+)
+#: Share of the steps over which the learning rate rises to the plan's, before it falls linearly to zero.
+WARM_UP = 0.1
+#: Largest L2 norm of one step's gradient; an outlier batch moves the adapter no further.
+MAX_GRADIENT_NORM = 1.0
+
+Device = Literal["auto", "cpu", "cuda"]
+#: Called after each step with (steps done, steps in all, loss of the step).
+Progress = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a site's training gives: ``delta`` goes to masking, the rest to the log."""
+
+    #: (d,) float32: trained minus start, see :func:`privacy.adapter.flatten`.
+    delta: Vector
+    #: Number of examples in the data set; the site's weight.
+    examples: int
+    #: Mean training loss over the last epoch, as trained (adjusted logits if the plan says so), nats.
+    loss: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A base model with the adapter in place, on its device."""
+
+    model: Any
+    tokenizer: Any
+    device: torch.device
+
+
+def base_digest(directory: Path) -> str:
+    """Hex SHA-256 over the files that determine the base model, in order of their names.
+
+    Taken over a label, then for each file of ``directory`` that matches :data:`BASE_FILES`: the length of its name
+    (u64, big-endian), its name, the length of its content (u64, big-endian), its content. Files below
+    subdirectories, pickled weights and READMEs do not count: they are never loaded.
+
+    Raises:
+        UserError: no such directory, no weights or no config.json in it, or a file cannot be read.
+    """
+    hint = "name the directory of the base model in this site's configuration"
+    names = sorted({path.name for pattern in BASE_FILES for path in directory.glob(pattern) if path.is_file()})
+    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+        found = ", ".join(names) or ("no directory" if not directory.is_dir() else "neither")
+        raise UserError(f"{directory}: expected config.json and *.safetensors, found {found}", hint=hint)
+    digest = hashlib.sha256(BASE_LABEL)
+    for name in names:
+        try:
+            with (directory / name).open("rb") as file:
+                size = (directory / name).stat().st_size
+                digest.update(len(name.encode()).to_bytes(8, "big") + name.encode() + size.to_bytes(8, "big"))
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise UserError(
+                f"{directory / name}: expected a readable file, found: {error.strerror}", hint=hint
+            ) from error
+    return digest.hexdigest()
+
+
+def check_base(plan: Plan, base: Path) -> None:
+    """Raise UserError unless ``base`` holds the base model that the plan pins."""
+    found = base_digest(base)
+    if found != plan.base.digest:
+        raise UserError(
+            f"{base}: expected base model {plan.base.name} with digest {plan.base.digest}, found {found}",
+            hint="install the very files the plan was drafted with; one changed byte changes the digest",
+        )
+
+
+def pick_device(device: Device) -> torch.device:
+    """``auto`` is CUDA where there is one, else the CPU.
+
+    Raises:
+        UserError: ``cuda`` was asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: expected a CUDA device, found none", hint='set device = "auto" or "cpu"')
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def autocast(device: torch.device, bf16: bool = True) -> AbstractContextManager[object]:
+    """bf16 autocast where the CUDA device has it, else nothing; parameters and the delta stay float32."""
+    if device.type == "cuda" and bf16 and torch.cuda.is_bf16_supported():
+        return torch.autocast("cuda", dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def load_classifier(base: Path, labels: int) -> tuple[Any, Any, set[str]]:
+    """(model in float32, tokenizer, names of the tensors that the files do not hold) of a local base model.
+
+    Nothing is fetched, no code of the model directory is run, and no pickle is read.
+
+    Raises:
+        UserError: transformers cannot load it.
+    """
+    # Its load report would tell the user to train the head, which is what we are about to do.
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(base), local_files_only=True)
+        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+            str(base),
+            num_labels=labels,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{base}: expected a base model for sequence classification, found: {reason}",
+            hint="name a directory with config.json, *.safetensors and tokenizer files",
+        ) from error
+    if tokenizer.pad_token_id is None:  # decoder-only models often have none
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer, set(report["missing_keys"])
+
+
+def _check_model(model: Any, missing: set[str], adapter: Adapter, base: Path) -> None:
+    """Raise UserError unless the model is the plan's: nothing random beside the head, modules and head as named."""
+    for name in sorted(missing - adapter.head.keys()):
+        raise UserError(
+            f"{base}: expected weights for every tensor beside the head, found none for {name!r}",
+            hint="it would start at random, differently at each site; take a base model that has it",
+        )
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    for name, shape in adapter.modules.items():
+        found = tuple(linear[name].weight.shape) if name in linear else None
+        if found != shape:
+            raise UserError(
+                f"{base}: expected a linear module {name!r} of shape {list(shape)}, "
+                f"found {list(found) if found else 'none'}",
+                hint="the plan was drafted for another model; correct adapter.modules",
+            )
+    parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name, wanted in adapter.head.items():
+        if (here := parameters.get(name)) != wanted:
+            raise UserError(
+                f"{base}: expected a head tensor {name!r} of shape {list(wanted)}, "
+                f"found {list(here) if here else 'none'}",
+                hint="the plan was drafted for another model or other labels; correct adapter.head",
+            )
+
+
+def load_model(plan: Plan, base: Path, adapter: Mapping[str, Any], device: Device) -> Loaded:
+    """The plan's base model with ``adapter`` (PEFT names) in place: A frozen, B and the head trainable, dropout off.
+
+    Raises:
+        UserError: the base model is not the plan's, or misses a tensor beyond the head.
+        ValueError: ``adapter`` is not of the plan's layout.
+    """
+    check_tensors(adapter, layout_of(plan.adapter))
+    check_base(plan, base)
+    where = pick_device(device)
+    model, tokenizer, missing = load_classifier(base, len(plan.data.labels))
+    _check_model(model, missing, plan.adapter, base)
+    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 1 << 30)
+    if plan.data.max_length > limit:
+        raise UserError(
+            f"plan: expected data.max_length <= {limit} for {plan.base.name}, found {plan.data.max_length}",
+            hint="correct data.max_length",
+        )
+    fields: dict[str, Any] = peft_config(plan.adapter, str(base)) | {"inference_mode": False}
+    config = peft.get_peft_config(fields)
+    # Moved before PEFT wraps it: adapters made on the CPU can otherwise stay there (opacus#820).
+    wrapped = peft.get_peft_model(model.to(where), config)
+    tensors = {name: torch.from_numpy(np.array(value)).to(where) for name, value in adapter.items()}
+    report: Any = peft.set_peft_model_state_dict(wrapped, tensors)
+    assert not report.unexpected_keys, report.unexpected_keys
+    for name, parameter in wrapped.named_parameters():
+        parameter.requires_grad_("lora_B" in name or "modules_to_save" in name)
+    wrapped.eval()
+    return Loaded(wrapped, tokenizer, where)
+
+
+def read_adapter(model: Any) -> Tensors:
+    """The adapter's tensors as they are now, under the names of a saved PEFT adapter, float32 on the CPU."""
+    state = peft.get_peft_model_state_dict(model)
+    return {name: tensor.detach().to("cpu", torch.float32).numpy().copy() for name, tensor in state.items()}
+
+
+def tokenise(tokenizer: Any, texts: tuple[str, ...], max_length: int) -> list[Tensor]:
+    """One (length,) int64 tensor of token ids per text, cut at ``max_length``; all at once, since it is quick."""
+    ids = tokenizer(list(texts), truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
+    return [torch.tensor(one, dtype=torch.int64) for one in ids]
+
+
+def logits_of(loaded: Loaded, batch: list[Tensor]) -> Tensor:
+    """(batch, labels) float32 logits; the batch is padded on the right to its own longest text."""
+    ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=loaded.tokenizer.pad_token_id)
+    lengths = torch.tensor([len(one) for one in batch])
+    mask = (torch.arange(ids.shape[1])[None, :] < lengths[:, None]).to(torch.int64)  # (batch, longest)
+    output = loaded.model(input_ids=ids.to(loaded.device), attention_mask=mask.to(loaded.device))
+    return output.logits.float()  # type: ignore[no-any-return]
+
+
+def log_prior(labels: tuple[int, ...], classes: int) -> Tensor:
+    """(classes,) float32: log of the site's own class prior, (n_c + 1/2) / (n + classes/2).
+
+    The half is Jeffreys' prior (the estimator of Krichevsky and Trofimov 1981). A class the site has none of keeps a
+    finite logit: the site asks only that it be rarer than half an example in n, so it hardly pushes the class down for
+    those who have it. With the plain frequency the logit were minus infinity, which no input could then outweigh.
+    """
+    counts = torch.bincount(torch.tensor(labels), minlength=classes).float()
+    return torch.log((counts + 0.5) / (len(labels) + classes / 2))
+
+
+def batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """One epoch: every example once, in an order that the generator fixes; the last batch may be smaller."""
+    order = torch.randperm(count, generator=generator).tolist()
+    for start in range(0, count, batch_size):
+        yield order[start : start + batch_size]
+
+
+def _learning_rate(peak: float, step: int, steps: int) -> float:
+    """Linear warm-up, then linear decay to zero: with large steps at the end the average of sites would be noisy."""
+    warm = max(1, round(WARM_UP * steps))
+    return peak * min((step + 1) / warm, (steps - step) / max(1, steps - warm + 1))
+
+
+def train(
+    *,
+    plan: Plan,
+    base: Path,
+    start: Mapping[str, Any],
+    examples: Examples,
+    device: Device = "auto",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> TrainingResult:
+    """Fine-tune B and the head from ``start`` on the site's examples, as the plan says, and return the delta.
+
+    The loss is cross-entropy per example; with ``logit_adjusted`` the log of the site's own class prior is added to the
+    logits in training only (Menon et al. 2021, arXiv 2007.07314; for federated learning Zhang et al. 2022, "FedLC").
+    The trained logits then stand for a uniform prior at every site, so their average is not torn between the sites'
+    label skews.
+
+    Args:
+        plan: what to train; base, adapter, data and training are read.
+        base: directory of the base model.
+        start: the whole start adapter of this stage, under PEFT's names.
+        examples: the site's records, labels numbered as in the plan.
+        device: ``auto`` is CUDA, then CPU; bf16 autocast where CUDA has it.
+        threads: CPU threads for torch in this process; None leaves torch's own choice.
+        progress: called after each step.
+
+    Raises:
+        UserError: no examples, another base model than the plan's, or a loss that is not finite.
+        ValueError: ``start`` is not of the plan's layout.
+    """
+    began = time.monotonic()
+    if not len(examples):
+        raise UserError("data: expected at least one example, found none", hint="check the data set")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    layout, settings = layout_of(plan.adapter), plan.training
+    loaded = load_model(plan, base, start, device)
+    texts = tokenise(loaded.tokenizer, examples.texts, plan.data.max_length)
+    labels = torch.tensor(examples.labels, device=loaded.device)
+    prior = torch.zeros(len(plan.data.labels))
+    if settings.loss == "logit_adjusted":
+        prior = log_prior(examples.labels, len(plan.data.labels))
+    prior = prior.to(loaded.device)
+    weights = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(settings.seed)
+    steps = settings.epochs * -(-len(texts) // settings.batch_size)
+    step, epoch_loss = 0, 0.0
+    for _ in range(settings.epochs):
+        epoch_loss = 0.0
+        for chosen in batches(len(texts), settings.batch_size, generator):
+            optimizer.param_groups[0]["lr"] = _learning_rate(settings.learning_rate, step, steps)
+            with autocast(loaded.device):
+                logits = logits_of(loaded, [texts[i] for i in chosen])
+            loss = cross_entropy(logits + prior, labels[chosen])
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(weights, MAX_GRADIENT_NORM)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            value = _finite(loss.item(), step, steps)
+            epoch_loss += value * len(chosen)
+            if progress is not None:
+                progress(step, steps, value)
+    delta = _delta(start, read_adapter(loaded.model), plan.adapter)
+    assert delta.shape == (layout.size,)
+    return TrainingResult(delta, len(texts), epoch_loss / len(texts), time.monotonic() - began)
+
+
+def _finite(loss: float, step: int, steps: int) -> float:
+    """``loss``, or UserError: a delta that is not finite must not reach the sum."""
+    if not np.isfinite(loss):
+        raise UserError(
+            f"training: expected a finite loss, found {loss} at step {step} of {steps}",
+            hint="lower training.learning_rate in the plan",
+        )
+    return loss
+
+
+def _delta(start: Mapping[str, Any], after: Tensors, adapter: Adapter) -> Vector:
+    """Trained minus start, with the invariants that the sum relies on: A is untouched, B moved, all is finite."""
+    layout = layout_of(adapter)
+    check_tensors(after, layout)
+    for name, _ in layout.frozen:
+        assert np.array_equal(after[name], start[name]), f"{name} is frozen and moved"
+    delta = flatten(trained_part(after, layout), layout) - flatten(trained_part(start, layout), layout)
+    b_moved = any(np.any(after[name] != start[name]) for name, _ in layout.trained if name.endswith("lora_B.weight"))
+    assert b_moved, "no LoRA B moved: the adapter is not part of the graph"
+    return delta
+
+
+def inspect_model(
+    base: Path, labels: int, targets: Sequence[str]
+) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, ...]]]:
+    """(linear modules whose names end in one of ``targets``, head tensors), with shapes, for drafting a plan.
+
+    The head is what the model's files do not hold. It must be one linear layer: a head of two, all zero at the start,
+    has no gradient but for its last bias.
+
+    Raises:
+        UserError: not a base model, no module matches a target, or another head.
+    """
+    model, _, missing = load_classifier(base, labels)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    heads = {name.rpartition(".")[0] for name in missing}
+    if len(heads) != 1 or not heads <= linear.keys() or linear[min(heads)].out_features != labels:
+        found = ", ".join(sorted(missing)) or "no tensor"
+        raise UserError(
+            f"{base}: expected weights for all but one linear head, found without weights: {found}",
+            hint="take a base model without a classification head, with a pooler if its architecture has one",
+        )
+    modules: dict[str, tuple[int, int]] = {}
+    for target in targets:
+        matching = [name for name in linear if f".{name}".endswith(f".{target}") and name not in heads]
+        if not matching:
+            found = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise UserError(
+                f"{base}: expected linear modules named {target!r}, found {found}", hint="name other targets"
+            )
+        modules |= {name: (linear[name].out_features, linear[name].in_features) for name in matching}
+    head = {name: tuple(p.shape) for name, p in model.named_parameters() if name.rpartition(".")[0] in heads}
+    return modules, head
