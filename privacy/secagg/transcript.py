@@ -1,7 +1,7 @@
 """What was agreed, hash by hash, and the checks that everybody makes: member, coordinator and auditor alike.
 
-T1 fixes the key list (and with it n, t and the holders), T2 the sharers, L the survivors. Each function below checks one
-list completely before anything is done with it; none has side effects (protocol section 4).
+T1 fixes the key list (and with it n, t and the holders), T2 the sharers, L the survivors. Each function below checks
+one list completely before anything is done with it; none has side effects (protocol section 4).
 """
 
 from __future__ import annotations
@@ -56,6 +56,11 @@ def t1_hash(header_hash: bytes, members: Sequence[Signed[Advertise]]) -> bytes:
 def t2_hash(t1: bytes, roots: Sequence[Signed[ShareRoot]]) -> bytes:
     """T2 = H(T1, sorted (id, R_i))."""
     return digest("T2", t1, *(part for r in roots for part in (number(r.sender), r.body.root)))
+
+
+def total_hash(t2: bytes, root: bytes) -> bytes:
+    """H(total): binds the Merkle root over the packed blocks of a total to its round."""
+    return digest("total", t2, root)
 
 
 def survivors_hash(t2: bytes, inputs: Sequence[Signed[MaskedInput]]) -> bytes:
@@ -141,12 +146,10 @@ def check_root(cohort: Cohort, root: Signed[ShareRoot]) -> None:
         raise ProtocolError(f"M3: member {root.sender} signed another key list than this one")
 
 
-def check_inputs(
-    cohort: Cohort, sharers: Sequence[int], t2: bytes, inputs: Sequence[Signed[MaskedInput]], context_name: str = "M6"
-) -> None:
+def check_inputs(cohort: Cohort, sharers: Sequence[int], t2: bytes, inputs: Sequence[Signed[MaskedInput]]) -> None:
     """U3 of M6: within U2, large enough, each upload signed under **this** T2."""
     if len(inputs) < cohort.quorum:
-        raise ProtocolError(f"{context_name}: expected at least {cohort.quorum} survivors, found {len(inputs)}")
+        raise ProtocolError(f"M6: expected at least {cohort.quorum} survivors, found {len(inputs)}")
     for message in inputs:
         check_input(cohort, sharers, t2, message)
 
@@ -272,7 +275,7 @@ def total_streams(
 ) -> Streams:
     """Masks left in the sum over U3: every self mask, and the pair masks towards dropouts."""
     plus = [keys.self_mask_key(o.seed, t2, o.owner) for o in opened if isinstance(o, OpenedSelfMask)]
-    minus = []
+    minus: list[bytes] = []
     for (low, high), seed in sorted(pairs.items()):
         (plus if low in survivors else minus).append(keys.pair_mask_key(seed, t2, low, high))
     return Streams(tuple(plus), tuple(minus))

@@ -1,0 +1,350 @@
+"""One round as the coordinator runs it: collects, relays, and learns one sum; pure (protocol section 4).
+
+This file does no I/O: messages go in by :meth:`CoordinatorRound.receive`, what a member shall be told next is derived
+from the phase by :meth:`message_for` (no outbox, so every retry gets the same bytes), deadlines come in as
+:meth:`close_phase`. The shell (``coordinator/service.py``) stores each accepted message before it acknowledges it;
+feeding the stored messages to a fresh machine gives the same state again.
+
+An honest coordinator checks as much as the members will, so that a cheating member is named here and not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from coordinator.phases import (
+    ACCEPTS,
+    Aborted,
+    Closed,
+    Confirming,
+    Folding,
+    Joining,
+    Phase,
+    Publishing,
+    Released,
+    Sharing,
+    Signing,
+    Unmasking,
+    Uploading,
+)
+from privacy import merkle
+from privacy.encoding import encode
+from privacy.errors import ProtocolError
+from privacy.secagg import dealing, keys, shamir, transcript
+from privacy.secagg.messages import (
+    Advertise,
+    Certificate,
+    Complaint,
+    FromMember,
+    Inbox,
+    KeyList,
+    MaskedInput,
+    Offer,
+    Opened,
+    OpenedMaskSecret,
+    OpenedSelfMask,
+    Outcome,
+    OutcomeVote,
+    OwnedLeaf,
+    RoundAborted,
+    SelfMaskShare,
+    Shares,
+    Signed,
+    SurvivorList,
+    SurvivorVote,
+    ToMember,
+    Transcript,
+    UnmaskShares,
+)
+from privacy.secagg.transcript import Cohort, RoundContext
+
+
+def _body(message: FromMember) -> object:
+    return message.root.body if isinstance(message, Shares) else message.body
+
+
+def sender_of(message: FromMember) -> int:
+    """Roster index that a message claims as its sender; the shell compares it with the TLS certificate."""
+    return message.root.sender if isinstance(message, Shares) else message.sender
+
+
+class CoordinatorRound:
+    """The state machine of one round."""
+
+    def __init__(self, context: RoundContext, invited: tuple[int, ...]) -> None:
+        if len(invited) > context.rules.cohort:
+            raise RuntimeError(f"{len(invited)} members invited to a cohort of at most {context.rules.cohort}")
+        self.context = context
+        self.invited = invited
+        self.phase: Phase = Joining()
+        self._accepted: dict[tuple[int, type], bytes] = {}
+        self._leaf_hashes: dict[int, list[bytes]] = {}  # by owner: every member's inbox needs paths in all trees
+
+    # --- what members say ----------------------------------------------------------------------------------------
+
+    def receive(self, message: FromMember) -> bool:
+        """Take one message of a member; ``False`` if it only repeats one taken before.
+
+        Raises:
+            ProtocolError: not acceptable; the state is what it was.
+        """
+        body, sender, encoded = _body(message), sender_of(message), encode(message)
+        key = (sender, type(body))
+        if key in self._accepted:
+            if self._accepted[key] == encoded:
+                return False
+            raise ProtocolError(f"a second, different {type(body).__name__} of member {sender}", culprit=sender)
+        if type(body) not in ACCEPTS[type(self.phase)]:
+            raise ProtocolError(f"{type(body).__name__} of member {sender} in phase {type(self.phase).__name__}")
+        self._take(message)
+        self._accepted[key] = encoded
+        if self._complete():
+            self.close_phase()
+        return True
+
+    def _take(self, message: FromMember) -> None:
+        phase = self.phase
+        if isinstance(phase, Joining):
+            self._take_keys(phase, message)  # type: ignore[arg-type]  # ACCEPTS matched the body to the phase
+        elif isinstance(phase, Sharing):
+            self._take_shares(phase, message)  # type: ignore[arg-type]
+        elif isinstance(phase, Uploading) and isinstance(_body(message), MaskedInput):
+            self._take_input(phase, message)  # type: ignore[arg-type]
+        elif isinstance(phase, Uploading):
+            self._take_complaint(phase, message)  # type: ignore[arg-type]
+        elif isinstance(phase, Signing):
+            self._take_vote(phase, message)  # type: ignore[arg-type]
+        elif isinstance(phase, Unmasking):
+            self._take_release(phase, message)  # type: ignore[arg-type]
+        elif isinstance(phase, Confirming):
+            self._take_outcome_vote(phase, message)  # type: ignore[arg-type]
+
+    def _take_keys(self, phase: Joining, message: Signed[Advertise]) -> None:
+        if message.sender not in self.invited:
+            raise ProtocolError(f"M1: member {message.sender} was not invited to this round")
+        transcript.check_advertise(self.context, message)
+        taken = {key for m in phase.keys.values() for key in (m.body.share_key, m.body.mask_key)}
+        if taken & {message.body.share_key, message.body.mask_key} or message.body.share_key == message.body.mask_key:
+            raise ProtocolError(f"M1: a key of member {message.sender} is not its own", culprit=message.sender)
+        phase.keys[message.sender] = message
+
+    def _take_shares(self, phase: Sharing, message: Shares) -> None:
+        owner = message.root.sender
+        transcript.check_root(phase.cohort, message.root)
+        if tuple(leaf.holder for leaf in message.leaves) != phase.cohort.members:
+            raise ProtocolError(f"M3 of member {owner}: expected one leaf for each member of the key list")
+        hashes = dealing.leaf_hashes(message.leaves)
+        if merkle.root(hashes) != message.root.body.root:
+            raise ProtocolError(f"M3 of member {owner}: the leaves do not have the signed root", culprit=owner)
+        for leaf in message.leaves:
+            if bool(leaf.sealed_shares) != (leaf.holder != owner) or bool(leaf.sealed_seed) != (leaf.holder > owner):
+                raise ProtocolError(f"M3 of member {owner}: misplaced boxes for member {leaf.holder}", culprit=owner)
+        phase.shares[owner] = message
+        self._leaf_hashes[owner] = hashes
+
+    def _take_input(self, phase: Uploading, message: Signed[MaskedInput]) -> None:
+        if message.sender in phase.complaints:
+            raise ProtocolError(f"M5: member {message.sender} has complained instead", culprit=message.sender)
+        transcript.check_input(phase.cohort, phase.sharers, phase.t2, message)
+        phase.inputs[message.sender] = message
+
+    def _take_complaint(self, phase: Uploading, message: Signed[Complaint]) -> None:
+        """A member that could not open a leaf takes no further part; whom it accuses is kept for the manifest."""
+        sender = message.sender
+        if sender in phase.inputs:
+            raise ProtocolError(f"complaint: member {sender} has uploaded already", culprit=sender)
+        if sender not in phase.sharers or message.body.accused not in phase.sharers:
+            raise ProtocolError(f"complaint of member {sender}: expected two members of U2")
+        transcript.check_signed(self.context, message, "complaint")
+        if message.body.t1 != phase.cohort.t1:
+            raise ProtocolError(f"complaint of member {sender} is about another round")
+        phase.complaints[sender] = message
+
+    def _take_vote(self, phase: Signing, vote: Signed[SurvivorVote]) -> None:
+        closed = phase.closed
+        transcript.check_vote(closed.cohort, closed.survivors, closed.t2, closed.survivors_l, vote)
+        phase.votes[vote.sender] = vote
+
+    def _take_release(self, phase: Unmasking, message: Signed[UnmaskShares]) -> None:
+        """M9: kinds fit U3, every share matches the hash in its leaf; a bad share names its sender."""
+        closed, sender, body = phase.closed, message.sender, message.body
+        if sender not in closed.survivors:
+            raise ProtocolError(f"M9: member {sender} is not a survivor")
+        transcript.check_signed(self.context, message, "M9")
+        if (body.t2, body.survivors) != (closed.t2, closed.survivors_l):
+            raise ProtocolError(f"M9: member {sender} released for another survivor list", culprit=sender)
+        if tuple(s.owner for s in body.shares) != closed.sharers:
+            raise ProtocolError(f"M9 of member {sender}: expected one share for each member of U2", culprit=sender)
+        for share in body.shares:
+            leaf = next(leaf for leaf in closed.shares[share.owner].leaves if leaf.holder == sender)
+            is_self = isinstance(share, SelfMaskShare)
+            if is_self != (share.owner in closed.survivors):
+                raise ProtocolError(f"M9 of member {sender}: wrong kind of share of {share.owner}", culprit=sender)
+            kind = dealing.KIND_SELF if is_self else dealing.KIND_SECRET
+            expected = leaf.self_share_hash if is_self else leaf.secret_share_hash
+            if keys.secret_hash(kind, share.owner, sender, share.share) != expected or not shamir.is_share(share.share):
+                raise ProtocolError(
+                    f"M9 of member {sender}: the share of member {share.owner} does not match its hash in M3",
+                    culprit=sender,
+                )
+        phase.releases[sender] = message
+
+    def _take_outcome_vote(self, phase: Confirming, vote: Signed[OutcomeVote]) -> None:
+        if vote.sender not in phase.closed.survivors:
+            raise ProtocolError(f"M11: member {vote.sender} is not a survivor")
+        transcript.check_signed(self.context, vote, "M11")
+        if (vote.body.t2, vote.body.total) != (phase.closed.t2, phase.outcome.total):
+            raise ProtocolError(f"M11: member {vote.sender} signed another total", culprit=vote.sender)
+        phase.votes[vote.sender] = vote
+
+    # --- how phases end -------------------------------------------------------------------------------------------
+
+    def missing(self) -> tuple[int, ...]:
+        """Members whose answer this phase still waits for."""
+        phase = self.phase
+        if isinstance(phase, Joining):
+            return tuple(i for i in self.invited if i not in phase.keys)
+        if isinstance(phase, Sharing):
+            return tuple(i for i in phase.cohort.members if i not in phase.shares)
+        if isinstance(phase, Uploading):
+            return tuple(i for i in phase.sharers if i not in phase.inputs and i not in phase.complaints)
+        if isinstance(phase, Signing | Confirming):
+            return tuple(i for i in phase.closed.survivors if i not in phase.votes)
+        if isinstance(phase, Unmasking):
+            return tuple(i for i in phase.closed.survivors if i not in phase.releases)
+        return ()
+
+    def _complete(self) -> bool:
+        if isinstance(self.phase, Unmasking):  # t holders are enough; nobody waits for the rest
+            return len(self.phase.releases) >= self.phase.closed.cohort.threshold
+        return not self.missing()
+
+    def close_phase(self) -> None:
+        """The deadline of the phase has passed, or everybody answered: go on with who is there, or abort."""
+        phase = self.phase
+        if isinstance(phase, Joining):
+            self._close_joining(phase)
+        elif isinstance(phase, Sharing):
+            self._close_sharing(phase)
+        elif isinstance(phase, Uploading):
+            self._close_uploading(phase)
+        elif isinstance(phase, Signing):
+            self._close_signing(phase)
+        elif isinstance(phase, Unmasking):
+            self._close_unmasking(phase)
+        elif isinstance(phase, Confirming):
+            self.phase = Released(phase.closed, phase.outcome, dict(phase.votes))
+
+    def _too_few(self, what: str, found: int, needed: int) -> bool:
+        if found >= needed:
+            return False
+        silent = ", ".join(map(str, self.missing())) or "none"
+        self.abort(f"expected at least {needed} members {what}, found {found}; silent: {silent}")
+        return True
+
+    def abort(self, reason: str, culprit: int | None = None) -> None:
+        """End the round without a total; a released one stays released."""
+        if not isinstance(self.phase, Released | Aborted):
+            self.phase = Aborted(reason, culprit)
+
+    def _close_joining(self, phase: Joining) -> None:
+        if self._too_few("to join", len(phase.keys), self.context.rules.min_cohort):
+            return
+        self.phase = Sharing(Cohort(self.context, tuple(phase.keys[i] for i in sorted(phase.keys))))
+
+    def _close_sharing(self, phase: Sharing) -> None:
+        if not self._too_few("with shares", len(phase.shares), phase.cohort.quorum):
+            self.phase = Uploading(phase.cohort, dict(sorted(phase.shares.items())))
+
+    def _close_uploading(self, phase: Uploading) -> None:
+        if self._too_few("with an upload", len(phase.inputs), phase.cohort.quorum):
+            return
+        inputs = tuple(phase.inputs[i] for i in sorted(phase.inputs))
+        survivors_l = transcript.survivors_hash(phase.t2, inputs)
+        self.phase = Folding(Closed(phase.cohort, phase.shares, phase.roots, phase.t2, inputs, survivors_l))
+
+    def sum_saved(self) -> None:
+        """U3 and the sum that belongs to it are durable: M6 may leave."""
+        if not isinstance(self.phase, Folding):
+            raise RuntimeError("sum_saved() belongs to phase Folding")
+        self.phase = Signing(self.phase.closed)
+
+    def _close_signing(self, phase: Signing) -> None:
+        if not self._too_few("to sign the survivor list", len(phase.votes), phase.closed.cohort.threshold):
+            self.phase = Unmasking(phase.closed, tuple(phase.votes[i] for i in sorted(phase.votes)))
+
+    def _close_unmasking(self, phase: Unmasking) -> None:
+        if self._too_few("to release shares", len(phase.releases), phase.closed.cohort.threshold):
+            return
+        try:
+            opened = self._open_seeds(phase)
+            pair_leaves = self._pair_leaves(phase.closed)
+            closed = phase.closed
+            pairs = transcript.open_pairs(closed.cohort, closed.roots, closed.survivors, opened, pair_leaves)
+        except ProtocolError as error:  # every share matched its hash: the dealer is to blame, and the sum is lost
+            self.abort(str(error), error.culprit)
+            return
+        streams = transcript.total_streams(closed.t2, closed.survivors, opened, pairs)
+        record = Transcript(
+            self.context.header, closed.cohort.keys, closed.roots, closed.inputs, phase.votes, opened, pair_leaves
+        )
+        self.phase = Publishing(closed, record, streams)
+
+    def _open_seeds(self, phase: Unmasking) -> tuple[Opened, ...]:
+        """b of each survivor and z of each dropout from t shares; names the dealer whose shares give something else."""
+        closed = phase.closed
+        holders = sorted(phase.releases)[: closed.cohort.threshold]
+        points = [dealing.point(h) for h in holders]
+        weights = dict(zip(points, shamir.lagrange_at_zero(points), strict=True))
+        opened: list[Opened] = []
+        for index, owner in enumerate(closed.sharers):
+            shares = {dealing.point(h): phase.releases[h].body.shares[index].share for h in holders}
+            secret = shamir.combine(shares, weights)
+            if secret is None:
+                raise ProtocolError(f"the shares dealt by member {owner} give no 32-byte secret", culprit=owner)
+            kind = OpenedSelfMask if owner in closed.survivors else OpenedMaskSecret
+            opened.append(kind(owner, secret))
+            transcript.check_seed(closed.cohort, closed.survivors, opened[-1])
+        return tuple(opened)
+
+    def _pair_leaves(self, closed: Closed) -> tuple[OwnedLeaf, ...]:
+        pairs = transcript.pairs_to_open(closed.survivors, closed.sharers)
+        return tuple(self._owned_leaf(closed.cohort, closed.shares, owner, holder) for owner, holder in pairs)
+
+    def _owned_leaf(self, cohort: Cohort, shares: Mapping[int, Shares], owner: int, holder: int) -> OwnedLeaf:
+        index = cohort.members.index(holder)
+        return OwnedLeaf(owner, shares[owner].leaves[index], merkle.path(self._leaf_hashes[owner], index))
+
+    def publish(self, root: bytes) -> None:
+        """The total is durable and has this Merkle root over its packed blocks: M10 may leave."""
+        if not isinstance(self.phase, Publishing):
+            raise RuntimeError("publish() belongs to phase Publishing")
+        closed = self.phase.closed
+        outcome = Outcome(transcript.total_hash(closed.t2, root), root, self.phase.transcript)
+        self.phase = Confirming(closed, outcome)
+
+    # --- what members are told -------------------------------------------------------------------------------------
+
+    def message_for(self, member: int) -> ToMember | None:
+        """What ``member`` shall be told now, ``None`` for nothing; derived from the phase alone."""
+        phase = self.phase
+        if isinstance(phase, Aborted):
+            return RoundAborted(self.context.header, phase.reason[:500])
+        if isinstance(phase, Joining):
+            return Offer(self.context.header) if member in self.invited else None
+        if isinstance(phase, Sharing):
+            return KeyList(phase.cohort.keys) if member in phase.cohort.members else None
+        if isinstance(phase, Uploading):
+            return self._inbox(phase, member) if member in phase.shares else None
+        if isinstance(phase, Folding | Publishing) or member not in phase.closed.survivors:
+            return None
+        if isinstance(phase, Signing):
+            return SurvivorList(phase.closed.inputs)
+        if isinstance(phase, Unmasking):
+            return Certificate(phase.votes)
+        return phase.outcome
+
+    def _inbox(self, phase: Uploading, member: int) -> Inbox:
+        others = (owner for owner in phase.sharers if owner != member)
+        leaves = tuple(self._owned_leaf(phase.cohort, phase.shares, owner, member) for owner in others)
+        return Inbox(phase.roots, leaves)
