@@ -17,7 +17,7 @@ find_python() {
         if new_enough "$candidate"; then echo "$candidate"; return; fi
     done
     candidate=${PYTHON:-python3}
-    fail "expected Python 3.11 or newer, found $("$candidate" --version 2>&1 || true); install one, or name it: make PYTHON=/path/to/python3.11 ..."
+    fail "expected Python 3.11 or newer, found $(command -v "$candidate" >/dev/null && "$candidate" --version 2>&1 || echo "no $candidate"); install one, or name it: make PYTHON=/path/to/python3.11 ..."
 }
 
 make_venv() {
