@@ -66,13 +66,13 @@ def union_members(kind: Any) -> tuple[Any, ...]:
     return typing.get_args(kind) if is_union else ()
 
 
-def _is_a(value: Any, kind: Any) -> bool:
+def is_a(value: Any, kind: Any) -> bool:
     """``isinstance`` that looks into generic dataclasses: a ``Signed[A]`` is not a ``Signed[B]``."""
     origin = typing.get_origin(kind)
     if origin is None:
         return isinstance(value, kind)
     return isinstance(value, origin) and all(
-        _is_a(getattr(value, name), hint) for name, hint in field_types(kind) if dataclasses.is_dataclass(hint)
+        is_a(getattr(value, name), hint) for name, hint in field_types(kind) if dataclasses.is_dataclass(hint)
     )
 
 
@@ -85,7 +85,7 @@ def encode(value: Any, kind: Any = None) -> bytes:
     kind = type(value) if kind is None or isinstance(kind, TypeVar) else kind
     members = union_members(kind)
     if members:
-        index = next(i for i, member in enumerate(members) if _is_a(value, member))
+        index = next(i for i, member in enumerate(members) if is_a(value, member))
         return bytes([index]) + encode(value, members[index])
     if kind is int:
         return number(value)
