@@ -123,12 +123,8 @@ class Quantizer:
         low -= (low >= 1 << self.bits - 1).astype(np.int64) << self.bits
         return low
 
-    def decode(self, total: NDArray[np.uint32], survivors: int) -> Decoded:
-        """Mean delta and extras of an unmasked total, exact.
-
-        Args:
-            total: (d + extras,) uint32, sum mod 2**b.
-            survivors: |U3|.
+    def checked(self, total: NDArray[np.uint32], survivors: int) -> NDArray[np.int64]:
+        """The integer sum in an unmasked total of |U3| = ``survivors`` members, (d + extras,) int64.
 
         Raises:
             ProtocolError: a coordinate beyond |U3| * Qmax, which no honest sum has: the total is garbled.
@@ -138,6 +134,18 @@ class Quantizer:
         lifted = self.lift(total)
         if np.abs(lifted).max(initial=0) > survivors * self.qmax or (lifted[self.size :] < 0).any():
             raise ProtocolError(f"garbled total: a coordinate lies beyond |U3| * Qmax = {survivors * self.qmax}")
+        return lifted
+
+    def decode(self, total: NDArray[np.uint32], survivors: int) -> Decoded:
+        """Mean delta and extras of one unmasked total (d + extras,) uint32, exact; raises as :meth:`checked`."""
+        return self.decode_sum(self.checked(total, survivors), survivors)
+
+    def decode_sum(self, lifted: NDArray[np.int64], survivors: int) -> Decoded:
+        """Mean delta and extras of the sum of checked totals over ``survivors`` members of one or more cohorts.
+
+        Raises:
+            ProtocolError: a total weight that so many members cannot have.
+        """
         extras, at = {}, self.size
         for extra in self.extras:
             count = self.limbs(extra)

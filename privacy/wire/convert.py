@@ -1,8 +1,8 @@
 """Protobuf <-> messages, or raise: the trust boundary. Nothing past this file handles protobuf of the round.
 
 Every message type stands in ``proto/secagg.proto`` with the same field names, so one walk over the declared types
-serves them all. Anything protobuf tolerates and we do not (unknown fields, absent parts, an empty ``oneof``) is refused here;
-lengths and ranges the types check themselves.
+serves them all. Anything protobuf tolerates and we do not (unknown fields, absent parts, an empty ``oneof``) is refused
+here; lengths and ranges the types check themselves.
 """
 
 from __future__ import annotations

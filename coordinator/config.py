@@ -1,0 +1,68 @@
+"""Settings of the coordinator: one TOML file in its directory, and where its files lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from privacy.settings import Section, load_toml
+
+CONFIG_FILE = "coordinator.toml"
+
+
+class Settings(Section):
+    """``coordinator.toml``."""
+
+    #: Address that participants dial, host:port.
+    listen: Annotated[str, Field(pattern=r"^.+:\d{1,5}$")] = "127.0.0.1:7443"
+    #: Uploads taken at the same time; others are told to come back.
+    max_uploads: Annotated[int, Field(ge=1, le=1024)] = 16
+
+
+@dataclass(frozen=True)
+class Home:
+    """The coordinator's directory; everything in it is private."""
+
+    directory: Path
+    settings: Settings
+
+    @property
+    def roster(self) -> Path:
+        return self.directory / "roster.toml"
+
+    @property
+    def authority(self) -> Path:
+        return self.directory / "ca.crt"
+
+    @property
+    def tls_key(self) -> Path:
+        return self.directory / "tls.key"
+
+    @property
+    def tls_certificate(self) -> Path:
+        return self.directory / "tls.crt"
+
+    @property
+    def database(self) -> Path:
+        return self.directory / "state.db"
+
+    @property
+    def rounds(self) -> Path:
+        return self.directory / "rounds"
+
+    @property
+    def releases(self) -> Path:
+        return self.directory / "releases"
+
+    @property
+    def socket(self) -> Path:
+        return self.directory / "operator.sock"
+
+
+def load_home(directory: Path) -> Home:
+    """Read the settings of a coordinator directory; raises UserError."""
+    directory = directory.resolve()
+    return Home(directory, load_toml(Settings, directory / CONFIG_FILE))

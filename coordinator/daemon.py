@@ -1,0 +1,117 @@
+"""The coordinator process: starts the servers, lets deadlines pass, stops cleanly.
+
+Correctness never depends on a clean stop: whatever was acknowledged is on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+
+import grpc
+import structlog
+
+from coordinator.config import Home
+from coordinator.engine import Engine
+from coordinator.report import report
+from coordinator.service import FederationService, OperatorService, add_federation
+from coordinator.store import Store
+from coordinator.uploads import Uploads
+from privacy.errors import UserError
+from privacy.files import make_private_directory, read_file, read_private
+from privacy.identity import load_identity
+from privacy.secagg.keys import identity_public
+from privacy.wire.federation_pb2_grpc import add_OperatorServicer_to_server
+from privacy.wire.transport import SERVER_OPTIONS
+
+log = structlog.get_logger()
+
+TICK_S = 0.2
+GRACE_S = 2.0
+#: Longest path of a socket file on Linux.
+SOCKET_PATH_BYTES = 107
+
+
+def open_engine(home: Home) -> Engine:
+    """Everything the coordinator needs, from its directory; raises UserError with what is missing."""
+    identity = load_identity(home.directory)
+    make_private_directory(home.releases)
+    engine = Engine(home, Store(home.database, home.rounds), identity, time.time)
+    if engine.roster.roster.coordinator != identity_public(identity).hex():
+        raise UserError(
+            f"{home.roster}: expected this coordinator's key {identity_public(identity).hex()[:16]}…, "
+            f"found {engine.roster.roster.coordinator[:16]}…",
+            hint="use the roster that was made for this coordinator",
+        )
+    return engine
+
+
+def _credentials(home: Home) -> grpc.ServerCredentials:
+    hint = "issue the coordinator's TLS certificate first"
+    key = read_private(home.tls_key, "the coordinator's TLS key", hint)
+    certificate = read_file(home.tls_certificate, "the coordinator's TLS certificate", hint)
+    authority = read_file(home.authority, "the authority's certificate", hint)
+    return grpc.ssl_server_credentials([(key, certificate)], authority, require_client_auth=True)
+
+
+async def _start_operator(home: Home, engine: Engine) -> grpc.aio.Server:
+    if len(os.fsencode(home.socket)) > SOCKET_PATH_BYTES:
+        raise UserError(
+            f"{home.socket}: expected a path of at most {SOCKET_PATH_BYTES} bytes", hint="use a shorter one"
+        )
+    home.socket.unlink(missing_ok=True)
+    server = grpc.aio.server()
+    add_OperatorServicer_to_server(OperatorService(engine, lambda name: report(engine, name)), server)
+    before = os.umask(0o177)
+    try:
+        server.add_insecure_port(f"unix:{home.socket}")
+        await server.start()
+    finally:
+        os.umask(before)
+    return server
+
+
+async def _start_federation(home: Home, engine: Engine) -> grpc.aio.Server:
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    add_federation(server, FederationService(engine, Uploads(engine, home.settings.max_uploads)))
+    try:
+        server.add_secure_port(home.settings.listen, _credentials(home))
+    except RuntimeError as error:
+        raise UserError(
+            f"expected to listen on {home.settings.listen}, found it taken or not ours",
+            hint="choose another address under 'listen' in coordinator.toml",
+        ) from error
+    await server.start()
+    return server
+
+
+async def _loop(engine: Engine, stop: asyncio.Event) -> None:
+    """Deadlines, folding and unmasking, until told to stop."""
+    while not stop.is_set():
+        await asyncio.to_thread(engine.tick)
+        while await asyncio.to_thread(engine.work):
+            pass
+        try:
+            await asyncio.wait_for(stop.wait(), TICK_S)
+        except TimeoutError:
+            continue
+
+
+async def serve(home: Home) -> None:
+    """Run until SIGINT or SIGTERM."""
+    engine = open_engine(home)
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    federation = await _start_federation(home, engine)
+    operator = await _start_operator(home, engine)
+    log.info("listening", address=home.settings.listen, federation=engine.roster.roster.federation)
+    try:
+        await _loop(engine, stop)
+    finally:
+        await asyncio.gather(federation.stop(GRACE_S), operator.stop(GRACE_S))
+        engine.store.close()
+        home.socket.unlink(missing_ok=True)
+        log.info("stopped")

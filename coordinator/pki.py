@@ -1,0 +1,142 @@
+"""A small certificate authority for TLS (ECDSA P-256; gRPC's TLS library refuses Ed25519 certificates).
+
+TLS certificates say who may connect; what a member signs in a round is under its identity key
+(``privacy/identity.py``), so a stolen or rotated certificate changes nothing about a round. Private keys never leave
+the machine that made them: a site sends a request (CSR) and gets a certificate back.
+"""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+from collections.abc import Sequence
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from privacy.errors import UserError
+from privacy.files import read_file, read_private, write_durably
+
+AUTHORITY_CERTIFICATE, AUTHORITY_KEY = "ca.crt", "ca.key"
+AUTHORITY_DAYS, CERTIFICATE_DAYS = 3650, 365
+#: Clocks of sites may be behind by this much.
+LEEWAY = datetime.timedelta(minutes=10)
+
+
+def _name(common: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
+
+
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    encoding, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    return key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, plain)
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, public: ec.EllipticCurvePublicKey, days: int
+) -> x509.CertificateBuilder:
+    now = datetime.datetime.now(datetime.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(public)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - LEEWAY)
+        .not_valid_after(now + datetime.timedelta(days=days))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+    )
+
+
+def create_authority(directory: Path, federation: str) -> None:
+    """Make the CA key (0600) and certificate of a federation; never replaces one."""
+    if (directory / AUTHORITY_KEY).exists():
+        raise UserError(f"{directory / AUTHORITY_KEY}: expected no authority yet, found one")
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = _name(f"{federation} authority")
+    certificate = (
+        _builder(name, name, key.public_key(), AUTHORITY_DAYS)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(signs_certificates=True), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    write_durably(directory / AUTHORITY_KEY, _pem(key))
+    write_durably(directory / AUTHORITY_CERTIFICATE, certificate.public_bytes(serialization.Encoding.PEM))
+
+
+def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _load_authority(directory: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
+    hint = "run this where the authority of the federation was made"
+    key = serialization.load_pem_private_key(read_private(directory / AUTHORITY_KEY, "the authority's key", hint), None)
+    certificate = read_file(directory / AUTHORITY_CERTIFICATE, "the authority's certificate", hint)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    return key, x509.load_pem_x509_certificate(certificate)
+
+
+def _issue(
+    directory: Path,
+    public: ec.EllipticCurvePublicKey,
+    common: str,
+    usage: x509.ObjectIdentifier,
+    names: Sequence[x509.GeneralName],
+) -> bytes:
+    key, authority = _load_authority(directory)
+    identifier = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    certificate = (
+        _builder(_name(common), authority.subject, public, CERTIFICATE_DAYS)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(signs_certificates=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def _host(name: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
+
+
+def issue_server(directory: Path, hosts: Sequence[str]) -> None:
+    """Make the coordinator's own TLS key and certificate for these host names and addresses."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    pem = _issue(directory, key.public_key(), hosts[0], ExtendedKeyUsageOID.SERVER_AUTH, [_host(h) for h in hosts])
+    write_durably(directory / "tls.key", _pem(key))
+    write_durably(directory / "tls.crt", pem)
+
+
+def sign_request(directory: Path, request: bytes, member: str) -> bytes:
+    """Issue the client certificate of a member for its PEM request; the name is the roster's, not the request's.
+
+    Raises:
+        UserError: not a valid request with an ECDSA P-256 key.
+    """
+    try:
+        csr = x509.load_pem_x509_csr(request)
+    except ValueError as error:
+        raise UserError("expected a certificate request in PEM, found something else") from error
+    public = csr.public_key()
+    if not csr.is_signature_valid or not isinstance(public, ec.EllipticCurvePublicKey):
+        raise UserError("expected a certificate request with a valid ECDSA signature")
+    names = [x509.UniformResourceIdentifier(f"veilsum:member:{member}")]
+    return _issue(directory, public, member, ExtendedKeyUsageOID.CLIENT_AUTH, names)

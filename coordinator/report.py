@@ -1,0 +1,73 @@
+"""What the operator asks about plans and rounds, as one JSON document; ``status`` and ``show`` print it."""
+
+from __future__ import annotations
+
+import json
+
+from coordinator import phases
+from coordinator.engine import Engine, Running
+from coordinator.store import PlanRow
+from privacy.errors import UserError
+
+
+def report(engine: Engine, name: str) -> str:
+    """All plans in short (``name`` empty), or one with its rounds. Raises UserError for an unknown plan."""
+    with engine.lock:
+        plans = engine.store.plans()
+        if not name:
+            return json.dumps({"plans": [_short(engine, p) for p in plans]})
+        for plan in plans:
+            if plan.name == name:
+                rounds = [_round(engine, r) for r in engine.rounds.values() if r.row.plan == plan.digest]
+                return json.dumps(_short(engine, plan) | {"rounds": rounds, "release": _release(engine, name)})
+    known = ", ".join(p.name for p in plans) or "none"
+    raise UserError(f"expected the name of a plan, found '{name}'; known: {known}")
+
+
+def _short(engine: Engine, plan: PlanRow) -> dict[str, object]:
+    name = engine.roster.roster.name
+    done = engine.done(plan.digest, 1)
+    return {
+        "plan": plan.name,
+        "digest": plan.digest.hex(),
+        "state": plan.state,
+        "reason": plan.reason,
+        "ready": [name(m) for m in sorted(engine.store.ready(plan.digest, 1))],
+        "released": [name(m) for m in sorted(done)],
+        "members": len(engine.roster.roster.members),
+    }
+
+
+def _round(engine: Engine, running: Running) -> dict[str, object]:
+    row, phase, name = running.row, running.machine.phase, engine.roster.roster.name
+    traffic, receipts = engine.store.traffic(row.id), engine.store.receipts(row.id)
+    found: dict[str, object] = {
+        "round": row.number,
+        "id": row.id.hex(),
+        "state": row.state,
+        "phase": type(phase).__name__.lower(),
+        "reason": row.reason,
+        "culprit": name(row.culprit) if row.culprit is not None else None,
+        "invited": [name(m) for m in row.invited],
+        "waiting_for": [name(m) for m in running.machine.missing()],
+        "seconds_left": max(0, round(running.deadline - engine.clock())),
+        "coordinates": running.job.quantizer.total_size,
+        "receipts": {name(m): {"root": r[0].hex(), "bytes": r[1]} for m, r in sorted(receipts.items())},
+        "traffic": {
+            name(m): {"sent": sent, "received": received, "upload": chunks}
+            for m, (sent, received, chunks) in sorted(traffic.items())
+        },
+    }
+    if isinstance(phase, phases.Confirming | phases.Released):
+        found["survivors"] = [name(m) for m in phase.closed.survivors]
+        found["confirmed_by"] = [name(m) for m in sorted(phase.votes)]
+        found["total"] = phase.outcome.total.hex()
+    return found
+
+
+def _release(engine: Engine, plan: str) -> dict[str, object] | None:
+    manifest = engine.home.releases / plan / "stage-1" / "manifest.json"
+    if not manifest.exists():
+        return None
+    found: dict[str, object] = json.loads(manifest.read_bytes())
+    return found

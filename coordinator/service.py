@@ -1,0 +1,228 @@
+"""gRPC around the engine: who is calling (by TLS certificate), parse or refuse, count bytes, answer.
+
+Errors a caller can cause become a clear status; every RPC is bounded. Blocking work runs in threads, the event loop
+only waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import grpc
+import structlog
+
+from coordinator.engine import Engine
+from coordinator.round import sender_of
+from coordinator.uploads import Uploads
+from privacy import PROTOCOL_VERSION, __version__
+from privacy.encoding import encode
+from privacy.errors import ProtocolError, Refusal, UserError, VeilsumError
+from privacy.secagg.messages import FromMember, MaskedInput, Outcome, Signed, ToMember
+from privacy.wire import federation_pb2 as pb
+from privacy.wire import federation_pb2_grpc
+from privacy.wire.convert import from_wire, to_wire
+from privacy.wire.transport import CHUNK_BYTES, PUT_CHUNK, SERVICE, read_chunk
+
+log = structlog.get_logger()
+
+#: Seconds a long poll waits before it answers "nothing new".
+POLL_S = 20.0
+
+STATUS = {
+    ProtocolError: grpc.StatusCode.INVALID_ARGUMENT,
+    Refusal: grpc.StatusCode.FAILED_PRECONDITION,
+    UserError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+
+R = TypeVar("R")
+Call = grpc.aio.ServicerContext[Any, Any]
+
+
+async def guarded(context: Call, work: Awaitable[R], **about: object) -> R:
+    """Await ``work``; what a caller did wrong becomes a status and a log line, never a traceback."""
+    try:
+        return await work
+    except VeilsumError as error:
+        kind = next(kind for kind in STATUS if isinstance(error, kind))
+        log.warning("refused", reason=str(error), **about)
+        await context.abort(STATUS[kind], str(error))
+        raise AssertionError("abort raises") from error
+
+
+class FederationService(federation_pb2_grpc.FederationServicer):
+    """What participants call; each is the member its certificate names."""
+
+    def __init__(self, engine: Engine, uploads: Uploads) -> None:
+        self._engine, self._uploads = engine, uploads
+        self._changed = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def wake() -> None:
+            loop.call_soon_threadsafe(self._wake)
+
+        engine.changed = wake
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _member(self, context: Call) -> int:
+        names = list(context.auth_context().get("x509_common_name", []))
+        try:
+            return self._engine.roster.roster.index(names[0].decode() if names else "")
+        except (Refusal, UnicodeDecodeError) as error:
+            log.warning("refused", reason=str(error), peer=context.peer())
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
+            raise AssertionError("abort raises") from error
+
+    def _name(self, member: int) -> str:
+        return self._engine.roster.roster.name(member)
+
+    async def Hello(self, request: pb.HelloRequest, context: Call) -> pb.HelloReply:
+        await self._member(context)
+        roster = self._engine.roster
+        return pb.HelloReply(
+            protocol_version=PROTOCOL_VERSION,
+            software=__version__,
+            roster=roster.hash,
+            coordinator=bytes.fromhex(roster.roster.coordinator),
+        )
+
+    async def ListPlans(self, request: pb.ListPlansRequest, context: Call) -> pb.ListPlansReply:
+        await self._member(context)
+        plans = await asyncio.to_thread(self._engine.store.plans)
+        return pb.ListPlansReply(
+            plans=[pb.PlanState(toml=p.toml, state=p.state, reason=p.reason, stage=1) for p in plans]
+        )
+
+    async def Ready(self, request: pb.ReadyRequest, context: Call) -> pb.ReadyReply:
+        member = await self._member(context)
+        work = asyncio.to_thread(self._engine.ready, request.plan, request.stage, member)
+        ready, expected = await guarded(context, work, member=self._name(member))
+        self._wake()
+        return pb.ReadyReply(ready=ready, expected=expected)
+
+    async def Next(self, request: pb.NextRequest, context: Call) -> pb.NextReply:
+        member = await self._member(context)
+        deadline = asyncio.get_running_loop().time() + POLL_S
+        while True:
+            changed = self._changed
+            found = await asyncio.to_thread(self._engine.message_for, request.plan, request.stage, member)
+            if found is not None and hashlib.sha256(encode(found[1], ToMember)).digest() != request.seen:
+                reply = pb.NextReply(message=to_wire(found[1], ToMember), round=found[0])
+                self._count(found[0], member, received=reply.ByteSize())
+                return reply
+            rest = deadline - asyncio.get_running_loop().time()
+            if rest <= 0:
+                return pb.NextReply()
+            try:
+                await asyncio.wait_for(changed.wait(), rest)
+            except TimeoutError:
+                return pb.NextReply()
+
+    def _count(self, round_id: bytes, member: int, **counts: int) -> None:
+        self._engine.store.count_traffic(round_id, member, **counts)
+
+    async def Send(self, request: pb.SendRequest, context: Call) -> pb.SendReply:
+        member = await self._member(context)
+
+        def take() -> bool:
+            message = from_wire(request.message, FromMember)
+            if isinstance(getattr(message, "body", None), MaskedInput):
+                raise ProtocolError("M5 comes with its upload: BeginUpload, PutChunk, FinishUpload")
+            self._check_sender(sender_of(message), member)
+            self._count(request.round, member, sent=request.ByteSize())
+            return not self._engine.receive(request.round, message)
+
+        return pb.SendReply(repeated_message=await guarded(context, asyncio.to_thread(take), member=self._name(member)))
+
+    @staticmethod
+    def _check_sender(claimed: int, member: int) -> None:
+        if claimed != member:
+            raise ProtocolError(f"expected a message of member {member}, whose certificate this is, found {claimed}")
+
+    def _input(self, request: pb.UploadRequest, member: int) -> Signed[MaskedInput]:
+        message: Signed[MaskedInput] = from_wire(request.input, Signed[MaskedInput])
+        self._check_sender(message.sender, member)
+        self._count(request.round, member, sent=request.ByteSize())
+        return message
+
+    async def BeginUpload(self, request: pb.UploadRequest, context: Call) -> pb.UploadState:
+        member = await self._member(context)
+        work = asyncio.to_thread(lambda: self._uploads.begin(request.round, self._input(request, member)))
+        received = await guarded(context, work, member=self._name(member))
+        return pb.UploadState(received=received, finished=self._uploads.receipt(request.round, member) is not None)
+
+    async def put_chunk(self, request: bytes, context: Call) -> bytes:
+        """Raw bytes in, nothing out: no protobuf around the payload."""
+        member = await self._member(context)
+
+        def put() -> None:
+            round_id, offset, payload = read_chunk(request)
+            self._uploads.put(round_id, member, offset, payload)
+            self._count(round_id, member, sent=len(request), chunks=len(request))
+
+        await guarded(context, asyncio.to_thread(put), member=self._name(member))
+        return b""
+
+    async def FinishUpload(self, request: pb.UploadRequest, context: Call) -> pb.Receipt:
+        member = await self._member(context)
+        work = asyncio.to_thread(lambda: self._uploads.finish(request.round, self._input(request, member)))
+        receipt = await guarded(context, work, member=self._name(member))
+        log.info("upload received", member=self._name(member), bytes=receipt.length)
+        return pb.Receipt(
+            round=request.round, member=member, root=receipt.root, length=receipt.length, signature=receipt.signature
+        )
+
+    async def ListReleases(
+        self, request: pb.ListReleasesRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListReleasesReply:
+        await self._member(context)
+        with self._engine.lock:
+            cohorts = self._engine.released(request.plan, 1)
+        releases = [pb.Release(round=c.round_id, stage=1, outcome=to_wire(c.outcome, Outcome)) for c in cohorts]
+        return pb.ListReleasesReply(releases=releases)
+
+    async def FetchTotal(self, request: pb.FetchTotalRequest, context: Call) -> pb.TotalChunk:
+        member = await self._member(context)
+
+        def read() -> pb.TotalChunk:
+            if not any(r.id == request.round and r.state == "released" for r in self._engine.store.rounds()):
+                raise Refusal(f"round {request.round.hex()[:16]}… has no total")
+            path = self._engine.store.total(request.round)
+            with path.open("rb") as file:
+                file.seek(request.offset)
+                return pb.TotalChunk(data=file.read(CHUNK_BYTES), length=path.stat().st_size)
+
+        chunk = await guarded(context, asyncio.to_thread(read), member=self._name(member))
+        self._count(request.round, member, received=chunk.ByteSize())
+        return chunk
+
+
+def add_federation(server: grpc.aio.Server, service: FederationService) -> None:
+    """Register the typed calls and, beside them, the raw chunk call."""
+    federation_pb2_grpc.add_FederationServicer_to_server(service, server)
+    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(service.put_chunk)
+    method = PUT_CHUNK.rpartition("/")[2]
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {method: handler}),))
+
+
+class OperatorService(federation_pb2_grpc.OperatorServicer):
+    """What the operator's commands call, over a socket file only the operator's account can open."""
+
+    def __init__(self, engine: Engine, report: Callable[[str], str]) -> None:
+        self._engine, self._report = engine, report
+
+    async def SubmitPlan(self, request: pb.SubmitPlanRequest, context: Call) -> pb.SubmitPlanReply:
+        work = asyncio.to_thread(self._engine.submit_plan, request.toml)
+        return pb.SubmitPlanReply(plan=await guarded(context, work))
+
+    async def CancelPlan(self, request: pb.CancelPlanRequest, context: Call) -> pb.CancelPlanReply:
+        await guarded(context, asyncio.to_thread(self._engine.cancel_plan, request.name, request.reason))
+        return pb.CancelPlanReply()
+
+    async def Report(self, request: pb.ReportRequest, context: Call) -> pb.ReportReply:
+        return pb.ReportReply(json=await guarded(context, asyncio.to_thread(self._report, request.plan)))

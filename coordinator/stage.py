@@ -1,0 +1,39 @@
+"""Cohorts of one stage: who may aggregate together, and when a cohort closes; pure.
+
+Cohorts of one stage are disjoint. A member that has been in a released round of the stage is done with it; whoever
+becomes ready later waits for the next cohort.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from privacy.roster import Rules
+
+
+def next_cohort(
+    ready: Mapping[int, float], done: Collection[int], members: int, rules: Rules, now: float, waiting_s: float
+) -> tuple[int, ...] | None:
+    """The members of the cohort to open now, ``None`` to go on waiting.
+
+    A cohort opens when everybody of the roster who is not done is ready, or when ``min_cohort`` are ready and the first
+    of them has waited ``waiting_s`` seconds. Those ready first go first; what is over the largest cohort waits, unless
+    it would be left alone with too few for a cohort of its own.
+
+    Args:
+        ready: member -> time (same clock as ``now``) since when its delta is ready.
+        done: members that a released round of this stage already contains.
+        members: size of the roster.
+    """
+    waiting = {m: since for m, since in ready.items() if m not in done}
+    if len(waiting) < rules.min_cohort:
+        return None
+    everybody = len(waiting) == members - len(done)
+    if not everybody and now - min(waiting.values()) < waiting_s:
+        return None
+    in_order = sorted(waiting, key=lambda m: (waiting[m], m))
+    count = min(len(in_order), rules.cohort)
+    rest = len(in_order) - count
+    if 0 < rest < rules.min_cohort:  # leave the rest enough for a cohort of its own, where that is possible
+        count = max(rules.min_cohort, count - (rules.min_cohort - rest))
+    return tuple(sorted(in_order[:count]))

@@ -1,0 +1,95 @@
+"""Folding uploads into one running sum, and taking the opened masks off it: both block by block, O(block) memory.
+
+A packed vector is a file of blocks (``privacy/secagg/masking.py``); a running sum is a file of little-endian uint32.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privacy import merkle
+from privacy.errors import ProtocolError
+from privacy.files import disk_errors, fsync_directory
+from privacy.secagg.masking import MaskStreams, block_sizes, pack, packed_bytes, unpack
+from privacy.secagg.transcript import Streams
+
+
+def read_blocks(path: Path, size: int, bits: int) -> Iterator[bytes]:
+    """The packed blocks of a vector file of ``size`` coordinates.
+
+    Raises:
+        ProtocolError: the file is shorter or longer than such a vector.
+    """
+    with path.open("rb") as file:
+        for count in block_sizes(size):
+            block = file.read(packed_bytes(count, bits))
+            if len(block) != packed_bytes(count, bits):
+                raise ProtocolError(f"{path.name}: expected a vector of {size} coordinates, the file ends early")
+            yield block
+        if file.read(1):
+            raise ProtocolError(f"{path.name}: expected a vector of {size} coordinates, the file goes on")
+
+
+def file_root(path: Path, size: int, bits: int) -> bytes:
+    """Merkle root over the packed blocks of a vector file; raises as :func:`read_blocks`."""
+    return merkle.root([merkle.leaf_hash(block) for block in read_blocks(path, size, bits)])
+
+
+def read_total(path: Path, size: int, bits: int) -> NDArray[np.uint32]:
+    """A whole packed vector, (size,) uint32."""
+    total = np.empty(size, np.uint32)
+    at = 0
+    for block, count in zip(read_blocks(path, size, bits), block_sizes(size), strict=True):
+        total[at : at + count] = unpack(block, count, bits)
+        at += count
+    return total
+
+
+def _write(path: Path, blocks: Iterator[bytes]) -> None:
+    staging = path.with_suffix(".tmp")
+    with disk_errors(path):
+        with staging.open("wb") as file:
+            for block in blocks:
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+        staging.replace(path)
+        fsync_directory(path.parent)
+
+
+def fold(uploads: Sequence[Path], target: Path, size: int, bits: int) -> None:
+    """Write the sum of packed vectors, mod 2**32, to ``target``; durable when this returns."""
+
+    def sums() -> Iterator[bytes]:
+        readers = [read_blocks(path, size, bits) for path in uploads]
+        for count in block_sizes(size):
+            tile = np.zeros(count, np.uint32)
+            for reader in readers:
+                tile += unpack(next(reader), count, bits)
+            yield tile.astype("<u4").tobytes()
+
+    _write(target, sums())
+
+
+def unmask(running_sum: Path, target: Path, streams: Streams, size: int, bits: int) -> bytes:
+    """Take ``streams`` off the running sum and write the packed total; returns its Merkle root over blocks."""
+    hashes: list[bytes] = []
+    off = streams.inverse()
+
+    def totals() -> Iterator[bytes]:
+        masks = MaskStreams(off.plus, off.minus, bits)
+        with running_sum.open("rb") as file:
+            for count in block_sizes(size):
+                tile = np.frombuffer(file.read(4 * count), "<u4").astype(np.uint32)
+                masks.apply(tile)
+                block = pack(tile, bits)
+                hashes.append(merkle.leaf_hash(block))
+                yield block
+
+    _write(target, totals())
+    return merkle.root(hashes)

@@ -1,0 +1,103 @@
+"""Files that survive a power cut, and files that nobody else reads. Save, then send: these are the saves."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from privacy.errors import UserError
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what a disk can do wrong into one line: full, read-only, not permitted."""
+    try:
+        yield
+    except OSError as error:
+        hints = {
+            errno.ENOSPC: "free space on this file system; nothing that was confirmed is lost",
+            errno.EDQUOT: "raise the quota; nothing that was confirmed is lost",
+            errno.EROFS: "mount the file system writable",
+            errno.EACCES: "check owner and mode of the directory",
+        }
+        raise UserError(
+            f"{path}: expected to write, found: {error.strerror or error}", hint=hints.get(error.errno or 0, "")
+        ) from error
+
+
+def fsync_directory(path: Path) -> None:
+    """Make created, renamed and deleted names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_private_directory(path: Path) -> Path:
+    """Create a directory that only this account can enter."""
+    with disk_errors(path):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+def write_durably(path: Path, content: bytes, *, private: bool = True) -> None:
+    """Replace ``path`` by ``content``, whole or not at all, and on disk when this returns.
+
+    Raises:
+        UserError: the disk is full, read-only or not ours; the old file is as it was.
+    """
+    staging = path.with_name(f".{path.name}-{secrets.token_hex(6)}")
+    with disk_errors(path):
+        try:
+            descriptor = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o644)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            staging.replace(path)
+        finally:
+            staging.unlink(missing_ok=True)
+        fsync_directory(path.parent)
+
+
+def append_durably(path: Path, content: bytes) -> None:
+    """Append to a private file, created if need be; on disk when this returns.
+
+    Raises:
+        UserError: the disk is full or not writable; a partial line may remain and is cut off by the reader.
+    """
+    with disk_errors(path):
+        created = not path.exists()
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if created:
+            fsync_directory(path.parent)
+
+
+def read_file(path: Path, what: str, hint: str = "check the path") -> bytes:
+    """The bytes of a file the user must have; raises UserError naming it."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: expected {what}, found: {error.strerror or error}", hint=hint) from error
+
+
+def read_private(path: Path, what: str, hint: str) -> bytes:
+    """As :func:`read_file`, for secrets: group and others must have no access.
+
+    Raises:
+        UserError: missing, unreadable, or open to other accounts.
+    """
+    content = read_file(path, what, hint)
+    mode = path.stat().st_mode & 0o777
+    if mode & 0o077:
+        raise UserError(f"{path}: expected mode 0600, found {mode:04o}", hint=f"chmod 600 {path}")
+    return content

@@ -1,0 +1,60 @@
+"""What a plan and the pinned roster fix together: header, rules, vector layout; everybody computes it alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from privacy import PROTOCOL_VERSION
+from privacy.adapter import Layout, layout_of
+from privacy.plan import Plan, PlanFile
+from privacy.roster import Roster, RosterFile, Rules, rules_for
+from privacy.secagg.masking import packed_length
+from privacy.secagg.messages import Header
+from privacy.secagg.quantize import Quantizer, quantizer_for
+from privacy.secagg.transcript import RoundContext
+
+
+@dataclass(frozen=True)
+class Job:
+    """One plan under one roster.
+
+    Raises (on construction by :meth:`of`):
+        Refusal: the plan asks for what the pinned policy does not allow.
+    """
+
+    plan_file: PlanFile
+    roster_file: RosterFile
+    rules: Rules
+    layout: Layout
+    quantizer: Quantizer
+
+    @classmethod
+    def of(cls, plan_file: PlanFile, roster_file: RosterFile) -> Job:
+        rules = rules_for(plan_file.plan, roster_file.roster.policy)
+        layout = layout_of(plan_file.plan.adapter)
+        return cls(plan_file, roster_file, rules, layout, quantizer_for(plan_file.plan, layout.size))
+
+    @property
+    def plan(self) -> Plan:
+        return self.plan_file.plan
+
+    @property
+    def roster(self) -> Roster:
+        return self.roster_file.roster
+
+    def header(self, stage: int, round_number: int, start: bytes) -> Header:
+        """The header of a round of this job; ``start`` is the digest of the start adapter."""
+        return Header(
+            PROTOCOL_VERSION,
+            self.plan_file.digest,
+            stage,
+            round_number,
+            self.roster_file.hash,
+            start,
+            bytes.fromhex(self.roster.coordinator),
+        )
+
+    def context(self, header: Header) -> RoundContext:
+        """The context of the round with this header."""
+        length = packed_length(self.quantizer.total_size, self.rules.bits)
+        return RoundContext(header, self.roster.keys(), self.rules, length)
