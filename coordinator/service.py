@@ -177,9 +177,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
             round=request.round, member=member, root=receipt.root, length=receipt.length, signature=receipt.signature
         )
 
-    async def ListReleases(
-        self, request: pb.ListReleasesRequest, context: grpc.aio.ServicerContext
-    ) -> pb.ListReleasesReply:
+    async def ListReleases(self, request: pb.ListReleasesRequest, context: Call) -> pb.ListReleasesReply:
         await self._member(context)
         with self._engine.lock:
             cohorts = self._engine.released(request.plan, 1)

@@ -1,0 +1,137 @@
+"""``veilsum-coordinator``: serve, and look after plans."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from privacy import __version__, console
+
+app = typer.Typer(
+    name="veilsum-coordinator",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Coordinate federated fine-tuning and unmask only the sum. "
+    "Every command takes --dir, the coordinator's directory (or VEILSUM_COORDINATOR).",
+)
+plan_app = typer.Typer(no_args_is_help=True, help="Submit and cancel plans.")
+app.add_typer(plan_app, name="plan")
+
+Directory = Annotated[
+    Path, typer.Option("--dir", envvar="VEILSUM_COORDINATOR", help="Directory of the coordinator.", show_default=True)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+HERE = Path()
+
+
+def _operator(directory: Path) -> Any:
+    from coordinator.config import load_home
+    from coordinator.operator import Operator
+
+    return Operator(load_home(directory))
+
+
+@app.command()
+def serve(
+    directory: Directory = HERE,
+    json_logs: Annotated[bool, typer.Option("--json-logs", help="Log one JSON object a line.")] = False,
+) -> None:
+    """Run the coordinator until Ctrl-C.
+
+    Example: veilsum-coordinator serve --dir /var/lib/veilsum
+    """
+    import asyncio
+
+    console.set_up_logs(as_json=json_logs)
+    from coordinator.config import load_home
+    from coordinator.daemon import serve as run_server
+
+    asyncio.run(run_server(load_home(directory)))
+
+
+@plan_app.command("submit")
+def submit(
+    file: Annotated[Path, typer.Argument(help="The plan, a TOML file.")],
+    directory: Directory = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Offer a plan to all members.
+
+    Example: veilsum-coordinator plan submit plan.toml
+    """
+    from privacy.plan import load_plan
+
+    plan_file = load_plan(file)
+    digest = _operator(directory).submit_plan(plan_file.raw)
+    found = {"plan": plan_file.plan.name, "digest": digest.hex()}
+    typer.echo(json.dumps(found) if as_json else f"plan '{found['plan']}' is offered, digest {found['digest']}")
+
+
+@plan_app.command("cancel")
+def cancel(
+    name: Annotated[str, typer.Argument(help="Name of the plan.")],
+    directory: Directory = HERE,
+    reason: Annotated[str, typer.Option(help="Shown to the members.")] = "no reason given",
+) -> None:
+    """Withdraw a plan; its running round aborts, a release stays.
+
+    Example: veilsum-coordinator plan cancel bbc-news --reason "wrong labels"
+    """
+    _operator(directory).cancel_plan(name, reason)
+    typer.echo(f"plan '{name}' is cancelled")
+
+
+@app.command()
+def status(directory: Directory = HERE, as_json: AsJson = False) -> None:
+    """List all plans and their state.
+
+    Example: veilsum-coordinator status --json
+    """
+    found = _operator(directory).report()
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    if not found["plans"]:
+        typer.echo("no plans yet; offer one: veilsum-coordinator plan submit FILE")
+    for plan in found["plans"]:
+        reason = f": {plan['reason']}" if plan["reason"] else ""
+        typer.echo(
+            f"{plan['plan']}: {plan['state']}{reason}; ready {len(plan['ready'])}, "
+            f"released {len(plan['released'])} of {plan['members']} members"
+        )
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="Name of the plan.")], directory: Directory = HERE, as_json: AsJson = False
+) -> None:
+    """Show one plan with its rounds and its release.
+
+    Example: veilsum-coordinator show bbc-news
+    """
+    found = _operator(directory).report(name)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    typer.echo(f"{found['plan']}: {found['state']}" + (f": {found['reason']}" if found["reason"] else ""))
+    for row in found["rounds"]:
+        line = f"  round {row['round']}: {row['state']}, {row['phase']}, {len(row['receipts'])} uploads"
+        if row["state"] == "running" and row["waiting_for"]:
+            line += f", waits {row['seconds_left']} s for {', '.join(row['waiting_for'])}"
+        typer.echo(line + (f"; {row['reason']}" if row["reason"] else ""))
+    if found["release"]:
+        typer.echo(f"  adapter: {found['release']['adapter']}")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def main() -> None:
+    """Entry point."""
+    console.run(app)

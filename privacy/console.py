@@ -1,0 +1,71 @@
+"""How the three commands speak: one line for a user's mistake, a hint below it, an exit code per kind; logs set up
+once.
+
+Exit codes: 0 done, 1 something the user can mend, 2 wrong usage, 3 refused by policy, 4 a peer broke the protocol,
+5 the other end cannot be reached, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import NoReturn
+
+import structlog
+import typer
+
+from privacy.errors import ProtocolError, Refusal, UserError, VeilsumError
+
+EXIT_USER, EXIT_REFUSED, EXIT_PROTOCOL, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 1, 3, 4, 5, 130
+
+
+class Unreachable(UserError):
+    """The other end does not answer; it may be down, or the address wrong."""
+
+
+def exit_code(error: VeilsumError) -> int:
+    """The exit code of a kind of error."""
+    if isinstance(error, Unreachable):
+        return EXIT_UNREACHABLE
+    if isinstance(error, Refusal):
+        return EXIT_REFUSED
+    return EXIT_PROTOCOL if isinstance(error, ProtocolError) else EXIT_USER
+
+
+def fail(error: VeilsumError) -> NoReturn:
+    """Print one line and a hint, and leave with the code of the error's kind."""
+    typer.echo(f"error: {error}", err=True)
+    hint = getattr(error, "hint", "")
+    if hint:
+        typer.echo(f"  hint: {hint}", err=True)
+    raise SystemExit(exit_code(error))
+
+
+def run(app: typer.Typer) -> None:
+    """Run a command-line application; no traceback for anything that is not our bug."""
+    try:
+        app()
+    except VeilsumError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; what was saved stays saved", err=True)
+        raise SystemExit(EXIT_INTERRUPTED) from None
+
+
+def set_up_logs(*, as_json: bool = False) -> None:
+    """Structured logs on standard error; call once, before gRPC starts (it deadlocks on a later change)."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    final = (
+        structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    )
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            final,
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+    )
