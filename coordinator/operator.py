@@ -28,7 +28,7 @@ class Operator:
         try:
             return method(request, timeout=TIMEOUT_S)
         except grpc.RpcError as error:
-            code, text = error.code(), error.details() or ""  # type: ignore[attr-defined]
+            code, text = error.code(), error.details() or ""
             if code == grpc.StatusCode.UNAVAILABLE:
                 raise Unreachable(
                     f"expected a coordinator running in {self._home.directory}, found none",

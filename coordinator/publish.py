@@ -15,15 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from coordinator.unmask import read_total
-from privacy.adapter import Tensors, release, save_peft, start_adapter, start_digest
+from privacy.adapter import save_peft
 from privacy.encoding import encode
 from privacy.files import write_durably
 from privacy.job import Job
+from privacy.outcome import Facts, VerifiedCohort, combine, manifest
 from privacy.secagg.messages import Outcome, OutcomeVote, Signed
-from privacy.secagg.quantize import Decoded
+from privacy.vectors import read_total
 
 
 @dataclass(frozen=True)
@@ -41,37 +39,26 @@ class CohortTotal:
         return tuple(i.sender for i in self.outcome.transcript.inputs)
 
 
-def combine(job: Job, cohorts: Sequence[CohortTotal]) -> tuple[Decoded, list[Decoded]]:
-    """The mean over all cohort totals, and what each total says alone.
+def checked(job: Job, cohort: CohortTotal) -> VerifiedCohort:
+    """What the coordinator's own machine verified message by message, with the integers of the total.
 
     Raises:
         ProtocolError: a garbled total.
     """
-    quantizer = job.quantizer
-    whole = np.zeros(quantizer.total_size, np.int64)
-    each = []
-    for cohort in cohorts:
-        total = read_total(cohort.total, quantizer.total_size, job.rules.bits)
-        lifted = quantizer.checked(total, len(cohort.survivors))
-        each.append(quantizer.decode_sum(lifted, len(cohort.survivors)))
-        whole += lifted
-    return quantizer.decode_sum(whole, sum(len(c.survivors) for c in cohorts)), each
+    total = read_total(cohort.total, job.quantizer.total_size, job.rules.bits)
+    lifted = job.quantizer.checked(total, len(cohort.survivors))
+    return VerifiedCohort(cohort.number, cohort.survivors, cohort.outcome.total, lifted)
 
 
-def released_adapter(job: Job, decoded: Decoded) -> Tensors:
-    """start + server_lr * mean, as every site computes it too."""
-    return release(start_adapter(job.plan.adapter), decoded.mean, job.plan.aggregation.server_lr, job.layout)
-
-
-def publish(job: Job, stage: int, cohorts: Sequence[CohortTotal], releases: Path) -> dict[str, object]:
+def publish(job: Job, stage: int, cohorts: Sequence[CohortTotal], releases: Path) -> Facts:
     """Write (or write again, with one more cohort) the release of a stage; returns its manifest.
 
     Raises:
         ProtocolError: a garbled total; nothing is published.
         UserError: the disk is full; the release before stands.
     """
-    decoded, each = combine(job, cohorts)
-    tensors = released_adapter(job, decoded)
+    verified = [checked(job, cohort) for cohort in cohorts]
+    decoded, tensors = combine(job, verified)
     directory = releases / job.plan.name / f"stage-{stage}"
     for cohort in cohorts:
         evidence = directory / "rounds" / str(cohort.number)
@@ -81,32 +68,10 @@ def publish(job: Job, stage: int, cohorts: Sequence[CohortTotal], releases: Path
     write_durably(directory / "plan.toml", job.plan_file.raw, private=False)
     write_durably(directory / "roster.toml", job.roster_file.raw, private=False)
     save_peft(directory / "adapter", tensors, adapter=job.plan.adapter, base_name=job.plan.base.name)
-    manifest: dict[str, object] = {
-        "plan": job.plan.name,
-        "plan_digest": job.plan_file.digest.hex(),
-        "stage": stage,
-        "base": {"name": job.plan.base.name, "digest": job.plan.base.digest},
-        "adapter": str(directory / "adapter"),
-        "adapter_digest": start_digest(tensors).hex(),
-        "coordinates": job.quantizer.size,
-        "total_weight": decoded.weight,
-        "training_loss": round(decoded.loss, 6),
-        "cohorts": [_cohort(job, c, d) for c, d in zip(cohorts, each, strict=True)],
-    }
-    write_durably(directory / "manifest.json", json.dumps(manifest, indent=2).encode() + b"\n", private=False)
-    return manifest
-
-
-def _cohort(job: Job, cohort: CohortTotal, decoded: Decoded) -> dict[str, object]:
-    names = job.roster.name
-    transcript = cohort.outcome.transcript
-    return {
-        "round": cohort.number,
-        "id": cohort.round_id.hex(),
-        "joined": [names(k.sender) for k in transcript.keys],
-        "survivors": [names(i) for i in cohort.survivors],
-        "confirmed_by": [names(v.sender) for v in cohort.votes],
-        "total": cohort.outcome.total.hex(),
-        "total_weight": decoded.weight,
-        "training_loss": round(decoded.loss, 6),
-    }
+    facts = manifest(job, stage, verified, decoded, tensors) | {"adapter": str(directory / "adapter")}
+    for entry, cohort in zip(facts["cohorts"], cohorts, strict=True):
+        entry["id"] = cohort.round_id.hex()
+        entry["joined"] = [job.roster.name(k.sender) for k in cohort.outcome.transcript.keys]
+        entry["confirmed_by"] = [job.roster.name(v.sender) for v in cohort.votes]
+    write_durably(directory / "manifest.json", json.dumps(facts, indent=2).encode() + b"\n", private=False)
+    return facts

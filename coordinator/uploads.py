@@ -9,12 +9,12 @@ from pathlib import Path
 
 from coordinator import phases
 from coordinator.engine import Engine, Running
-from coordinator.unmask import file_root
 from privacy.errors import ProtocolError, Refusal
 from privacy.files import disk_errors, fsync_directory
 from privacy.receipt import sign_receipt
 from privacy.secagg import transcript
 from privacy.secagg.messages import MaskedInput, Signed
+from privacy.vectors import file_root
 from privacy.wire.transport import CHUNK_BYTES
 
 

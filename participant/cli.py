@@ -1,0 +1,167 @@
+"""``veilsum-participant``: the daemon of one site, and what its administrator asks."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from privacy import __version__, console
+from privacy.errors import UserError
+
+app = typer.Typer(
+    name="veilsum-participant",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Fine-tune on this site's data, mask the update, upload it once. "
+    "Every command takes --dir, the site's directory (or VEILSUM_PARTICIPANT).",
+)
+
+Directory = Annotated[
+    Path, typer.Option("--dir", envvar="VEILSUM_PARTICIPANT", help="Directory of this site.", show_default=True)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+HERE = Path()
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@app.command()
+def run(
+    directory: Directory = HERE,
+    once: Annotated[bool, typer.Option("--once", help="Leave when a release is here.")] = False,
+    json_logs: Annotated[bool, typer.Option("--json-logs", help="Log one JSON object a line.")] = False,
+) -> None:
+    """Run the daemon until Ctrl-C: train plans this site agreed to, join rounds, fetch releases.
+
+    Example: veilsum-participant run --dir /var/lib/veilsum-site
+    """
+    console.set_up_logs(as_json=json_logs)
+    signal.signal(signal.SIGTERM, _interrupt)
+    from participant.daemon import Daemon
+    from participant.progress import training_progress
+    from participant.site import Site
+
+    site = Site.open(directory)
+    with training_progress(show=not json_logs) as progress:
+        Daemon(site, site.client(), progress).run(once=once)
+
+
+@app.command()
+def status(directory: Directory = HERE, as_json: AsJson = False) -> None:
+    """Say what became of each plan here. Needs no network.
+
+    Example: veilsum-participant status --json
+    """
+    from participant.site import Site
+
+    site = Site.open(directory)
+    plans = [{"plan": name, **note} for name, note in sorted(site.notes().items())]
+    found = {"member": site.home.settings.member, "rounds_joined": site.store.rounds_joined(), "plans": plans}
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    if not plans:
+        typer.echo("no plans seen yet; start the daemon: veilsum-participant run")
+    for plan in plans:
+        reason = f": {plan['reason']}" if plan["reason"] else ""
+        typer.echo(f"{plan['plan']}: {plan['state']}{reason}")
+
+
+@app.command()
+def fetch(
+    plan: Annotated[str, typer.Argument(help="Name of the plan.")], directory: Directory = HERE, as_json: AsJson = False
+) -> None:
+    """Fetch a plan's release, verify it and compute the adapter here.
+
+    Example: veilsum-participant fetch bbc-news
+    """
+    from participant.fetch import fetch_release
+    from participant.site import Site
+    from privacy.job import Job
+
+    site = Site.open(directory)
+    client = site.client()
+    client.hello()
+    job = Job.of(_find_plan(client, plan), site.roster)
+    if not fetch_release(site, client, job, 1):
+        raise UserError(f"expected a release of plan '{plan}', found none yet", hint="veilsum-participant status")
+    adapter = site.release_directory(plan, 1) / "adapter"
+    typer.echo(json.dumps({"plan": plan, "adapter": str(adapter)}) if as_json else str(adapter))
+
+
+def _find_plan(client: Any, name: str) -> Any:
+    from privacy.plan import parse_plan
+
+    offered = [parse_plan(p.toml) for p in client.plans()]
+    for plan_file in offered:
+        if plan_file.plan.name == name:
+            return plan_file
+    known = ", ".join(p.plan.name for p in offered) or "none"
+    raise UserError(f"expected a plan the coordinator offers, found '{name}'; offered: {known}")
+
+
+@app.command()
+def evaluate(
+    plan: Annotated[Path, typer.Argument(help="The plan file.")],
+    data: Annotated[Path, typer.Option(help="Records to classify; columns as in the site's data set.")],
+    directory: Directory = HERE,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="base, local, release, or an adapter directory; may be repeated.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the accuracy of adapters on this machine; nothing leaves it.
+
+    Example: veilsum-participant evaluate plan.toml --data test.jsonl --adapter local --adapter release
+    """
+    from participant.compare import compare
+    from participant.site import Site
+    from privacy.plan import load_plan
+
+    found = compare(Site.open(directory), load_plan(plan).plan, data, adapter or ["base", "local", "release"])
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for name, result in found.items():
+        typer.echo(f"{name}: accuracy {result['accuracy']:.4f} ({result['correct']} of {result['total']})")
+
+
+@app.command()
+def draft(
+    base: Annotated[Path, typer.Argument(help="Directory of the base model (safetensors, config, tokenizer).")],
+    name: Annotated[str, typer.Option(help="Name of the plan.")],
+    base_name: Annotated[str, typer.Option(help="Name of the base model, as sites list it.")],
+    dataset: Annotated[str, typer.Option(help="Name of the data set, as sites list it.")],
+    label: Annotated[list[str], typer.Option(help="A label; repeat for each, in order.")],
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA adapter.")] = 8,
+    max_length: Annotated[int, typer.Option(help="Tokens of a record that are read.")] = 128,
+) -> None:
+    """Write a complete plan for a base model to standard output, with every digest filled in.
+
+    Example: veilsum-participant draft ./MiniLM --name news --base-name MiniLM --dataset news --label a --label b
+    """
+    from participant.drafting import draft_plan
+
+    typer.echo(
+        draft_plan(
+            base=base, base_name=base_name, name=name, dataset=dataset, labels=label, rank=rank, max_length=max_length
+        ),
+        nl=False,
+    )
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def main() -> None:
+    """Entry point."""
+    console.run(app)

@@ -1,0 +1,193 @@
+"""The site's end of the wire: it dials out, says who it is by certificate, and takes nothing on trust.
+
+What the other end says becomes messages (``privacy/wire/convert.py``) or an error; a coordinator that does not answer
+is tried again, for ever, by the caller.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from participant.enrol import AUTHORITY, TLS_CERTIFICATE, TLS_KEY
+from privacy import PROTOCOL_VERSION, __version__
+from privacy.console import Unreachable
+from privacy.encoding import encode
+from privacy.errors import ProtocolError, Refusal, UserError
+from privacy.files import read_file, read_private
+from privacy.receipt import is_receipt
+from privacy.roster import RosterFile
+from privacy.secagg.messages import FromMember, MaskedInput, Outcome, Signed, ToMember
+from privacy.wire import federation_pb2 as pb
+from privacy.wire.convert import from_wire, to_wire
+from privacy.wire.federation_pb2_grpc import FederationStub
+from privacy.wire.transport import CHUNK_BYTES, CLIENT_OPTIONS, PUT_CHUNK, put_chunk
+
+#: A call that takes longer than this is tried again; long polls end before it.
+TIMEOUT_S = 60.0
+#: Chunks in flight: as fast as one stream at 200 ms round trip, and every chunk can be repeated.
+WINDOW = 4
+
+
+@dataclass(frozen=True)
+class OfferedPlan:
+    """A plan file as the coordinator offers it, and what became of it there."""
+
+    toml: bytes
+    state: str
+    reason: str
+    stage: int
+
+
+@dataclass(frozen=True)
+class ReleasedCohort:
+    """One released round of a plan, not yet verified."""
+
+    round_id: bytes
+    stage: int
+    outcome: Outcome
+
+
+def seen_hash(message: ToMember) -> bytes:
+    """What a long poll says it has seen."""
+    return hashlib.sha256(encode(message, ToMember)).digest()
+
+
+@contextmanager
+def _errors(address: str) -> Iterator[None]:
+    try:
+        yield
+    except grpc.RpcError as error:
+        code, text = error.code(), error.details() or ""
+        if code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE):
+            raise ProtocolError(f"the coordinator refused: {text}") from error
+        if code in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.PERMISSION_DENIED):
+            raise Refusal(f"the coordinator refused: {text}") from error
+        if code == grpc.StatusCode.UNIMPLEMENTED:
+            raise UserError(
+                f"{address}: expected a coordinator of version {__version__}, found one without this call",
+                hint="run the same version of veilsum at both ends",
+            ) from error
+        raise Unreachable(
+            f"{address}: expected an answer, found {code.name if code else 'none'}: {text}",
+            hint="is the coordinator running, is the address right, are the certificates of this federation and valid?",
+        ) from error
+
+
+class Client:
+    """One connection to the coordinator."""
+
+    def __init__(self, directory: Path, address: str, roster: RosterFile, me: int) -> None:
+        hint = "join the federation first; the coordinator issues the certificate"
+        credentials = grpc.ssl_channel_credentials(
+            read_file(directory / AUTHORITY, "the federation's authority certificate", hint),
+            read_private(directory / TLS_KEY, "this site's TLS key", hint),
+            read_file(directory / TLS_CERTIFICATE, "this site's TLS certificate", hint),
+        )
+        self._address, self._roster, self._me = address, roster, me
+        self._channel = grpc.secure_channel(address, credentials, CLIENT_OPTIONS)
+        self._stub = FederationStub(self._channel)
+        self._chunk: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(PUT_CHUNK)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def _call(self, method: Callable[..., Any], request: Any) -> Any:
+        with _errors(self._address):
+            return method(request, timeout=TIMEOUT_S)
+
+    def hello(self) -> None:
+        """Compare versions, roster and coordinator key.
+
+        Raises:
+            UserError: another protocol version. Refusal: another roster or coordinator than the pinned one.
+        """
+        request = pb.HelloRequest(protocol_version=PROTOCOL_VERSION, software=__version__, roster=self._roster.hash)
+        reply: pb.HelloReply = self._call(self._stub.Hello, request)
+        if reply.protocol_version != PROTOCOL_VERSION:
+            raise UserError(
+                f"expected protocol version {PROTOCOL_VERSION} (veilsum {__version__}), found {reply.protocol_version} "
+                f"(veilsum {reply.software}) at the coordinator",
+                hint="run the same version of veilsum at both ends",
+            )
+        if reply.roster != self._roster.hash:
+            raise Refusal(
+                f"expected the pinned roster {self._roster.hash.hex()[:16]}…, "
+                f"the coordinator uses {reply.roster.hex()[:16]}…"
+            )
+
+    def plans(self) -> list[OfferedPlan]:
+        """All plans the coordinator offers."""
+        reply: pb.ListPlansReply = self._call(self._stub.ListPlans, pb.ListPlansRequest())
+        return [OfferedPlan(p.toml, p.state, p.reason, p.stage) for p in reply.plans]
+
+    def ready(self, plan: bytes, stage: int) -> tuple[int, int]:
+        """Say that this site's delta is trained; (members ready, members of the roster)."""
+        reply: pb.ReadyReply = self._call(self._stub.Ready, pb.ReadyRequest(plan=plan, stage=stage))
+        return reply.ready, reply.expected
+
+    def next(self, plan: bytes, stage: int, seen: bytes) -> tuple[bytes, ToMember] | None:
+        """(round id, message) once there is one other than ``seen``; ``None`` when nothing came for a while."""
+        reply: pb.NextReply = self._call(self._stub.Next, pb.NextRequest(plan=plan, stage=stage, seen=seen))
+        if not reply.HasField("message"):
+            return None
+        message: ToMember = from_wire(reply.message, ToMember)
+        return reply.round, message
+
+    def send(self, round_id: bytes, message: FromMember) -> None:
+        """One message of this member; repeating it is harmless."""
+        self._call(self._stub.Send, pb.SendRequest(round=round_id, message=to_wire(message, FromMember)))
+
+    def upload(self, round_id: bytes, message: Signed[MaskedInput], spool: Path) -> None:
+        """M5 with its vector: whatever is missing there goes, four chunks in flight; ends with a verified receipt.
+
+        Raises:
+            Unreachable: call again later, it goes on where it stopped. ProtocolError: refused, e.g. too late.
+        """
+        request = pb.UploadRequest(round=round_id, input=to_wire(message, Signed[MaskedInput]))
+        state: pb.UploadState = self._call(self._stub.BeginUpload, request)
+        if not state.finished:
+            self._send_chunks(round_id, spool, state.received - state.received % CHUNK_BYTES, message.body.length)
+        receipt: pb.Receipt = self._call(self._stub.FinishUpload, request)
+        coordinator, body = bytes.fromhex(self._roster.roster.coordinator), message.body
+        if not is_receipt(coordinator, receipt.signature, round_id, self._me, body.root, body.length):
+            raise ProtocolError("the coordinator's receipt for the upload does not verify")
+
+    def _send_chunks(self, round_id: bytes, spool: Path, offset: int, length: int) -> None:
+        flying: deque[Any] = deque()
+        with _errors(self._address), spool.open("rb") as file:
+            file.seek(offset)
+            while offset < length:
+                payload = file.read(CHUNK_BYTES)
+                flying.append(self._chunk.future(put_chunk(round_id, offset, payload), timeout=TIMEOUT_S))
+                offset += len(payload)
+                if len(flying) == WINDOW:
+                    flying.popleft().result()
+            while flying:
+                flying.popleft().result()
+
+    def releases(self, plan: bytes) -> list[ReleasedCohort]:
+        """All released rounds of a plan."""
+        reply: pb.ListReleasesReply = self._call(self._stub.ListReleases, pb.ListReleasesRequest(plan=plan))
+        return [ReleasedCohort(r.round, r.stage, from_wire(r.outcome, Outcome)) for r in reply.releases]
+
+    def fetch_total(self, round_id: bytes, length: int, target: Path) -> None:
+        """Download the packed total of a round; the caller verifies it.
+
+        Raises:
+            ProtocolError: the coordinator has a total of another length.
+        """
+        with target.open("wb") as file:
+            while file.tell() < length:
+                request = pb.FetchTotalRequest(round=round_id, offset=file.tell())
+                chunk: pb.TotalChunk = self._call(self._stub.FetchTotal, request)
+                if chunk.length != length or not chunk.data:
+                    raise ProtocolError(f"expected a total of {length} bytes, found {chunk.length}")
+                file.write(chunk.data)

@@ -1,0 +1,78 @@
+"""The release arrives: totals downloaded, verified from plan and pinned roster alone, and the adapter computed here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from participant.client import Client
+from participant.site import Site
+from privacy.adapter import save_peft
+from privacy.files import make_private_directory, write_durably
+from privacy.job import Job
+from privacy.outcome import combine, manifest, verify_cohort, verify_total
+from privacy.secagg.masking import packed_length
+from privacy.secagg.messages import Outcome
+
+RELEASE_NOTE = "release.json"
+
+
+def _download(site: Site, client: Client, job: Job, round_id: bytes) -> Path:
+    target = make_private_directory(site.home.work / job.plan.name) / f"total-{round_id.hex()[:16]}.bin"
+    client.fetch_total(round_id, packed_length(job.quantizer.total_size, job.rules.bits), target)
+    return target
+
+
+def fetch_total(
+    site: Site, client: Client, job: Job, round_id: bytes, outcome: Outcome, survivors: int
+) -> NDArray[np.int64]:
+    """The total of a round this site took part in, (d + extras,) signed integers.
+
+    Raises:
+        ProtocolError: not what M10 promised, or garbled.
+    """
+    path = _download(site, client, job, round_id)
+    try:
+        return verify_total(job, outcome, survivors, path)
+    finally:
+        path.unlink()
+
+
+def fetch_release(site: Site, client: Client, job: Job, stage: int) -> bool:
+    """Bring the release of a stage here, or bring it up to date; ``False`` if there is none yet.
+
+    Every cohort's transcript is verified; the adapter is this site's own computation from the totals.
+
+    Raises:
+        ProtocolError: a transcript or total does not hold; the release that is here stays.
+    """
+    offered = [c for c in client.releases(job.plan_file.digest) if c.stage == stage]
+    if not offered:
+        return False
+    directory = site.release_directory(job.plan.name, stage)
+    rounds = sorted(c.outcome.transcript.header.round for c in offered)
+    if released_rounds(directory) == rounds:
+        return True
+    start = bytes.fromhex(job.plan.adapter.digest)
+    cohorts = []
+    for cohort in offered:
+        path = _download(site, client, job, cohort.round_id)
+        try:
+            cohorts.append(verify_cohort(job, stage, start, cohort.outcome, path))
+        finally:
+            path.unlink()
+    decoded, tensors = combine(job, cohorts)
+    adapter = directory / "adapter"
+    save_peft(adapter, tensors, adapter=job.plan.adapter, base_name=job.plan.base.name)
+    facts = manifest(job, stage, cohorts, decoded, tensors) | {"adapter": str(adapter)}
+    write_durably(directory / RELEASE_NOTE, json.dumps(facts, indent=2).encode() + b"\n")
+    return True
+
+
+def released_rounds(directory: Path) -> list[int]:
+    """Numbers of the rounds in the release that lies here."""
+    note = directory / RELEASE_NOTE
+    return sorted(c["round"] for c in json.loads(note.read_bytes())["cohorts"]) if note.exists() else []

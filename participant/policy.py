@@ -1,0 +1,44 @@
+"""Does this site agree to a plan? Pure: plan, pinned roster and the site's own file in, a refusal or nothing out.
+
+Of roster policy, plan and the site's own file the strictest wins; a plan that is weaker than any of them is refused in
+one line that says what was asked and what is allowed.
+"""
+
+from __future__ import annotations
+
+from participant.config import Settings
+from privacy.errors import Refusal
+from privacy.job import Job
+
+AUDITS = ("none", "spot", "divided")
+
+
+def admit(job: Job, settings: Settings) -> None:
+    """Refuse a plan this site does not agree to.
+
+    Raises:
+        Refusal: consent, base model, data set, cohort sizes, colluders or audit; the roster's own rules were applied
+        when
+            the job was made.
+    """
+    plan, own, rules = job.plan, settings.policy, job.rules
+    name = f"plan '{plan.name}'"
+    if "*" not in own.plans and plan.name not in own.plans:
+        raise Refusal(f"{name} has no consent here: expected it under [policy] plans in participant.toml")
+    if plan.base.name not in settings.models:
+        known = ", ".join(sorted(settings.models)) or "none"
+        raise Refusal(f"{name} trains base model '{plan.base.name}'; this site has: {known}")
+    if plan.data.dataset not in settings.datasets:
+        known = ", ".join(sorted(settings.datasets)) or "none"
+        raise Refusal(f"{name} trains on data set '{plan.data.dataset}'; this site has: {known}")
+    for what, asked, least in (
+        ("min_cohort", rules.min_cohort, own.min_cohort),
+        ("min_survivors", rules.min_survivors, own.min_survivors),
+        ("max_colluders", rules.colluders, own.max_colluders),
+    ):
+        if asked < least:
+            raise Refusal(f"{name} has {what} {asked}; this site demands at least {least}")
+    if rules.min_survivors < 3 and not own.allow_two_members:
+        raise Refusal(f"{name} allows sums of two members; this site has not opted in (allow_two_members)")
+    if AUDITS.index(plan.round.audit) < AUDITS.index(own.audit):
+        raise Refusal(f"{name} has audit '{plan.round.audit}'; this site demands '{own.audit}'")

@@ -1,0 +1,102 @@
+"""Train first, join second: from records to the one quantised vector of a stage, all of it before any round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from participant.site import Site
+from participant.store import Trained
+from privacy.adapter import check_start, release, save_peft, start_adapter
+from privacy.errors import UserError
+from privacy.job import Job
+from privacy.secagg.quantize import weighted_loss
+
+log = structlog.get_logger()
+
+Progress = Callable[[int, int, float], None]
+PLAIN_VECTOR = "plain-vector.npy"
+
+
+def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None) -> Trained:
+    """Train the stage's delta, unless an earlier run did, and keep it quantised; returns what training left.
+
+    Raises:
+        UserError: data set, base model or start adapter are not what the plan says, or training diverged.
+    """
+    name = job.plan.name
+    kept = site.store.trained(name, stage)
+    if kept is not None:
+        return kept
+    start = start_adapter(job.plan.adapter)
+    check_start(start, job.plan.adapter)
+    # torch takes seconds to import, and only this needs it.
+    from participant.data import load_examples
+    from participant.training import train
+
+    settings = site.home.settings
+    data = settings.datasets[job.plan.data.dataset]
+    examples = load_examples(site.home.path(data.path), data.format, data.text, data.label, job.plan.data.labels)
+    weight = _weight(job, len(examples))
+    facts = {"plan": name, "plan_digest": job.plan_file.digest.hex(), "stage": stage, "private": False}
+    site.ledger(job.plan.data.dataset).append("START", facts)
+    log.info("training", plan=name, examples=len(examples))
+    result = train(
+        plan=job.plan,
+        base=site.home.path(settings.models[job.plan.base.name]),
+        start=start,
+        examples=examples,
+        device=settings.device,
+        threads=settings.threads,
+        progress=progress,
+    )
+    local = release(start, result.delta, 1.0, job.layout)
+    save_peft(site.local_directory(name, stage), local, adapter=job.plan.adapter, base_name=job.plan.base.name)
+    trained = Trained(weight, result.loss, result.seconds, result.examples)
+    _keep(site, job, stage, result.delta, trained)
+    log.info("trained", plan=name, loss=round(result.loss, 4), seconds=round(result.seconds, 1))
+    return trained
+
+
+def _weight(job: Job, examples: int) -> int:
+    if job.plan.aggregation.weights == "uniform":
+        return 1
+    if examples > job.plan.round.max_weight:
+        raise UserError(
+            f"data set '{job.plan.data.dataset}': expected at most {job.plan.round.max_weight} examples "
+            f"(round.max_weight of plan '{job.plan.name}'), found {examples}",
+            hint="ask for a plan with a larger max_weight, or register a part of the data set",
+        )
+    return examples
+
+
+def _keep(site: Site, job: Job, stage: int, delta: NDArray[np.float32], trained: Trained) -> None:
+    clipped = float(np.mean(np.abs(delta) > job.quantizer.clip))
+    if clipped > 0.001:
+        log.warning("clipping", plan=job.plan.name, share=round(clipped, 4), clip=job.quantizer.clip)
+    extras = {"weight": trained.weight, "loss": weighted_loss(trained.loss, trained.weight)}
+    try:
+        vector = job.quantizer.quantize(delta, trained.weight, extras)
+    except ValueError as error:
+        raise UserError(f"plan '{job.plan.name}': {error}", hint="a lower learning rate may help") from error
+    site.store.keep_trained(job.plan.name, stage, vector, trained)
+    if site.home.settings.keep_plain_vector:
+        np.save(site.store.directory(job.plan.name, stage) / PLAIN_VECTOR, vector)
+
+
+def kept_vector(site: Site, job: Job, stage: int) -> NDArray[np.int32]:
+    """The quantised vector that training kept, (d + extras,) int32.
+
+    Raises:
+        UserError: the file was damaged.
+    """
+    vector = site.store.quantised(job.plan.name, stage)
+    if (
+        vector.shape != (job.quantizer.total_size,)
+        or int(np.abs(vector.astype(np.int64)).max(initial=0)) > job.quantizer.qmax
+    ):
+        raise UserError(f"{job.plan.name}: expected {job.quantizer.total_size} quantised coordinates, found others")
+    return vector

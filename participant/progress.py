@@ -1,0 +1,53 @@
+"""Training progress: a bar with loss and time left on a terminal, a log line every ten seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import structlog
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from privacy.job import Job
+
+log = structlog.get_logger()
+
+EVERY_S = 10.0
+Report = Callable[[int, int, float], None]
+
+
+@contextmanager
+def training_progress(*, show: bool) -> Iterator[Callable[[Job], Report]]:
+    """Yields a function that makes the progress callback (step, steps, loss) of one job."""
+    if not (show and sys.stderr.isatty()):
+        yield _log_lines
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+
+        def start(job: Job) -> Report:
+            task = bar.add_task(f"training {job.plan.name}", total=None, loss=float("nan"))
+            return lambda step, steps, loss: bar.update(task, completed=step, total=steps, loss=loss)
+
+        yield start
+
+
+def _log_lines(job: Job) -> Report:
+    last = time.monotonic()
+
+    def report(step: int, steps: int, loss: float) -> None:
+        nonlocal last
+        if time.monotonic() - last >= EVERY_S:
+            last = time.monotonic()
+            log.info("training", plan=job.plan.name, step=step, steps=steps, loss=round(loss, 4))
+
+    return report

@@ -1,0 +1,100 @@
+"""A site, opened: its file, pins, identity, records and ledgers; what a command needs before it talks to anyone."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from participant import records
+from participant.client import Client
+from participant.config import Home, load_home
+from participant.enrol import ROSTER, ROSTER_PIN
+from participant.store import Store
+from privacy.budget.ledger import Ledger
+from privacy.errors import UserError
+from privacy.files import make_private_directory, read_file, write_durably
+from privacy.identity import LOST, load_identity
+from privacy.job import Job
+from privacy.roster import RosterFile, load_roster
+from privacy.secagg.keys import identity_public
+
+NOTES = "plans.json"
+
+
+@dataclass
+class Site:
+    """One organisation's end, with its disk."""
+
+    home: Home
+    roster: RosterFile
+    me: int
+    identity: Ed25519PrivateKey = field(repr=False)
+    store: Store
+
+    @classmethod
+    def open(cls, directory: Path) -> Site:
+        """Read everything a site is made of.
+
+        Raises:
+            UserError: a missing or damaged file, a roster other than the pinned one, or a key the roster does not name.
+        """
+        home = load_home(directory)
+        pin = read_file(directory / ROSTER_PIN, "the pinned roster hash", "approve the federation's roster first")
+        try:
+            pinned = bytes.fromhex(pin.decode().strip())
+        except ValueError as error:
+            raise UserError(f"{directory / ROSTER_PIN}: expected a hash in hex, found something else") from error
+        roster = load_roster(directory / ROSTER, pinned)
+        me = roster.roster.index(home.settings.member)
+        identity = load_identity(directory)
+        found, expected = identity_public(identity).hex(), roster.roster.members[me].key
+        if found != expected:
+            raise UserError(
+                f"expected the identity key {expected[:16]}… that the roster has for '{home.settings.member}', "
+                f"found {found[:16]}…",
+                hint=LOST,
+            )
+        return cls(home, roster, me, identity, Store(home))
+
+    def client(self) -> Client:
+        """A connection to the coordinator."""
+        return Client(self.home.directory, self.home.settings.coordinator, self.roster, self.me)
+
+    def ledger(self, dataset: str) -> Ledger:
+        """The ledger of a data set."""
+        return Ledger(self.home.ledgers / f"{dataset}.jsonl", self.identity)
+
+    def round_site(self, job: Job) -> records.Site:
+        """What this site brings into the next round."""
+        size, root = self.ledger(job.plan.data.dataset).head()
+        store = self.store
+        return records.Site(self.me, self.identity, store.rounds_joined(), store.peer_counts(), size, root)
+
+    # --- notes for `status`; nothing depends on them -----------------------------------------------------------------
+
+    def note(self, plan: str, state: str, reason: str = "") -> None:
+        """Remember what became of a plan here."""
+        notes = self.notes()
+        entry = {"state": state, "reason": reason}
+        if {k: notes.get(plan, {}).get(k) for k in entry} != entry:
+            notes[plan] = entry | {"since": round(time.time())}
+            write_durably(self.home.directory / NOTES, json.dumps(notes, indent=2).encode() + b"\n")
+
+    def notes(self) -> dict[str, dict[str, Any]]:
+        """Plan -> state, reason, since."""
+        path = self.home.directory / NOTES
+        found: dict[str, dict[str, Any]] = json.loads(path.read_bytes()) if path.exists() else {}
+        return found
+
+    def release_directory(self, plan: str, stage: int) -> Path:
+        """Where a release lies at this site."""
+        return make_private_directory(self.home.releases / plan / f"stage-{stage}")
+
+    def local_directory(self, plan: str, stage: int) -> Path:
+        """The adapter this site trained alone; it never leaves."""
+        return self.store.directory(plan, stage) / "local"
