@@ -19,6 +19,8 @@ Format = Literal["csv", "jsonl", "parquet", "folder"]
 
 #: A field of a CSV file longer than this is an error of the file, such as a quote that is never closed.
 MAX_FIELD_CHARS = 1 << 24
+#: An unknown label is shown no longer than this: where the wrong column is named, it is a text.
+MAX_SHOWN_CHARS = 40
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def _number_of(record: _Record, index: dict[str, int]) -> int:
     label = str(record.label) if is_number else record.label
     if not isinstance(label, str) or label not in index:
         raise UserError(
-            f"{record.where}: expected a label of the plan ({', '.join(index)}), found {label!r}",
+            f"{record.where}: expected a label of the plan ({', '.join(index)}), found {repr(label)[:MAX_SHOWN_CHARS]}",
             hint="correct the record, or take part in a plan whose data.labels name this label",
         )
     return index[label]

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from participant.base_model import base_digest
 from privacy.adapter import layout_of, start_adapter, start_digest
 from privacy.errors import UserError
 from privacy.plan import Adapter, parse_plan
@@ -127,7 +128,7 @@ def draft_plan(
     Raises:
         UserError: the base model cannot be loaded or adapted, or a value is out of the plan's range.
     """
-    from participant.training import base_digest, inspect_model  # imports torch
+    from participant.training import inspect_model  # imports torch
 
     modules, head = inspect_model(base, len(labels), targets)
     adapter = Adapter(

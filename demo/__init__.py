@@ -1,0 +1,1 @@
+"""The demo: five newsrooms on one machine."""

@@ -1,0 +1,83 @@
+"""A base model small enough for tests: a BERT of two layers with random weights, and texts it can tell apart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from participant.data import Examples
+from participant.drafting import draft_plan
+from privacy.plan import Plan, parse_plan
+
+# Tiny tensors gain nothing from threads, which wait for each other on a busy machine.
+torch.set_num_threads(1)
+
+LABELS = ("fruit", "metal", "river")
+WORDS = {
+    "fruit": ("apple", "pear", "plum", "cherry"),
+    "metal": ("iron", "zinc", "copper", "nickel"),
+    "river": ("rhine", "elbe", "danube", "oder"),
+}
+VOCABULARY = (
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "the",
+    "a",
+    *(word for words in WORDS.values() for word in words),
+)
+
+
+def tiny_base(directory: Path, *, pooler: bool = True, hidden: int = 32) -> Path:
+    """Write a BERT with config, weights and tokenizer into ``directory``; the same bits at each call."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=hidden,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=2 * hidden,
+        max_position_embeddings=16,
+        initializer_range=0.3,  # at the usual 0.02 a random BERT says nearly the same of every text
+    )
+    transformers.BertModel(config, add_pooling_layer=pooler).save_pretrained(directory)
+    (directory / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 16}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def tiny_plan(base: Path, **changes: Any) -> Plan:
+    """A plan drafted for :func:`tiny_base`; ``changes`` are arguments of :func:`draft_plan`."""
+    arguments: dict[str, Any] = {
+        "base": base,
+        "base_name": "tiny",
+        "name": "tiny-plan",
+        "dataset": "words",
+        "labels": LABELS,
+        "rank": 4,
+        "max_length": 8,
+        "epochs": 4,
+        "learning_rate": 0.02,
+        "batch_size": 8,
+        "seed": bytes(32),
+    }
+    return parse_plan(draft_plan(**arguments | changes).encode()).plan
+
+
+def word_examples(counts: tuple[int, ...]) -> Examples:
+    """``counts[c]`` texts of class c: two of its words and a filler."""
+    texts: list[str] = []
+    labels: list[int] = []
+    for number, count in enumerate(counts):
+        words = WORDS[LABELS[number]]
+        for i in range(count):
+            texts.append(f"the {words[i % 4]} {'a ' * (i % 3)}{words[(i // 4) % 4]}")
+            labels.append(number)
+    return Examples(tuple(texts), tuple(labels))
