@@ -21,11 +21,21 @@ from participant.prepare import Progress, kept_vector, prepare
 from participant.records import Step
 from participant.round import Checking, Finished, Masking, ParticipantRound, Stopped, Uploading, accept_offer
 from participant.site import Site
+from privacy import faults
 from privacy.console import Unreachable
 from privacy.errors import ProtocolError, Refusal, UserError, VeilsumError
 from privacy.job import Job
 from privacy.plan import parse_plan
-from privacy.secagg.messages import MaskedInput, Offer, Outcome, RoundAborted, Signed, ToMember
+from privacy.secagg.messages import (
+    FromMember,
+    MaskedInput,
+    Offer,
+    Outcome,
+    RoundAborted,
+    Signed,
+    ToMember,
+    message_name,
+)
 
 log = structlog.get_logger()
 
@@ -61,14 +71,21 @@ class RoundRun:
 
     def answer(self, step: Step) -> None:
         """Save, then send."""
+        reply = step.reply
+        name = message_name(reply) if reply is not None else "nothing"
+        faults.point(f"before-{name}")
         for record in step.records:
             self.site.store.keep(record)
-        if step.reply is None:
+        faults.point(f"saved-{name}")
+        if reply is None:
             return
-        reply = step.reply
         if isinstance(reply, Signed) and isinstance(reply.body, MaskedInput):
             self._upload(reply)
-            return
+        else:
+            self._send(reply)
+        faults.point(f"after-{name}")
+
+    def _send(self, reply: FromMember) -> None:
         try:
             patiently(lambda: self.client.send(self.round_id, reply))
         except (ProtocolError, Refusal) as error:  # too late, most likely: the round says so itself soon

@@ -19,6 +19,7 @@ import numpy as np
 import peft
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -102,7 +103,7 @@ def load_classifier(base: Path, labels: int) -> tuple[Any, Any, set[str]]:
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{base}: expected a base model for sequence classification, found: {reason}",
@@ -170,6 +171,8 @@ def load_model(plan: Plan, base: Path, adapter: Mapping[str, Any], device: Devic
     for name, parameter in wrapped.named_parameters():
         parameter.requires_grad_("lora_B" in name or "modules_to_save" in name)
     wrapped.eval()
+    placed = read_adapter(wrapped)
+    assert all(np.array_equal(placed[name], value) for name, value in adapter.items()), "PEFT lost a tensor"
     return Loaded(wrapped, tokenizer, where)
 
 

@@ -398,3 +398,19 @@ FromMember = (
     | Signed[UnmaskShares]
     | Signed[OutcomeVote]
 )
+
+#: The protocol's numbers of what a member says.
+NUMBERS = {
+    Advertise: "M1",
+    ShareRoot: "M3",
+    Complaint: "complaint",
+    MaskedInput: "M5",
+    SurvivorVote: "M7",
+    UnmaskShares: "M9",
+    OutcomeVote: "M11",
+}
+
+
+def message_name(message: FromMember) -> str:
+    """M1, M3, ... of a member's message."""
+    return NUMBERS[type(message.root.body if isinstance(message, Shares) else message.body)]

@@ -1,0 +1,183 @@
+"""Real processes over mutual TLS on loopback: one coordinator, five sites, and the members that may be lost."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from demo.federation import Federation
+from participant.store import Trained
+from privacy.adapter import load_peft, start_adapter, start_digest
+from privacy.job import Job
+from privacy.plan import Adapter, parse_plan
+from privacy.roster import load_roster
+from privacy.vectors import read_total
+
+NAMES = [f"site-{i}" for i in range(1, 6)]
+POLICY = {"max_colluders": 1, "min_cohort": 4, "min_survivors": 3}
+
+SITE = """keep_plain_vector = true
+[models]
+tiny = "base"
+[datasets.toy]
+path = "data.jsonl"
+format = "jsonl"
+[policy]
+plans = ["toy"]
+min_cohort = 3
+"""
+
+PLAN = """name = "toy"
+task = "classification"
+[base]
+name = "tiny"
+digest = "{zero}"
+[adapter]
+rank = 2
+alpha = 4.0
+seed = "{zero}"
+digest = "{digest}"
+modules = {{ "encoder.query" = [6, 8] }}
+head = {{ "classifier.weight" = [2, 8] }}
+[data]
+dataset = "toy"
+labels = ["a", "b"]
+[training]
+epochs = 1
+learning_rate = 0.001
+batch_size = 4
+[round]
+max_cohort = 5
+min_cohort = 4
+min_survivors = 3
+max_colluders = 1
+bits = 24
+clip = 0.5
+max_weight = 1000
+[deadlines]
+join_s = 2
+share_s = 2
+upload_s = 2
+sign_s = 2
+unmask_s = 2
+outcome_s = 2
+"""
+
+
+def toy_plan() -> bytes:
+    """A plan with a correct start digest; no base model is needed, since nothing is trained."""
+    zero = "0" * 64
+    adapter = Adapter(
+        rank=2,
+        alpha=4.0,
+        seed=zero,
+        digest=zero,
+        modules={"encoder.query": (6, 8)},
+        head={"classifier.weight": (2, 8)},
+    )
+    return PLAN.format(zero=zero, digest=start_digest(start_adapter(adapter)).hex()).encode()
+
+
+def put_trained(federation: Federation, name: str, raw: bytes) -> None:
+    """Leave at a site what training would: these tests are about the round."""
+    job = Job.of(parse_plan(raw), load_roster(federation.coordinator / "roster.toml"))
+    index = NAMES.index(name)
+    delta = np.linspace(-0.4, 0.4, job.quantizer.size, dtype=np.float32) * np.float32((index + 1) / 5)
+    vector = job.quantizer.quantize(delta, 100 + index, {"weight": 100 + index, "loss": 1000})
+    from participant.config import load_home
+    from participant.store import Store
+
+    store = Store(load_home(federation.site(name)))
+    store.keep_trained("toy", 1, vector, Trained(100 + index, 0.1, 1.0, 100 + index))
+    np.save(store.directory("toy", 1) / "plain-vector.npy", vector)
+
+
+@pytest.fixture
+def federation(tmp_path: Path) -> Iterator[Federation]:
+    found = Federation(tmp_path, NAMES, POLICY, dict.fromkeys(NAMES, SITE))
+    found.create()
+    for name in NAMES:
+        put_trained(found, name, toy_plan())
+    (tmp_path / "plan.toml").write_bytes(toy_plan())
+    yield found
+    found.stop_all()
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.1)
+
+
+def state(federation: Federation) -> str:
+    return str(federation.show("toy")["state"])
+
+
+def is_exact(federation: Federation) -> bool:
+    """The unmasked total against the plain sum of the survivors' quantised vectors, integer for integer."""
+    stage = federation.coordinator / "releases" / "toy" / "stage-1"
+    manifest = json.loads((stage / "manifest.json").read_bytes())
+    job = Job.of(parse_plan(toy_plan()), load_roster(federation.coordinator / "roster.toml"))
+    cohort = manifest["cohorts"][0]
+    size = job.quantizer.total_size
+    total = job.quantizer.lift(read_total(stage / "rounds" / str(cohort["round"]) / "total.bin", size, 24))
+    vectors = [
+        np.load(federation.site(n) / "work" / "toy" / "stage-1" / "plain-vector.npy") for n in cohort["survivors"]
+    ]
+    return bool(np.array_equal(total, np.sum(vectors, axis=0, dtype=np.int64)))
+
+
+def test_five_sites_release_one_adapter_that_every_site_verified(federation: Federation) -> None:
+    federation.start_coordinator()
+    for name in NAMES:
+        federation.start_site(name, "--once")
+    federation.operator("plan", "submit", str(federation.directory / "plan.toml"))
+    for name in NAMES:
+        assert federation.processes[name].wait(60) == 0, federation.log_tail(name)
+    assert is_exact(federation)
+    found = federation.show("toy")
+    assert len(found["rounds"]) == 1
+    assert set(found["rounds"][0]["receipts"]) == set(NAMES)
+    released = load_peft(federation.coordinator / "releases" / "toy" / "stage-1" / "adapter")
+    for name in NAMES:
+        own = load_peft(federation.site(name) / "releases" / "toy" / "stage-1" / "adapter")
+        assert all(np.array_equal(own[k], released[k]) for k in released)
+        status = json.loads(federation.participant(name, "status", "--json"))
+        assert status["plans"][0]["state"] == "released"
+    wait_for(lambda: set(federation.show("toy")["release"]["cohorts"][0]["confirmed_by"]) == set(NAMES))
+
+
+def lose(federation: Federation, names: list[str], point: str) -> None:
+    """Run a round in which some members die before a message; the fault point stands in the daemon."""
+    federation.start_coordinator()
+    federation.operator("plan", "submit", str(federation.directory / "plan.toml"))
+    for name in NAMES:
+        if name in names:
+            federation.environment = {"VEILSUM_FAULT": point}
+        federation.start_site(name)
+        federation.environment = {}
+    for name in names:
+        assert federation.processes[name].wait(60) == -signal.SIGKILL, federation.log_tail(name)
+
+
+@pytest.mark.parametrize("point", ["before-M3", "before-M5", "after-M5", "before-M9"])
+def test_one_loss_of_five_still_completes(federation: Federation, point: str) -> None:
+    lose(federation, ["site-2"], point)
+    wait_for(lambda: state(federation) == "released")
+    assert is_exact(federation)
+
+
+def test_two_losses_of_five_abort_with_the_reason(federation: Federation) -> None:
+    lose(federation, ["site-2", "site-4"], "before-M5")
+    wait_for(lambda: state(federation) == "aborted" or len(federation.show("toy")["rounds"]) > 1)
+    first = federation.show("toy")["rounds"][0]
+    assert first["state"] == "aborted"
+    assert "expected at least 4 members with an upload, found 3" in first["reason"]
+    assert not (federation.coordinator / "releases" / "toy").exists()
