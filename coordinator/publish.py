@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from privacy.adapter import save_peft
-from privacy.encoding import encode
+from privacy.evidence import TOTAL_FILE, Evidence, write_evidence
 from privacy.files import write_durably
 from privacy.job import Job
 from privacy.outcome import Facts, VerifiedCohort, combine, manifest
@@ -47,7 +47,8 @@ def checked(job: Job, cohort: CohortTotal) -> VerifiedCohort:
     """
     total = read_total(cohort.total, job.quantizer.total_size, job.rules.bits)
     lifted = job.quantizer.checked(total, len(cohort.survivors))
-    return VerifiedCohort(cohort.number, cohort.survivors, cohort.outcome.total, lifted)
+    t2 = cohort.outcome.transcript.inputs[0].body.t2  # all inputs were checked to be under one
+    return VerifiedCohort(cohort.number, cohort.survivors, t2, cohort.outcome.total, lifted)
 
 
 def publish(job: Job, stage: int, cohorts: Sequence[CohortTotal], releases: Path) -> Facts:
@@ -63,8 +64,8 @@ def publish(job: Job, stage: int, cohorts: Sequence[CohortTotal], releases: Path
     for cohort in cohorts:
         evidence = directory / "rounds" / str(cohort.number)
         evidence.mkdir(parents=True, exist_ok=True)
-        write_durably(evidence / "transcript.bin", encode(cohort.outcome.transcript), private=False)
-        shutil.copyfile(cohort.total, evidence / "total.bin")
+        write_evidence(evidence, Evidence(cohort.outcome, cohort.votes))
+        shutil.copyfile(cohort.total, evidence / TOTAL_FILE)
     write_durably(directory / "plan.toml", job.plan_file.raw, private=False)
     write_durably(directory / "roster.toml", job.roster_file.raw, private=False)
     save_peft(directory / "adapter", tensors, adapter=job.plan.adapter, base_name=job.plan.base.name)

@@ -43,6 +43,7 @@ def _round(engine: Engine, running: Running) -> dict[str, object]:
     traffic, receipts = engine.store.traffic(row.id), engine.store.receipts(row.id)
     found: dict[str, object] = {
         "round": row.number,
+        "opened": row.opened,
         "id": row.id.hex(),
         "state": row.state,
         "phase": type(phase).__name__.lower(),

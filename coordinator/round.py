@@ -190,11 +190,8 @@ class CoordinatorRound:
         phase.releases[sender] = message
 
     def _take_outcome_vote(self, phase: Confirming, vote: Signed[OutcomeVote]) -> None:
-        if vote.sender not in phase.closed.survivors:
-            raise ProtocolError(f"M11: member {vote.sender} is not a survivor")
-        transcript.check_signed(self.context, vote, "M11")
-        if (vote.body.t2, vote.body.total) != (phase.closed.t2, phase.outcome.total):
-            raise ProtocolError(f"M11: member {vote.sender} signed another total", culprit=vote.sender)
+        closed = phase.closed
+        transcript.check_outcome_vote(self.context, closed.survivors, closed.t2, phase.outcome.total, vote)
         phase.votes[vote.sender] = vote
 
     # --- how phases end -------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ class VerifiedCohort:
 
     number: int
     survivors: tuple[int, ...]
+    t2: bytes
     total: bytes  # H(total)
     lifted: NDArray[np.int64]  # (d + extras,)
 
@@ -56,7 +57,7 @@ def verify_cohort(job: Job, stage: int, start: bytes, outcome: Outcome, path: Pa
     if outcome.total != transcript.total_hash(verified.t2, outcome.root):
         raise ProtocolError("M10: the hash of the total does not belong to its Merkle root")
     lifted = verify_total(job, outcome, len(verified.survivors), path)
-    return VerifiedCohort(header.round, verified.survivors, outcome.total, lifted)
+    return VerifiedCohort(header.round, verified.survivors, verified.t2, outcome.total, lifted)
 
 
 def combine(job: Job, cohorts: Sequence[VerifiedCohort]) -> tuple[Decoded, Tensors]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from demo.federation import Federation
+from demo.compare import secure_equals_plain
+from demo.federation import BIN, Federation
+from participant.prepare import PLAIN_VECTOR
 from participant.store import Trained
 from privacy.adapter import load_peft, start_adapter, start_digest
 from privacy.job import Job
 from privacy.plan import Adapter, parse_plan
 from privacy.roster import load_roster
-from privacy.vectors import read_total
 
 NAMES = [f"site-{i}" for i in range(1, 6)]
 POLICY = {"max_colluders": 1, "min_cohort": 4, "min_survivors": 3}
@@ -95,7 +97,7 @@ def put_trained(federation: Federation, name: str, raw: bytes) -> None:
 
     store = Store(load_home(federation.site(name)))
     store.keep_trained("toy", 1, vector, Trained(100 + index, 0.1, 1.0, 100 + index))
-    np.save(store.directory("toy", 1) / "plain-vector.npy", vector)
+    np.save(store.directory("toy", 1) / PLAIN_VECTOR, vector)
 
 
 @pytest.fixture
@@ -121,17 +123,7 @@ def state(federation: Federation) -> str:
 
 
 def is_exact(federation: Federation) -> bool:
-    """The unmasked total against the plain sum of the survivors' quantised vectors, integer for integer."""
-    stage = federation.coordinator / "releases" / "toy" / "stage-1"
-    manifest = json.loads((stage / "manifest.json").read_bytes())
-    job = Job.of(parse_plan(toy_plan()), load_roster(federation.coordinator / "roster.toml"))
-    cohort = manifest["cohorts"][0]
-    size = job.quantizer.total_size
-    total = job.quantizer.lift(read_total(stage / "rounds" / str(cohort["round"]) / "total.bin", size, 24))
-    vectors = [
-        np.load(federation.site(n) / "work" / "toy" / "stage-1" / "plain-vector.npy") for n in cohort["survivors"]
-    ]
-    return bool(np.array_equal(total, np.sum(vectors, axis=0, dtype=np.int64)))
+    return secure_equals_plain(federation, parse_plan(toy_plan()))
 
 
 def test_five_sites_release_one_adapter_that_every_site_verified(federation: Federation) -> None:
@@ -152,6 +144,33 @@ def test_five_sites_release_one_adapter_that_every_site_verified(federation: Fed
         status = json.loads(federation.participant(name, "status", "--json"))
         assert status["plans"][0]["state"] == "released"
     wait_for(lambda: set(federation.show("toy")["release"]["cohorts"][0]["confirmed_by"]) == set(NAMES))
+    check_comparison_bites(federation)
+    check_audit(federation)
+
+
+def check_comparison_bites(federation: Federation) -> None:
+    """One coordinate of one plain vector changed by one: the comparison must say so."""
+    path = federation.site("site-3") / "work" / "toy" / "stage-1" / PLAIN_VECTOR
+    vector = np.load(path)
+    vector[7] += 1
+    np.save(path, vector)
+    assert not is_exact(federation)
+
+
+def check_audit(federation: Federation) -> None:
+    """The auditor needs the published files and the pin of any site, and notices one changed byte of a total."""
+    stage = federation.coordinator / "releases" / "toy" / "stage-1"
+    pin = (federation.site("site-1") / "roster.pin").read_text().strip()
+    command = [str(BIN / "veilsum-audit"), "transcript", str(stage), "--roster", pin]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "the sum was not recomputed" in done.stdout
+    total = stage / "rounds" / "1" / "total.bin"
+    total.write_bytes(bytes([total.read_bytes()[0] ^ 1]) + total.read_bytes()[1:])
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 4
+    assert "does not have the root" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def lose(federation: Federation, names: list[str], point: str) -> None:

@@ -21,6 +21,7 @@ from privacy.secagg.messages import (
     Opened,
     OpenedMaskSecret,
     OpenedSelfMask,
+    OutcomeVote,
     OwnedLeaf,
     ShareRoot,
     Signed,
@@ -186,6 +187,17 @@ def check_certificate(
         raise ProtocolError(f"M8: expected at least {cohort.threshold} signatures, found {len(votes)}")
     for vote in votes:
         check_vote(cohort, survivors, t2, survivors_l, vote)
+
+
+def check_outcome_vote(
+    context: RoundContext, survivors: Sequence[int], t2: bytes, total: bytes, vote: Signed[OutcomeVote]
+) -> None:
+    """One M11: a survivor, its signature, this T2 and this total."""
+    if vote.sender not in survivors:
+        raise ProtocolError(f"M11: member {vote.sender} is not a survivor")
+    check_signed(context, vote, "M11")
+    if (vote.body.t2, vote.body.total) != (t2, total):
+        raise ProtocolError(f"M11: member {vote.sender} signed another total", culprit=vote.sender)
 
 
 def check_opened(cohort: Cohort, sharers: Sequence[int], survivors: Sequence[int], opened: Sequence[Opened]) -> None:

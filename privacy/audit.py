@@ -1,0 +1,70 @@
+"""Verifying a finished round from what was published, trusting neither the coordinator nor the files.
+
+Only the pinned roster is taken as given. Without the uploads the sum itself is not recomputed, and the report says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from privacy.adapter import load_peft, start_adapter, start_digest
+from privacy.errors import ProtocolError, UserError
+from privacy.evidence import EVIDENCE_FILE, TOTAL_FILE, read_evidence
+from privacy.job import Job
+from privacy.outcome import VerifiedCohort, combine, manifest, verify_cohort
+from privacy.plan import load_plan
+from privacy.roster import load_roster
+from privacy.secagg import transcript
+
+
+@dataclass(frozen=True)
+class ReleaseReport:
+    """What an audit of a release found to hold."""
+
+    facts: dict[str, Any]
+    #: Round number -> members that signed the outcome.
+    confirmed: dict[int, list[str]]
+
+
+def audit_release(directory: Path, roster_hash: bytes | None = None) -> ReleaseReport:
+    """Verify a published release: transcripts, totals, disjoint cohorts, and the adapter they give.
+
+    Args:
+        directory: ``releases/PLAN/stage-K`` of a coordinator, or a copy of it.
+        roster_hash: the pinned H_R; without it the roster in the directory is believed.
+
+    Raises:
+        ProtocolError: something does not hold; the first such thing.
+        UserError: a file is missing.
+    """
+    job = Job.of(load_plan(directory / "plan.toml"), load_roster(directory / "roster.toml", roster_hash))
+    stage = _stage(directory)
+    start = start_digest(start_adapter(job.plan.adapter))
+    if start.hex() != job.plan.adapter.digest:
+        raise ProtocolError("the start adapter computed from the public seed is not the one the plan pins")
+    cohorts: list[VerifiedCohort] = []
+    confirmed: dict[int, list[str]] = {}
+    for path in sorted(directory.glob(f"rounds/*/{EVIDENCE_FILE}")):
+        evidence = read_evidence(path.parent)
+        cohort = verify_cohort(job, stage, start, evidence.outcome, path.parent / TOTAL_FILE)
+        context = job.context(evidence.outcome.transcript.header)
+        for vote in evidence.votes:
+            transcript.check_outcome_vote(context, cohort.survivors, cohort.t2, evidence.outcome.total, vote)
+        confirmed[cohort.number] = [job.roster.name(v.sender) for v in evidence.votes]
+        cohorts.append(cohort)
+    decoded, tensors = combine(job, cohorts)
+    found = load_peft(directory / "adapter")
+    if found.keys() != tensors.keys() or not all(np.array_equal(found[k], tensors[k]) for k in tensors):
+        raise ProtocolError("the adapter is not the one that the totals give")
+    return ReleaseReport(manifest(job, stage, cohorts, decoded, tensors), confirmed)
+
+
+def _stage(directory: Path) -> int:
+    number = directory.resolve().name.removeprefix("stage-")
+    if not number.isdigit():
+        raise UserError(f"{directory}: expected a directory named stage-K", hint="name releases/PLAN/stage-K")
+    return int(number)

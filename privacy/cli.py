@@ -1,0 +1,67 @@
+"""``veilsum-audit``: checks what was published and logged, from files alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from privacy import __version__, console
+from privacy.errors import UserError
+
+app = typer.Typer(
+    name="veilsum-audit",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Verify rounds and releases from their published transcripts, trusting nobody.",
+)
+
+
+@app.callback()
+def _main() -> None:
+    """Keep ``transcript`` a subcommand while it is the only one beside ``version``."""
+
+
+@app.command("transcript")
+def transcript_command(
+    directory: Annotated[Path, typer.Argument(help="releases/PLAN/stage-K of the coordinator, or a copy of it.")],
+    roster: Annotated[str, typer.Option(help="The pinned roster hash, in hex (roster.pin at a site).")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Verify a release: every signature, list and opened seed, the totals, and the adapter they give.
+
+    Example: veilsum-audit transcript releases/bbc-news/stage-1 --roster $(cat roster.pin)
+    """
+    from privacy.audit import audit_release
+
+    try:
+        pin = bytes.fromhex(roster) if roster else None
+    except ValueError as error:
+        raise UserError(f"--roster: expected a hash in hex, found '{roster}'") from error
+    report = audit_release(directory, pin)
+    not_shown = ["the sum was not recomputed: the uploads are not part of a release"]
+    if pin is None:
+        not_shown.append("the roster was taken from the release: give --roster to compare it with the pinned one")
+    if as_json:
+        typer.echo(json.dumps(report.facts | {"confirmed": report.confirmed, "not_shown": not_shown}))
+        return
+    for cohort in report.facts["cohorts"]:
+        names = ", ".join(cohort["survivors"])
+        typer.echo(f"round {cohort['round']}: transcript and total hold; in the sum: {names}")
+        typer.echo(f"  confirmed by: {', '.join(report.confirmed[cohort['round']]) or 'nobody'}")
+    typer.echo(f"adapter {report.facts['adapter_digest'][:16]}… is what these totals give")
+    for line in not_shown:
+        typer.echo(f"note: {line}")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def main() -> None:
+    """Entry point."""
+    console.run(app)
