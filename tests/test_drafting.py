@@ -1,0 +1,162 @@
+"""A draft is a complete plan, true to the model's files; the demo's plan and split are as they are said to be."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from demo.corpus import LABELS as DESKS
+from demo.corpus import articles, base_model, split
+from participant.base_model import base_digest
+from participant.data import Examples, load_examples
+from participant.drafting import draft_plan
+from participant.training import train
+from privacy.adapter import check_start, layout_of, start_adapter
+from privacy.errors import UserError
+from privacy.plan import load_plan, parse_plan
+from tests.helpers_learning import LABELS, VOCABULARY, tiny_base, tiny_plan
+
+DEMO_PLAN = Path(__file__).parent.parent / "demo" / "plan.toml"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_base(tmp_path_factory.mktemp("base"))
+
+
+def draft(base: Path, **changes: Any) -> str:
+    arguments: dict[str, Any] = {"base": base, "base_name": "tiny", "name": "p", "dataset": "d", "labels": LABELS}
+    return draft_plan(**arguments | changes)
+
+
+def test_a_draft_is_a_plan_with_the_models_facts(base: Path) -> None:
+    plan = parse_plan(draft(base, rank=2, seed=bytes(32)).encode()).plan
+    assert plan.base.digest == base_digest(base)
+    assert plan.adapter.modules == {
+        f"bert.encoder.layer.{layer}.attention.self.{name}": (32, 32) for layer in (0, 1) for name in ("query", "value")
+    }
+    assert plan.adapter.head == {"classifier.bias": (3,), "classifier.weight": (3, 32)}
+    assert plan.adapter.alpha == 4.0
+    assert plan.training.loss == "logit_adjusted"
+    check_start(start_adapter(plan.adapter), plan.adapter)
+
+
+def test_every_draft_has_its_own_seed_unless_one_is_given(base: Path) -> None:
+    assert draft(base) != draft(base)
+    assert draft(base, seed=bytes(32)) == draft(base, seed=bytes(32))
+
+
+def test_labels_that_need_escaping_survive(base: Path) -> None:
+    labels = ('say "no"', "back\\slash", "tab\there", "naïve \x7f")
+    assert parse_plan(draft(base, labels=labels).encode()).plan.data.labels == labels
+
+
+def test_other_targets_can_be_adapted(base: Path) -> None:
+    modules = parse_plan(draft(base, targets=("output.dense",)).encode()).plan.adapter.modules
+    assert modules["bert.encoder.layer.0.output.dense"] == (32, 64)
+    assert modules["bert.encoder.layer.0.attention.output.dense"] == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"targets": ("q_proj",)}, r"linear modules named 'q_proj', found classifier, dense, key, query, value"),
+        ({"targets": ("classifier",)}, r"linear modules named 'classifier'"),
+        ({"rank": 33}, r"expected rank <= 32 for module .*, found 33"),
+        ({"name": "No Such Name"}, r"draft: key 'name'"),
+        ({"min_cohort": 9}, r"expected min_survivors <= min_cohort <= max_cohort"),
+        ({"labels": ("a", "a")}, r"labels must be distinct"),
+    ],
+    ids=["no such module", "the head is no target", "a rank too large", "a bad name", "a bad cohort", "labels repeat"],
+)
+def test_what_cannot_be_drafted_is_named(base: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        draft(base, **changes)
+
+
+def test_a_base_model_without_pooler_cannot_be_drafted(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"all but one linear head, found without weights: bert\.pooler"):
+        draft(tiny_base(tmp_path, pooler=False))
+
+
+def test_a_broken_weights_file_cannot_be_drafted(tmp_path: Path) -> None:
+    (tiny_base(tmp_path) / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(UserError, match="expected a base model for sequence classification, found: ") as caught:
+        draft(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_head_of_two_layers_cannot_be_drafted(tmp_path: Path) -> None:
+    """RoBERTa's head starts with a dense layer: from zero it would never learn."""
+    tiny_base(tmp_path)
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(
+        vocab_size=len(VOCABULARY), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    transformers.RobertaModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"found without weights: classifier\.dense\.bias"):
+        draft(tmp_path)
+
+
+def test_the_demos_plan_fits_the_demos_model_and_start() -> None:
+    plan = load_plan(DEMO_PLAN).plan
+    assert plan.base.digest == base_digest(base_model())
+    assert plan.data.labels == DESKS
+    check_start(start_adapter(plan.adapter), plan.adapter)
+    assert layout_of(plan.adapter).size == 12 * 384 * 8 + 5 * 384 + 5
+    assert plan.round.max_weight > max(len(site) for site in split(articles()).sites)
+
+
+@pytest.mark.slow
+def test_the_demos_plan_trains_the_demos_model_within_its_clipping_range() -> None:
+    plan = load_plan(DEMO_PLAN).plan
+    some = split(articles()).sites[0][:32]
+    examples = Examples(tuple(a.text for a in some), tuple(DESKS.index(a.label) for a in some))
+    result = train(
+        plan=plan, base=base_model(), start=start_adapter(plan.adapter), examples=examples, device="cpu", threads=1
+    )
+    assert result.examples == 32
+    assert 0 < abs(result.delta).max() < plan.round.clip
+
+
+def test_the_demos_split_is_skewed_and_holds_a_fifth_out() -> None:
+    found = articles()
+    dealt = split(found)
+    assert len(found) == 2225 == sum(map(len, dealt.sites)) + len(dealt.test)
+    assert 0.2 <= len(dealt.test) / len(found) < 0.21
+    for number, site in enumerate(dealt.sites):
+        counts = Counter(article.label for article in site)
+        assert 0.75 < counts[DESKS[number]] / len(site) < 0.85
+        assert len(counts) == len(DESKS)
+    known = {article.text for site in dealt.sites for article in site}
+    assert known.isdisjoint(article.text for article in dealt.test)
+    assert dealt == split(found)
+    assert dealt != split(found, seed=1)
+
+
+def test_the_demos_files_are_read_as_written(tmp_path: Path) -> None:
+    from demo.corpus import write
+
+    dealt = write(tmp_path)
+    examples = load_examples(tmp_path / "site-1.jsonl", "jsonl", "text", "label", DESKS)
+    assert examples.texts == tuple(article.text for article in dealt.sites[0])
+    assert [DESKS[number] for number in examples.labels] == [article.label for article in dealt.sites[0]]
+    assert {path.name for path in tmp_path.iterdir()} == {*(f"site-{i}.jsonl" for i in range(1, 6)), "test.jsonl"}
+
+
+def test_the_tiny_plan_of_the_other_tests_is_a_draft(base: Path) -> None:
+    assert tiny_plan(base).data.labels == LABELS
+
+
+def test_the_chart_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from demo.chart import bar_chart
+
+    summary = {"accuracy": {"base": 0.2, "alone_mean": 0.7, "alone_best": 0.8, "one_shot": 0.9}}
+    bar_chart(summary, tmp_path / "new" / "accuracy.png")
+    assert (tmp_path / "new" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
