@@ -17,9 +17,9 @@ from privacy.secagg.messages import (
     OpenedSelfMask,
     Outcome,
     OutcomeVote,
-    Signed,
     ToMember,
 )
+from privacy.secagg.signed import Signed
 from tests.simulation import Simulation
 
 X = bytes(32)

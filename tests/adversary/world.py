@@ -32,16 +32,15 @@ from privacy.secagg.messages import (
     ShareLeaf,
     ShareRoot,
     Shares,
-    Signed,
     SurvivorList,
     SurvivorVote,
     ToMember,
     UnmaskShares,
-    sign,
 )
+from privacy.secagg.signed import Signed, sign
 from privacy.secagg.threshold import threshold
 from privacy.secagg.transcript import RoundContext
-from tests.simulation import Member, context_for, identity, make_member
+from tests.simulation import Member, Simulation, context_for, identity, make_member
 
 SIZE = 24
 
@@ -234,3 +233,29 @@ class World:
         for i in self.honest:
             assert not any(isinstance(getattr(m, "body", None), UnmaskShares) for m in self.sent[i])
             assert not any(isinstance(r, Released) for r in self.members[i].records)
+
+
+# --- malicious members against an honest coordinator ------------------------------------------------------------------
+
+
+def body_of(message: FromMember) -> Any:
+    return message.root.body if isinstance(message, Shares) else message.body
+
+
+def cheating(
+    body: type, change: Callable[[Simulation, Any], Any], *, cheat: int = 4, n: int = 5, **more: Any
+) -> Simulation:
+    """A round in which one member's message with this body is replaced, and signed anew."""
+    made: list[Simulation] = []
+
+    def hook(member: int, message: FromMember) -> FromMember | None:
+        if member != cheat or not isinstance(body_of(message), body):
+            return message
+        altered = change(made[0], message)
+        return altered if isinstance(altered, Signed | Shares) or altered is None else signed(made[0], altered)
+
+    def signed(simulation: Simulation, altered: Any) -> Any:
+        return signed_by(cheat, altered, simulation.context)
+
+    made.append(Simulation(n, 1, from_member=hook, **more))
+    return made[0].run()
