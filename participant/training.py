@@ -218,7 +218,7 @@ def batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator
 
 
 def _learning_rate(peak: float, step: int, steps: int) -> float:
-    """Linear warm-up, then linear decay to zero: with large steps at the end the average of sites would be noisy."""
+    """Linear warm-up, then linear decay to zero, so that a site does not end in the noise of its last steps."""
     warm = max(1, round(WARM_UP * steps))
     return peak * min((step + 1) / warm, (steps - step) / max(1, steps - warm + 1))
 
