@@ -7,60 +7,33 @@ by one lock; what takes long (folding, unmasking) runs in :meth:`work`, outside 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
 
 import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from coordinator import phases
 from coordinator.config import Home
+from coordinator.proofs import OfferEntry, OfferTable, open_bond, proofs_for
 from coordinator.publish import CohortTotal, publish
 from coordinator.round import CoordinatorRound
+from coordinator.running import Running, keep_naming, names_in, phase_seconds, replay
 from coordinator.stage import next_cohort
 from coordinator.store import Event, PlanRow, RoundRow, Store
 from coordinator.unmask import fold, unmask
 from privacy.encoding import decode, encode
 from privacy.errors import ProtocolError, Refusal, UserError, VeilsumError
 from privacy.job import Job
-from privacy.plan import Deadlines, parse_plan
+from privacy.plan import parse_plan
 from privacy.roster import RosterFile, load_roster
-from privacy.secagg.messages import FromMember, Header, ToMember
+from privacy.secagg.dialogue import FromMember, ToMember
+from privacy.secagg.messages import Evidence, Header, RetryProof
+from privacy.vectors import read_block
 
 log = structlog.get_logger()
 
-#: A round that fails before any upload has spent nothing and is begun anew, this often.
-ATTEMPTS = 3
-
-
-@dataclass
-class Running:
-    """A round that is not over, with the time by which its phase ends."""
-
-    row: RoundRow
-    job: Job
-    machine: CoordinatorRound
-    deadline: float
-    #: The last M11 is in and not yet in the manifest.
-    unpublished_votes: bool = False
-    cache: dict[int, tuple[object, ToMember | None]] = field(default_factory=dict)
-
-    @property
-    def log(self) -> structlog.BoundLogger:
-        bound: structlog.BoundLogger = log.bind(plan=self.job.plan.name, stage=self.row.stage, round=self.row.number)
-        return bound
-
-
-def phase_seconds(phase: phases.Phase, deadlines: Deadlines) -> float:
-    """How long a phase stays open for silent members."""
-    return {
-        phases.Joining: deadlines.join_s,
-        phases.Sharing: deadlines.share_s,
-        phases.Uploading: deadlines.upload_s,
-        phases.Signing: deadlines.sign_s,
-        phases.Unmasking: deadlines.unmask_s,
-        phases.Confirming: deadlines.outcome_s,
-    }.get(type(phase), 86400.0)
+#: A stage whose rounds failed this often is given up.
+ATTEMPTS = 6
 
 
 class Engine:
@@ -135,13 +108,33 @@ class Engine:
     def released(self, digest: bytes, stage: int) -> list[CohortTotal]:
         """The released rounds of a stage, in order."""
         found = []
-        for row in self.store.rounds(digest):
-            if row.stage == stage and row.state == "released":
-                phase = self.rounds[row.id].machine.phase
-                assert isinstance(phase, phases.Released | phases.Confirming)
-                votes = tuple(phase.votes[i] for i in sorted(phase.votes))
-                found.append(CohortTotal(row.number, row.id, phase.outcome, votes, self.store.total(row.id)))
+        for running in self._stage_rounds(digest, stage):
+            phase = running.machine.phase
+            if isinstance(phase, phases.Confirming | phases.Projecting | phases.Released):
+                row = running.row
+                shares = phase.shares if not isinstance(phase, phases.Confirming) else {}
+                everybody = len(shares) == len(phase.closed.survivors)
+                projection = tuple(shares[i] for i in sorted(shares)) if everybody else ()
+                evidence = Evidence(phase.outcome, tuple(phase.votes[i] for i in sorted(phase.votes)), projection)
+                found.append(CohortTotal(row.number, row.id, evidence, self.store.total(row.id)))
         return found
+
+    def _stage_rounds(self, digest: bytes, stage: int) -> list[Running]:
+        """All rounds of a stage, oldest first."""
+        return [self.rounds[r.id] for r in self.store.rounds(digest) if r.stage == stage and r.id in self.rounds]
+
+    def upload_block(self, round_id: bytes, member: int, block: int) -> tuple[bytes, tuple[bytes, ...]]:
+        """One block of a survivor's upload and its Merkle path, for the divided audit; late uploads are never shown.
+
+        Raises:
+            Refusal: no released round, no such survivor, or no such block.
+        """
+        running = self.running(round_id)
+        phase, quantizer = running.machine.phase, running.job.quantizer
+        released = isinstance(phase, phases.Confirming | phases.Projecting | phases.Released)
+        if not released or member not in phase.closed.survivors:  # type: ignore[union-attr]
+            raise Refusal(f"round {running.row.number} shows no upload of member {member}")
+        return read_block(self.store.upload(round_id, member), quantizer.total_size, quantizer.bits, block)
 
     def message_for(self, digest: bytes, stage: int, member: int) -> tuple[bytes, ToMember] | None:
         """(round id, message) for a member: of the latest round of the stage that invites it."""
@@ -164,7 +157,10 @@ class Engine:
         """
         with self.lock:
             running = self.running(round_id)
-            fresh = running.machine.receive(message)
+            try:
+                fresh = running.machine.receive(message)
+            finally:
+                keep_naming(running, self.store.round_directory(running.row.id))
             if fresh:
                 self._keep(running, Event("message", encode(message, FromMember)))
                 self._after_change(running)
@@ -188,34 +184,63 @@ class Engine:
     # --- rounds ------------------------------------------------------------------------------------------------------
 
     def _open_round(self, digest: bytes, stage: int) -> None:
-        job, rows = self.jobs[digest], [r for r in self.store.rounds(digest) if r.stage == stage]
-        if any(r.state == "running" for r in rows):
+        """Open the next round of a stage, if there is a cohort for it."""
+        job, rounds = self.jobs[digest], self._stage_rounds(digest, stage)
+        if any(r.row.state == "running" for r in rounds):
             return
-        aborted = sum(r.state == "aborted" for r in rows)
-        if aborted >= ATTEMPTS:
-            self.store.set_plan_state(digest, "aborted", f"{aborted} rounds failed, the last: {rows[-1].reason}")
+        aborted = [r for r in rounds if r.row.state == "aborted"]
+        if len(aborted) >= ATTEMPTS:
+            self.store.set_plan_state(
+                digest, "aborted", f"{len(aborted)} rounds failed, the last: {aborted[-1].row.reason}"
+            )
             return
-        ready, now = self.store.ready(digest, stage), self.clock()
-        cohort = next_cohort(
-            ready, self.done(digest, stage), len(job.roster.members), job.rules, now, job.plan.deadlines.join_s
-        )
+        proofs = self._eligible(digest, stage, [r.machine for r in rounds])
+        cohort = self._cohort(digest, stage, [r.machine for r in rounds], proofs)
         if cohort is None:
             return
-        number = max((r.number for r in rows), default=0) + 1
+        number = max((r.row.number for r in rounds), default=0) + 1
         header = job.header(stage, number, bytes.fromhex(job.plan.adapter.digest))
-        row = RoundRow(header.hash(), digest, stage, number, encode(header), cohort, now, "running", "", None)
+        row = RoundRow(header.hash(), digest, stage, number, encode(header), cohort, self.clock(), "running", "", None)
         self.store.add_round(row)
+        table = OfferTable(tuple(OfferEntry(m, proofs[m]) for m in cohort))
+        self.store.add_event(row.id, Event("proofs", encode(table)), self.clock())
         self._restore(row)
         self.rounds[row.id].log.info("round opened", members=[job.roster.name(m) for m in cohort])
+
+    def _eligible(
+        self, digest: bytes, stage: int, earlier: list[CoordinatorRound]
+    ) -> dict[int, tuple[RetryProof, ...]]:
+        """Members that are ready, with the proofs they need about earlier rounds."""
+        ready = self.store.ready(digest, stage)
+        found = {m: proofs_for(earlier, m) for m in ready if m not in self.done(digest, stage)}
+        return {m: proofs for m, proofs in found.items() if proofs is not None}
+
+    def _cohort(
+        self, digest: bytes, stage: int, earlier: list[CoordinatorRound], eligible: Collection[int]
+    ) -> tuple[int, ...] | None:
+        """Who aggregates next: a certified list whose total is missing, whole; or whoever is free."""
+        job, done = self.jobs[digest], self.done(digest, stage)
+        bond = open_bond(earlier, done) or ()
+        if bond and set(bond) <= set(eligible):
+            return bond
+        free = {m: since for m, since in self.store.ready(digest, stage).items() if m in eligible and m not in bond}
+        out = len(done | set(bond))
+        return next_cohort(free, (), len(job.roster.members) - out, job.rules, self.clock(), job.plan.deadlines.join_s)
 
     def _restore(self, row: RoundRow) -> None:
         """Build a round's machine from its stored events."""
         job = self.jobs[row.plan]
-        machine = CoordinatorRound(job.context(decode(Header, row.header)), row.invited)
-        for event in self.store.events(row.id):
+        events = list(self.store.events(row.id))
+        tables = [decode(OfferTable, e.payload) for e in events if e.kind == "proofs"]
+        proofs = {entry.member: entry.proofs for table in tables for entry in table.entries}
+        machine = CoordinatorRound(job.context(decode(Header, row.header)), row.invited, proofs)
+        for event in events:
             replay(machine, event)
         running = Running(row, job, machine, 0.0)
-        running.deadline = self.clock() + phase_seconds(machine.phase, job.plan.deadlines)
+        running.deadline, running.timed = (
+            self.clock() + phase_seconds(machine.phase, job.plan.deadlines),
+            type(machine.phase),
+        )
         self.rounds[row.id] = running
 
     def _abort(self, running: Running, reason: str) -> None:
@@ -228,26 +253,20 @@ class Engine:
     def _after_change(self, running: Running) -> None:
         """Bookkeeping when a phase may have ended."""
         phase = running.machine.phase
-        running.deadline = self.clock() + phase_seconds(phase, running.job.plan.deadlines)
+        if type(phase) is not running.timed:
+            running.timed = type(phase)
+            running.deadline = self.clock() + phase_seconds(phase, running.job.plan.deadlines)
         if isinstance(phase, phases.Aborted) and running.row.state != "aborted":
             self._finish(running, "aborted", phase.reason, phase.culprit)
             running.log.warning("round aborted", reason=phase.reason)
-            self._next_after_abort(running)
+            keep_naming(running, self.store.round_directory(running.row.id))
+            # Its members say again that they are ready, those of U2 with a statement that the round stays shut.
+            self.store.drop_ready(running.row.plan, running.row.stage, running.row.invited)
         running.unpublished_votes = isinstance(phase, phases.Released)
 
     def _finish(self, running: Running, state: str, reason: str = "", culprit: int | None = None) -> None:
         self.store.set_round_state(running.row.id, state, reason, culprit)
         running.row = next(r for r in self.store.rounds(running.row.plan) if r.id == running.row.id)
-
-    def _next_after_abort(self, running: Running) -> None:
-        """A round that failed before any upload spent nothing: its members say again that they are ready.
-
-        After an upload the delta of a member is spent, and only the proofs of protocol section 6 allow it again.
-        """
-        row = running.row
-        self.store.drop_ready(row.plan, row.stage, row.invited)
-        if self.store.receipts(row.id):
-            self.store.set_plan_state(row.plan, "aborted", f"round {row.number} failed after uploads: {row.reason}")
 
     def tick(self) -> None:
         """Let deadlines pass: phases close, cohorts that waited long enough open."""
@@ -317,8 +336,8 @@ class Engine:
             trial.phase = phase
             trial.publish(root)
             assert isinstance(trial.phase, phases.Confirming)
-            cohort = CohortTotal(row.number, row.id, trial.phase.outcome, (), total)
-            publish(running.job, row.stage, [*self.released(row.plan, row.stage), cohort], self.home.releases)
+            cohort = CohortTotal(row.number, row.id, Evidence(trial.phase.outcome, (), ()), total)
+            self._write_release(row, [*self.released(row.plan, row.stage), cohort])
             self.store.add_event(row.id, Event("publish", root), self.clock())
             running.machine.publish(root)
             self._finish(running, "released")
@@ -327,23 +346,17 @@ class Engine:
             self._after_change(running)
         running.log.info("released", survivors=len(cohort.survivors))
 
+    def _write_release(self, row: RoundRow, cohorts: list[CohortTotal]) -> None:
+        names = [
+            e
+            for r in self._stage_rounds(row.plan, row.stage)
+            for e in names_in(r, self.store.round_directory(r.row.id))
+        ]
+        publish(self.jobs[row.plan], row.stage, cohorts, self.home.releases, names)
+
     def _publish_votes(self, running: Running) -> None:
         """Write the manifest again when the members have confirmed the total."""
         with self.lock:
             row = running.row
-            publish(running.job, row.stage, self.released(row.plan, row.stage), self.home.releases)
+            self._write_release(row, self.released(row.plan, row.stage))
             running.unpublished_votes = False
-
-
-def replay(machine: CoordinatorRound, event: Event) -> None:
-    """Apply one stored event to a machine."""
-    if event.kind == "message":
-        machine.receive(decode(FromMember, event.payload))  # type: ignore[arg-type]
-    elif event.kind == "close":
-        machine.close_phase()
-    elif event.kind == "sum":
-        machine.sum_saved()
-    elif event.kind == "publish":
-        machine.publish(event.payload)
-    elif event.kind == "abort":
-        machine.abort(event.payload.decode())

@@ -7,18 +7,20 @@ from dataclasses import dataclass, field
 
 from privacy.secagg import transcript
 from privacy.secagg.messages import (
+    AbortStatement,
     Advertise,
     Complaint,
     MaskedInput,
     Outcome,
     OutcomeVote,
+    ProjectionShare,
     ShareRoot,
     Shares,
-    Signed,
     SurvivorVote,
     Transcript,
     UnmaskShares,
 )
+from privacy.secagg.signed import Signed
 from privacy.secagg.transcript import Cohort, Streams
 
 
@@ -122,23 +124,55 @@ class Confirming:
 
 
 @dataclass(frozen=True)
+class Projecting:
+    """Every survivor confirmed; M12 out, collecting M13."""
+
+    closed: Closed
+    outcome: Outcome
+    votes: Mapping[int, Signed[OutcomeVote]]
+    shares: dict[int, Signed[ProjectionShare]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Released:
     """The round is over; the total stands."""
 
     closed: Closed
     outcome: Outcome
     votes: Mapping[int, Signed[OutcomeVote]]
+    shares: Mapping[int, Signed[ProjectionShare]]
 
 
 @dataclass(frozen=True)
 class Aborted:
-    """The round is over without a total."""
+    """The round is over without a total; collecting statements that nobody will release in it any more.
+
+    ``cohort`` is ``None`` where no key list was closed: then nobody dealt shares. ``sharers`` is U2 where M4 went out:
+    any of them may have spent its delta. ``closed`` is there once a survivor list was, ``votes`` are signatures on it.
+    """
 
     reason: str
-    culprit: int | None = None
+    culprit: int | None
+    cohort: Cohort | None
+    sharers: tuple[int, ...]
+    closed: Closed | None
+    votes: tuple[Signed[SurvivorVote], ...]
+    statements: dict[int, Signed[AbortStatement]] = field(default_factory=dict)
 
 
-Phase = Joining | Sharing | Uploading | Folding | Signing | Unmasking | Publishing | Confirming | Released | Aborted
+Phase = (
+    Joining
+    | Sharing
+    | Uploading
+    | Folding
+    | Signing
+    | Unmasking
+    | Publishing
+    | Confirming
+    | Projecting
+    | Released
+    | Aborted
+)
 
 #: Which phase takes which body from a member.
 ACCEPTS: dict[type, tuple[type, ...]] = {
@@ -150,6 +184,7 @@ ACCEPTS: dict[type, tuple[type, ...]] = {
     Unmasking: (UnmaskShares,),
     Publishing: (),
     Confirming: (OutcomeVote,),
+    Projecting: (ProjectionShare,),
     Released: (),
-    Aborted: (),
+    Aborted: (AbortStatement,),
 }

@@ -15,13 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from privacy.adapter import save_peft
-from privacy.evidence import TOTAL_FILE, Evidence, write_evidence
+from privacy.adapter import save_peft, start_adapter, start_digest
+from privacy.evidence import TOTAL_FILE, write_evidence
 from privacy.files import write_durably
 from privacy.job import Job
-from privacy.outcome import Facts, VerifiedCohort, combine, manifest
-from privacy.secagg.messages import Outcome, OutcomeVote, Signed
-from privacy.vectors import read_total
+from privacy.outcome import Facts, combine, manifest, verify_cohort
+from privacy.secagg.messages import Evidence, Outcome
 
 
 @dataclass(frozen=True)
@@ -30,41 +29,33 @@ class CohortTotal:
 
     number: int
     round_id: bytes
-    outcome: Outcome
-    votes: tuple[Signed[OutcomeVote], ...]
+    evidence: Evidence
     total: Path
+
+    @property
+    def outcome(self) -> Outcome:
+        return self.evidence.outcome
 
     @property
     def survivors(self) -> tuple[int, ...]:
         return tuple(i.sender for i in self.outcome.transcript.inputs)
 
 
-def checked(job: Job, cohort: CohortTotal) -> VerifiedCohort:
-    """What the coordinator's own machine verified message by message, with the integers of the total.
-
-    Raises:
-        ProtocolError: a garbled total.
-    """
-    total = read_total(cohort.total, job.quantizer.total_size, job.rules.bits)
-    lifted = job.quantizer.checked(total, len(cohort.survivors))
-    t2 = cohort.outcome.transcript.inputs[0].body.t2  # all inputs were checked to be under one
-    return VerifiedCohort(cohort.number, cohort.survivors, t2, cohort.outcome.total, lifted)
-
-
-def publish(job: Job, stage: int, cohorts: Sequence[CohortTotal], releases: Path) -> Facts:
+def publish(job: Job, stage: int, cohorts: Sequence[CohortTotal], releases: Path, named: Sequence[Facts] = ()) -> Facts:
     """Write (or write again, with one more cohort) the release of a stage; returns its manifest.
 
     Raises:
         ProtocolError: a garbled total; nothing is published.
         UserError: the disk is full; the release before stands.
     """
-    verified = [checked(job, cohort) for cohort in cohorts]
+    start = start_digest(start_adapter(job.plan.adapter))
+    verified = [verify_cohort(job, stage, start, cohort.evidence, cohort.total) for cohort in cohorts]
     decoded, tensors = combine(job, verified)
     directory = releases / job.plan.name / f"stage-{stage}"
     for cohort in cohorts:
         evidence = directory / "rounds" / str(cohort.number)
         evidence.mkdir(parents=True, exist_ok=True)
-        write_evidence(evidence, Evidence(cohort.outcome, cohort.votes))
+        write_evidence(evidence, cohort.evidence)
         shutil.copyfile(cohort.total, evidence / TOTAL_FILE)
     write_durably(directory / "plan.toml", job.plan_file.raw, private=False)
     write_durably(directory / "roster.toml", job.roster_file.raw, private=False)
@@ -73,6 +64,7 @@ def publish(job: Job, stage: int, cohorts: Sequence[CohortTotal], releases: Path
     for entry, cohort in zip(facts["cohorts"], cohorts, strict=True):
         entry["id"] = cohort.round_id.hex()
         entry["joined"] = [job.roster.name(k.sender) for k in cohort.outcome.transcript.keys]
-        entry["confirmed_by"] = [job.roster.name(v.sender) for v in cohort.votes]
+        entry["confirmed_by"] = [job.roster.name(v.sender) for v in cohort.evidence.votes]
+    facts["named"] = list(named)
     write_durably(directory / "manifest.json", json.dumps(facts, indent=2).encode() + b"\n", private=False)
     return facts

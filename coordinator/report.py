@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 from coordinator import phases
-from coordinator.engine import Engine, Running
+from coordinator.engine import Engine
+from coordinator.running import Running, names_in
 from coordinator.store import PlanRow
 from privacy.errors import UserError
 
@@ -59,7 +60,9 @@ def _round(engine: Engine, running: Running) -> dict[str, object]:
             for m, (sent, received, chunks) in sorted(traffic.items())
         },
     }
-    if isinstance(phase, phases.Confirming | phases.Released):
+    named = names_in(running, engine.store.round_directory(row.id))
+    found["named"] = [{k: v for k, v in entry.items() if k != "evidence"} for entry in named]
+    if isinstance(phase, phases.Confirming | phases.Projecting | phases.Released):
         found["survivors"] = [name(m) for m in phase.closed.survivors]
         found["confirmed_by"] = [name(m) for m in sorted(phase.votes)]
         found["total"] = phase.outcome.total.hex()

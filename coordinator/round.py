@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from coordinator.opening import evidence_against, open_seeds
 from coordinator.phases import (
     ACCEPTS,
     Aborted,
@@ -20,6 +21,7 @@ from coordinator.phases import (
     Folding,
     Joining,
     Phase,
+    Projecting,
     Publishing,
     Released,
     Sharing,
@@ -30,32 +32,33 @@ from coordinator.phases import (
 from privacy import merkle
 from privacy.encoding import encode
 from privacy.errors import ProtocolError
-from privacy.secagg import dealing, keys, shamir, transcript
+from privacy.secagg import dealing, transcript
+from privacy.secagg.dialogue import FromMember, ToMember
 from privacy.secagg.messages import (
+    AbortStatement,
     Advertise,
     Certificate,
     Complaint,
-    FromMember,
     Inbox,
     KeyList,
     MaskedInput,
+    NonceList,
     Offer,
-    Opened,
-    OpenedMaskSecret,
-    OpenedSelfMask,
     Outcome,
     OutcomeVote,
     OwnedLeaf,
+    ProjectionShare,
+    RetryProof,
     RoundAborted,
     SelfMaskShare,
     Shares,
-    Signed,
     SurvivorList,
     SurvivorVote,
-    ToMember,
     Transcript,
     UnmaskShares,
 )
+from privacy.secagg.naming import BadShare, Naming, matches_leaf
+from privacy.secagg.signed import Signed
 from privacy.secagg.transcript import Cohort, RoundContext
 
 
@@ -71,13 +74,21 @@ def sender_of(message: FromMember) -> int:
 class CoordinatorRound:
     """The state machine of one round."""
 
-    def __init__(self, context: RoundContext, invited: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        context: RoundContext,
+        invited: tuple[int, ...],
+        proofs: Mapping[int, tuple[RetryProof, ...]] | None = None,
+    ) -> None:
         if len(invited) > context.rules.cohort:
             raise RuntimeError(f"{len(invited)} members invited to a cohort of at most {context.rules.cohort}")
         self.context = context
         self.invited = invited
+        self.proofs = proofs or {}
         self.phase: Phase = Joining()
         self._accepted: dict[tuple[int, type], bytes] = {}
+        #: Evidence against members, for the manifest.
+        self.named: list[Naming] = []
         self._leaf_hashes: dict[int, list[bytes]] = {}  # by owner: every member's inbox needs paths in all trees
 
     # --- what members say ----------------------------------------------------------------------------------------
@@ -118,6 +129,10 @@ class CoordinatorRound:
             self._take_release(phase, message)  # type: ignore[arg-type]
         elif isinstance(phase, Confirming):
             self._take_outcome_vote(phase, message)  # type: ignore[arg-type]
+        elif isinstance(phase, Projecting):
+            self._take_projection(phase, message)  # type: ignore[arg-type]
+        elif isinstance(phase, Aborted):
+            self._take_statement(phase, message)  # type: ignore[arg-type]
 
     def _take_keys(self, phase: Joining, message: Signed[Advertise]) -> None:
         if message.sender not in self.invited:
@@ -162,7 +177,7 @@ class CoordinatorRound:
 
     def _take_vote(self, phase: Signing, vote: Signed[SurvivorVote]) -> None:
         closed = phase.closed
-        transcript.check_vote(closed.cohort, closed.survivors, closed.t2, closed.survivors_l, vote)
+        transcript.check_list_vote(self.context, closed.survivors, closed.t2, closed.survivors_l, vote)
         phase.votes[vote.sender] = vote
 
     def _take_release(self, phase: Unmasking, message: Signed[UnmaskShares]) -> None:
@@ -176,13 +191,11 @@ class CoordinatorRound:
         if tuple(s.owner for s in body.shares) != closed.sharers:
             raise ProtocolError(f"M9 of member {sender}: expected one share for each member of U2", culprit=sender)
         for share in body.shares:
-            leaf = next(leaf for leaf in closed.shares[share.owner].leaves if leaf.holder == sender)
-            is_self = isinstance(share, SelfMaskShare)
-            if is_self != (share.owner in closed.survivors):
+            if isinstance(share, SelfMaskShare) != (share.owner in closed.survivors):
                 raise ProtocolError(f"M9 of member {sender}: wrong kind of share of {share.owner}", culprit=sender)
-            kind = dealing.KIND_SELF if is_self else dealing.KIND_SECRET
-            expected = leaf.self_share_hash if is_self else leaf.secret_share_hash
-            if keys.secret_hash(kind, share.owner, sender, share.share) != expected or not shamir.is_share(share.share):
+            leaf = self._owned_leaf(closed, share.owner, sender)
+            if not matches_leaf(share, leaf):
+                self.named.append(BadShare(message, closed.shares[share.owner].root, leaf))
                 raise ProtocolError(
                     f"M9 of member {sender}: the share of member {share.owner} does not match its hash in M3",
                     culprit=sender,
@@ -192,7 +205,30 @@ class CoordinatorRound:
     def _take_outcome_vote(self, phase: Confirming, vote: Signed[OutcomeVote]) -> None:
         closed = phase.closed
         transcript.check_outcome_vote(self.context, closed.survivors, closed.t2, phase.outcome.total, vote)
+        transcript.check_nonce(closed.cohort, vote)
         phase.votes[vote.sender] = vote
+
+    def _take_projection(self, phase: Projecting, share: Signed[ProjectionShare]) -> None:
+        closed = phase.closed
+        transcript.check_projection(self.context, closed.survivors, closed.t2, phase.outcome.total, share)
+        phase.shares[share.sender] = share
+
+    def _take_statement(self, phase: Aborted, message: Signed[AbortStatement]) -> None:
+        """A holder says that it will never release in this round; n + c - t + 1 of them are retry proof (a)."""
+        if phase.cohort is None or message.sender not in phase.cohort.members:
+            raise ProtocolError(f"abort statement of member {message.sender}: it holds no shares of this round")
+        transcript.check_signed(self.context, message, "abort statement")
+        phase.statements[message.sender] = message
+
+    def cohort(self) -> Cohort:
+        """U1 of a round whose key list was closed."""
+        phase = self.phase
+        found = phase.cohort if isinstance(phase, Sharing | Uploading | Aborted) else None
+        if not isinstance(phase, Joining | Sharing | Uploading | Aborted):
+            found = phase.closed.cohort
+        if found is None:
+            raise RuntimeError("no key list was closed in this round")
+        return found
 
     # --- how phases end -------------------------------------------------------------------------------------------
 
@@ -209,9 +245,13 @@ class CoordinatorRound:
             return tuple(i for i in phase.closed.survivors if i not in phase.votes)
         if isinstance(phase, Unmasking):
             return tuple(i for i in phase.closed.survivors if i not in phase.releases)
+        if isinstance(phase, Projecting):
+            return tuple(i for i in phase.closed.survivors if i not in phase.shares)
         return ()
 
     def _complete(self) -> bool:
+        if isinstance(self.phase, Aborted):
+            return False
         if isinstance(self.phase, Unmasking):  # t holders are enough; nobody waits for the rest
             return len(self.phase.releases) >= self.phase.closed.cohort.threshold
         return not self.missing()
@@ -230,7 +270,9 @@ class CoordinatorRound:
         elif isinstance(phase, Unmasking):
             self._close_unmasking(phase)
         elif isinstance(phase, Confirming):
-            self.phase = Released(phase.closed, phase.outcome, dict(phase.votes))
+            self._close_confirming(phase)
+        elif isinstance(phase, Projecting):
+            self.phase = Released(phase.closed, phase.outcome, phase.votes, dict(phase.shares))
 
     def _too_few(self, what: str, found: int, needed: int) -> bool:
         if found >= needed:
@@ -241,8 +283,28 @@ class CoordinatorRound:
 
     def abort(self, reason: str, culprit: int | None = None) -> None:
         """End the round without a total; a released one stays released."""
-        if not isinstance(self.phase, Released | Aborted):
-            self.phase = Aborted(reason, culprit)
+        phase = self.phase
+        if isinstance(phase, Confirming | Projecting | Released | Aborted):
+            return
+        closed = phase.closed if isinstance(phase, Folding | Signing | Unmasking | Publishing) else None
+        cohort = phase.cohort if isinstance(phase, Sharing | Uploading) else closed.cohort if closed else None
+        votes: tuple[Signed[SurvivorVote], ...] = ()
+        if isinstance(phase, Signing):
+            votes = tuple(phase.votes[i] for i in sorted(phase.votes))
+        elif isinstance(phase, Unmasking):
+            votes = phase.votes
+        elif isinstance(phase, Publishing):
+            votes = phase.transcript.votes
+        sharers = closed.sharers if closed else phase.sharers if isinstance(phase, Uploading) else ()
+        self.phase = Aborted(reason, culprit, cohort, sharers, closed, votes)
+
+    def _close_confirming(self, phase: Confirming) -> None:
+        """With every nonce the projection can be made; a silent survivor makes it inconclusive."""
+        votes = dict(sorted(phase.votes.items()))
+        if len(votes) == len(phase.closed.survivors):
+            self.phase = Projecting(phase.closed, phase.outcome, votes)
+        else:
+            self.phase = Released(phase.closed, phase.outcome, votes, {})
 
     def _close_joining(self, phase: Joining) -> None:
         if self._too_few("to join", len(phase.keys), self.context.rules.min_cohort):
@@ -274,11 +336,12 @@ class CoordinatorRound:
         if self._too_few("to release shares", len(phase.releases), phase.closed.cohort.threshold):
             return
         try:
-            opened = self._open_seeds(phase)
+            opened = open_seeds(phase)
             pair_leaves = self._pair_leaves(phase.closed)
             closed = phase.closed
             pairs = transcript.open_pairs(closed.cohort, closed.roots, closed.survivors, opened, pair_leaves)
         except ProtocolError as error:  # every share matched its hash: the dealer is to blame, and the sum is lost
+            self.named.extend(evidence_against(phase, error.culprit, self._owned_leaf))
             self.abort(str(error), error.culprit)
             return
         streams = transcript.total_streams(closed.t2, closed.survivors, opened, pairs)
@@ -287,30 +350,13 @@ class CoordinatorRound:
         )
         self.phase = Publishing(closed, record, streams)
 
-    def _open_seeds(self, phase: Unmasking) -> tuple[Opened, ...]:
-        """b of each survivor and z of each dropout from t shares; names the dealer whose shares give something else."""
-        closed = phase.closed
-        holders = sorted(phase.releases)[: closed.cohort.threshold]
-        points = [dealing.point(h) for h in holders]
-        weights = dict(zip(points, shamir.lagrange_at_zero(points), strict=True))
-        opened: list[Opened] = []
-        for index, owner in enumerate(closed.sharers):
-            shares = {dealing.point(h): phase.releases[h].body.shares[index].share for h in holders}
-            secret = shamir.combine(shares, weights)
-            if secret is None:
-                raise ProtocolError(f"the shares dealt by member {owner} give no 32-byte secret", culprit=owner)
-            kind = OpenedSelfMask if owner in closed.survivors else OpenedMaskSecret
-            opened.append(kind(owner, secret))
-            transcript.check_seed(closed.cohort, closed.survivors, opened[-1])
-        return tuple(opened)
-
     def _pair_leaves(self, closed: Closed) -> tuple[OwnedLeaf, ...]:
         pairs = transcript.pairs_to_open(closed.survivors, closed.sharers)
-        return tuple(self._owned_leaf(closed.cohort, closed.shares, owner, holder) for owner, holder in pairs)
+        return tuple(self._owned_leaf(closed, owner, holder) for owner, holder in pairs)
 
-    def _owned_leaf(self, cohort: Cohort, shares: Mapping[int, Shares], owner: int, holder: int) -> OwnedLeaf:
-        index = cohort.members.index(holder)
-        return OwnedLeaf(owner, shares[owner].leaves[index], merkle.path(self._leaf_hashes[owner], index))
+    def _owned_leaf(self, dealt: Uploading | Closed, owner: int, holder: int) -> OwnedLeaf:
+        index = dealt.cohort.members.index(holder)
+        return OwnedLeaf(owner, dealt.shares[owner].leaves[index], merkle.path(self._leaf_hashes[owner], index))
 
     def publish(self, root: bytes) -> None:
         """The total is durable and has this Merkle root over its packed blocks: M10 may leave."""
@@ -328,7 +374,8 @@ class CoordinatorRound:
         if isinstance(phase, Aborted):
             return RoundAborted(self.context.header, phase.reason[:500])
         if isinstance(phase, Joining):
-            return Offer(self.context.header) if member in self.invited else None
+            offer = Offer(self.context.header, self.proofs.get(member, ()))
+            return offer if member in self.invited else None
         if isinstance(phase, Sharing):
             return KeyList(phase.cohort.keys) if member in phase.cohort.members else None
         if isinstance(phase, Uploading):
@@ -339,9 +386,11 @@ class CoordinatorRound:
             return SurvivorList(phase.closed.inputs)
         if isinstance(phase, Unmasking):
             return Certificate(phase.votes)
+        if isinstance(phase, Projecting):
+            return NonceList(tuple(phase.votes[i] for i in phase.closed.survivors))
         return phase.outcome
 
     def _inbox(self, phase: Uploading, member: int) -> Inbox:
         others = (owner for owner in phase.sharers if owner != member)
-        leaves = tuple(self._owned_leaf(phase.cohort, phase.shares, owner, member) for owner in others)
+        leaves = tuple(self._owned_leaf(phase, owner, member) for owner in others)
         return Inbox(phase.roots, leaves)

@@ -20,7 +20,9 @@ from coordinator.uploads import Uploads
 from privacy import PROTOCOL_VERSION, __version__
 from privacy.encoding import encode
 from privacy.errors import ProtocolError, Refusal, UserError, VeilsumError
-from privacy.secagg.messages import FromMember, MaskedInput, Outcome, Signed, ToMember
+from privacy.secagg.dialogue import FromMember, ToMember
+from privacy.secagg.messages import Evidence, MaskedInput
+from privacy.secagg.signed import Signed
 from privacy.wire import federation_pb2 as pb
 from privacy.wire import federation_pb2_grpc
 from privacy.wire.convert import from_wire, to_wire
@@ -181,7 +183,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         await self._member(context)
         with self._engine.lock:
             cohorts = self._engine.released(request.plan, 1)
-        releases = [pb.Release(round=c.round_id, stage=1, outcome=to_wire(c.outcome, Outcome)) for c in cohorts]
+        releases = [pb.Release(round=c.round_id, stage=1, evidence=to_wire(c.evidence, Evidence)) for c in cohorts]
         return pb.ListReleasesReply(releases=releases)
 
     async def FetchTotal(self, request: pb.FetchTotalRequest, context: Call) -> pb.TotalChunk:
@@ -198,6 +200,12 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         chunk = await guarded(context, asyncio.to_thread(read), member=self._name(member))
         self._count(request.round, member, received=chunk.ByteSize())
         return chunk
+
+    async def FetchBlock(self, request: pb.FetchBlockRequest, context: Call) -> pb.UploadBlock:
+        member = await self._member(context)
+        work = asyncio.to_thread(self._engine.upload_block, request.round, request.member, request.block)
+        data, path = await guarded(context, work, member=self._name(member))
+        return pb.UploadBlock(data=data, path=path)
 
 
 def add_federation(server: grpc.aio.Server, service: FederationService) -> None:

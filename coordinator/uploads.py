@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from coordinator import phases
-from coordinator.engine import Engine, Running
+from coordinator.engine import Engine
+from coordinator.running import Running
 from privacy.errors import ProtocolError, Refusal
 from privacy.files import disk_errors, fsync_directory
 from privacy.receipt import sign_receipt
 from privacy.secagg import transcript
-from privacy.secagg.messages import MaskedInput, Signed
+from privacy.secagg.messages import MaskedInput
+from privacy.secagg.signed import Signed
 from privacy.vectors import file_root
 from privacy.wire.transport import CHUNK_BYTES
 

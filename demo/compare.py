@@ -1,4 +1,4 @@
-"""Is the unmasked total the plain sum? Reads what the sites kept for this comparison and what the coordinator released."""
+"""Is the unmasked total the plain sum? Reads what the sites kept for this and what the coordinator released."""
 
 from __future__ import annotations
 

@@ -24,7 +24,9 @@ from privacy.errors import ProtocolError, Refusal, UserError
 from privacy.files import read_file, read_private
 from privacy.receipt import is_receipt
 from privacy.roster import RosterFile
-from privacy.secagg.messages import FromMember, MaskedInput, Outcome, Signed, ToMember
+from privacy.secagg.dialogue import FromMember, ToMember
+from privacy.secagg.messages import Evidence, MaskedInput
+from privacy.secagg.signed import Signed
 from privacy.wire import federation_pb2 as pb
 from privacy.wire.convert import from_wire, to_wire
 from privacy.wire.federation_pb2_grpc import FederationStub
@@ -52,7 +54,7 @@ class ReleasedCohort:
 
     round_id: bytes
     stage: int
-    outcome: Outcome
+    evidence: Evidence
 
 
 def seen_hash(message: ToMember) -> bytes:
@@ -176,7 +178,7 @@ class Client:
     def releases(self, plan: bytes) -> list[ReleasedCohort]:
         """All released rounds of a plan."""
         reply: pb.ListReleasesReply = self._call(self._stub.ListReleases, pb.ListReleasesRequest(plan=plan))
-        return [ReleasedCohort(r.round, r.stage, from_wire(r.outcome, Outcome)) for r in reply.releases]
+        return [ReleasedCohort(r.round, r.stage, from_wire(r.evidence, Evidence)) for r in reply.releases]
 
     def fetch_total(self, round_id: bytes, length: int, target: Path) -> None:
         """Download the packed total of a round; the caller verifies it.
@@ -191,3 +193,9 @@ class Client:
                 if chunk.length != length or not chunk.data:
                     raise ProtocolError(f"expected a total of {length} bytes, found {chunk.length}")
                 file.write(chunk.data)
+
+    def fetch_block(self, round_id: bytes, member: int, block: int) -> tuple[bytes, tuple[bytes, ...]]:
+        """One block of a survivor's upload and its Merkle path; the caller verifies it."""
+        request = pb.FetchBlockRequest(round=round_id, member=member, block=block)
+        reply: pb.UploadBlock = self._call(self._stub.FetchBlock, request)
+        return reply.data, tuple(reply.path)

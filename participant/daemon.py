@@ -1,139 +1,30 @@
-"""The participant daemon: train, join, and keep every record before its message leaves.
-
-The order of writes in :meth:`RoundRun.answer` is the security argument of this file: the records of a step are on disk
-before its reply is sent, the spool and the ledger line before the first byte of an upload. A crash between any two
-lines leaves a delta that is unspent, or spent and said so.
-"""
+"""The participant daemon: consider each plan, train, wait for a cohort, live through its rounds, bring the release."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import structlog
 
 from participant.client import Client, OfferedPlan, seen_hash
-from participant.fetch import fetch_release, fetch_total
+from participant.fetch import fetch_release
+from participant.phases import Confirmed, Finished, Stopped, Uploading
 from participant.policy import admit
-from participant.prepare import Progress, kept_vector, prepare
-from participant.records import Step
-from participant.round import Checking, Finished, Masking, ParticipantRound, Stopped, Uploading, accept_offer
+from participant.prepare import Progress, prepare
+from participant.running import RoundRun, abort_unknown, join, patiently
 from participant.site import Site
-from privacy import faults
 from privacy.console import Unreachable
 from privacy.errors import ProtocolError, Refusal, UserError, VeilsumError
 from privacy.job import Job
 from privacy.plan import parse_plan
-from privacy.secagg.messages import (
-    FromMember,
-    MaskedInput,
-    Offer,
-    Outcome,
-    RoundAborted,
-    Signed,
-    ToMember,
-    message_name,
-)
+from privacy.secagg.dialogue import ToMember
+from privacy.secagg.messages import Offer, Outcome, RoundAborted
 
 log = structlog.get_logger()
 
 IDLE_S = 2.0
-BACKOFF_S = (0.5, 1, 2, 4, 8, 15, 30)
-
-R = TypeVar("R")
-
-
-def patiently(call: Callable[[], R]) -> R:
-    """Repeat a call until the other end answers; a round's secrets live in this process, so nothing is given up."""
-    attempt = 0
-    while True:
-        try:
-            return call()
-        except Unreachable as error:
-            if attempt == 0:
-                log.warning("no answer, trying again", reason=str(error))
-            time.sleep(BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)])
-            attempt += 1
-
-
-@dataclass
-class RoundRun:
-    """One round of one plan, from offer to outcome."""
-
-    site: Site
-    client: Client
-    job: Job
-    stage: int
-    round_id: bytes
-    machine: ParticipantRound
-
-    def answer(self, step: Step) -> None:
-        """Save, then send."""
-        reply = step.reply
-        name = message_name(reply) if reply is not None else "nothing"
-        faults.point(f"before-{name}")
-        for record in step.records:
-            self.site.store.keep(record)
-        faults.point(f"saved-{name}")
-        if reply is None:
-            return
-        if isinstance(reply, Signed) and isinstance(reply.body, MaskedInput):
-            self._upload(reply)
-        else:
-            self._send(reply)
-        faults.point(f"after-{name}")
-
-    def _send(self, reply: FromMember) -> None:
-        try:
-            patiently(lambda: self.client.send(self.round_id, reply))
-        except (ProtocolError, Refusal) as error:  # too late, most likely: the round says so itself soon
-            log.warning("not taken", plan=self.job.plan.name, reason=str(error))
-
-    def handle(self, message: ToMember) -> None:
-        """One message of the coordinator; a refusal is logged, and nothing is sent."""
-        try:
-            step = self.machine.handle(message)
-        except ProtocolError as error:
-            log.warning("refused", plan=self.job.plan.name, message=type(message).__name__, reason=str(error))
-            return
-        self.answer(step)
-        if isinstance(self.machine.phase, Masking):
-            self._mask(self.machine.phase)
-        if isinstance(self.machine.phase, Checking):
-            self._confirm(self.machine.phase)
-
-    def _mask(self, phase: Masking) -> None:
-        """Ledger line and spool on disk, then the record that the delta is spent, then the upload."""
-        store, header = self.site.store, self.machine.context.header
-        vector = kept_vector(self.site, self.job, self.stage)
-        facts = {"plan": self.job.plan.name, "stage": self.stage, "round": header.round, "t2": phase.t2.hex()}
-        self.site.ledger(self.job.plan.data.dataset).append("RELEASE", facts)
-        spool = store.spool(self.job.plan.name, header)
-        root = store.write_spool(spool, vector, phase.streams, self.job.rules.bits)
-        self.answer(self.machine.commit(root))
-
-    def _upload(self, message: Signed[MaskedInput]) -> None:
-        spool = self.site.store.spool(self.job.plan.name, self.machine.context.header)
-        try:
-            patiently(lambda: self.client.upload(self.round_id, message, spool))
-        except (ProtocolError, Refusal) as error:
-            log.warning("upload not taken", plan=self.job.plan.name, reason=str(error))
-            return
-        facts = {"plan": self.job.plan.name, "stage": self.stage, "round": self.machine.context.header.round}
-        self.site.ledger(self.job.plan.data.dataset).append("COMMIT", facts)
-        log.info("uploaded", plan=self.job.plan.name, bytes=message.body.length)
-
-    def _confirm(self, phase: Checking) -> None:
-        """The total has the promised root and decodes; then M11."""
-        try:
-            fetch_total(self.site, self.client, self.job, self.round_id, phase.outcome, len(phase.verified.survivors))
-        except ProtocolError as error:
-            log.error("the total does not hold", plan=self.job.plan.name, reason=str(error))
-            self.machine.phase = Stopped(str(error))
-            return
-        self.answer(self.machine.confirm(()))
 
 
 @dataclass
@@ -184,81 +75,81 @@ class Daemon:
         return state
 
     def _work(self, job: Job, offered: OfferedPlan) -> tuple[str, str]:
-        digest, stage = job.plan_file.digest, 1
+        stage = 1
         if offered.state in ("cancelled", "aborted"):
             return offered.state, offered.reason
-        spent = self.site.store.spent(digest, stage)
-        if spent is None or offered.state == "open":
-            if spent is None:
-                prepare(self.site, job, stage, self.progress(job) if self.progress else None)
+        if not self._is_released(job, stage):
+            prepare(self.site, job, stage, self.progress(job) if self.progress else None)
             self._take_part(job, stage)
-        if fetch_release(self.site, self.client, job, stage):
+        if self._fetch(job, stage):
             return "released", str(self.site.release_directory(job.plan.name, stage) / "adapter")
         return "waiting", "for the release"
 
-    def _take_part(self, job: Job, stage: int) -> None:
-        """Join rounds of a stage until one ends with an outcome, or the delta is spent without one."""
-        digest, run, seen = job.plan_file.digest, None, b""
-        if self.site.store.spent(digest, stage) is None:
-            self._ready(job, stage)
-        while True:
-            found = patiently(lambda: self.client.next(digest, stage, seen))  # noqa: B023
-            if found is None:
-                if self._is_over(job, stage, run):
-                    return
-                continue
-            round_id, message = found
-            seen = seen_hash(message)
-            if isinstance(message, Offer):
-                run = self._join(job, stage, round_id, message) or run
-            elif run is not None and run.round_id == round_id:
-                run.handle(message)
-                if isinstance(run.machine.phase, Finished):
-                    return
-            elif isinstance(message, Outcome):
-                return  # of a round this process did not live through: the release says it all
-            if isinstance(message, RoundAborted) and (run is None or run.round_id == round_id):
-                log.warning("round aborted", plan=job.plan.name, reason=message.reason)
-                if self.site.store.spent(digest, stage) is not None:
-                    return
-                run = None
-                self._ready(job, stage)
+    def _fetch(self, job: Job, stage: int) -> bool:
+        return patiently(lambda: fetch_release(self.site, self.client, job, stage))
+
+    def _is_released(self, job: Job, stage: int) -> bool:
+        """Is this site's delta in a released total already?"""
+        cohorts = patiently(lambda: self.client.releases(job.plan_file.digest))
+        inputs = [c.evidence.outcome.transcript.inputs for c in cohorts if c.stage == stage]
+        return any(self.site.me == i.sender for listed in inputs for i in listed)
 
     def _ready(self, job: Job, stage: int) -> None:
         ready, expected = patiently(lambda: self.client.ready(job.plan_file.digest, stage))
         self.site.note(job.plan.name, "ready", f"{ready} of {expected} members are ready")
         log.info("ready", plan=job.plan.name, ready=ready, of=expected)
 
+    def _take_part(self, job: Job, stage: int) -> None:
+        """Join rounds of a stage until this site's delta is in an outcome, or nothing can come of it any more."""
+        run: RoundRun | None = None
+        seen = b""
+        self._ready(job, stage)
+        while True:
+            found = patiently(lambda: self.client.next(job.plan_file.digest, stage, seen))  # noqa: B023
+            if found is None:
+                if self._is_over(job, stage, run):
+                    return
+                continue
+            seen = seen_hash(found[1])
+            run = self._hear(job, stage, run, *found)
+            if isinstance(found[1], Outcome) and run is None:
+                return  # of a round this process did not live through: the release says it all
+            if run is not None and isinstance(run.machine.phase, Finished):
+                return
+
+    def _hear(self, job: Job, stage: int, run: RoundRun | None, round_id: bytes, message: ToMember) -> RoundRun | None:
+        """One message; the round this process is in afterwards."""
+        if isinstance(message, Offer):
+            try:
+                return join(self.site, self.client, job, stage, round_id, message)
+            except VeilsumError as error:
+                log.warning("offer refused", plan=job.plan.name, reason=str(error))
+                return run
+        mine = run is not None and run.round_id == round_id
+        if isinstance(message, RoundAborted):
+            log.warning("round aborted", plan=job.plan.name, reason=message.reason)
+            if mine and run is not None:
+                run.handle(message)
+            else:
+                abort_unknown(self.site, self.client, job, round_id, message)
+            self._ready(job, stage)
+            return None
+        if mine and run is not None:
+            run.handle(message)
+        return run if mine else None
+
     def _is_over(self, job: Job, stage: int, run: RoundRun | None) -> bool:
         """Nothing came for a while: is there still something to wait for?"""
-        for offered in patiently(self.client.plans):
-            if parse_plan(offered.toml).digest == job.plan_file.digest:
-                if offered.state in ("cancelled", "aborted"):
-                    return True
-                if (
-                    offered.state == "released"
-                    and run is not None
-                    and isinstance(run.machine.phase, Uploading | Stopped)
-                ):
-                    return True  # closed without this site's upload
-                if run is None and self.site.store.spent(job.plan_file.digest, stage) is None:
-                    self._ready(job, stage)
-                return False
-        return True
-
-    def _join(self, job: Job, stage: int, round_id: bytes, offer: Offer) -> RoundRun | None:
-        """M0 -> M1. A refusal is logged; the site stays out of that round."""
-        store, digest = self.site.store, job.plan_file.digest
-        start = bytes.fromhex(job.plan.adapter.digest)  # equal to the one computed here: prepare() checked it
-        try:
-            if store.spent(digest, stage) is not None:
-                raise Refusal(f"the delta of plan '{job.plan.name}', stage {stage}, is spent")
-            expected = job.context(job.header(stage, 0, start))
-            context = accept_offer(offer, expected, store.highest_round(digest, stage))
-        except VeilsumError as error:
-            log.warning("offer refused", plan=job.plan.name, reason=str(error))
-            return None
-        machine = ParticipantRound(context, self.site.round_site(job))
-        run = RoundRun(self.site, self.client, job, stage, round_id, machine)
-        run.answer(machine.join())
-        return run
+        plans = {parse_plan(p.toml).digest: p for p in patiently(self.client.plans)}
+        offered = plans.get(job.plan_file.digest)
+        if offered is None or offered.state in ("cancelled", "aborted"):
+            return True
+        if offered.state == "released":
+            self._fetch(job, stage)  # the release of the others, while this site waits for a cohort of its own
+            if run is not None and isinstance(run.machine.phase, Confirmed):
+                return True  # no projection came: a survivor is silent
+        if run is None or isinstance(run.machine.phase, Uploading | Stopped):
+            if self._is_released(job, stage):
+                return True
+            self._ready(job, stage)
+        return False

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import secrets
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from participant.client import Client
+from participant.client import Client, ReleasedCohort
+from participant.phases import Checking
 from participant.site import Site
 from privacy.adapter import save_peft
 from privacy.files import make_private_directory, write_durably
 from privacy.job import Job
-from privacy.outcome import combine, manifest, verify_cohort, verify_total
-from privacy.secagg.masking import packed_length
+from privacy.outcome import check_block, combine, manifest, verify_cohort, verify_total
+from privacy.secagg.masking import block_sizes, packed_length
 from privacy.secagg.messages import Outcome
+from privacy.secagg.projection import dealt_blocks
 
 RELEASE_NOTE = "release.json"
+#: Blocks that a spot audit looks at.
+SPOT_BLOCKS = 3
 
 
 def _download(site: Site, client: Client, job: Job, round_id: bytes) -> Path:
@@ -53,26 +58,53 @@ def fetch_release(site: Site, client: Client, job: Job, stage: int) -> bool:
     if not offered:
         return False
     directory = site.release_directory(job.plan.name, stage)
-    rounds = sorted(c.outcome.transcript.header.round for c in offered)
-    if released_rounds(directory) == rounds:
+    if released_rounds(directory) == sorted(_summary(c) for c in offered):
         return True
     start = bytes.fromhex(job.plan.adapter.digest)
     cohorts = []
     for cohort in offered:
         path = _download(site, client, job, cohort.round_id)
         try:
-            cohorts.append(verify_cohort(job, stage, start, cohort.outcome, path))
+            cohorts.append(verify_cohort(job, stage, start, cohort.evidence, path))
         finally:
             path.unlink()
     decoded, tensors = combine(job, cohorts)
     adapter = directory / "adapter"
     save_peft(adapter, tensors, adapter=job.plan.adapter, base_name=job.plan.base.name)
     facts = manifest(job, stage, cohorts, decoded, tensors) | {"adapter": str(adapter)}
+    facts["rounds"] = sorted(_summary(c) for c in offered)
     write_durably(directory / RELEASE_NOTE, json.dumps(facts, indent=2).encode() + b"\n")
     return True
 
 
-def released_rounds(directory: Path) -> list[int]:
-    """Numbers of the rounds in the release that lies here."""
+def _summary(cohort: ReleasedCohort) -> list[int]:
+    evidence = cohort.evidence
+    return [evidence.outcome.transcript.header.round, len(evidence.votes), len(evidence.projection)]
+
+
+def released_rounds(directory: Path) -> list[list[int]]:
+    """[round, outcome signatures, projections] of each cohort in the release that lies here."""
     note = directory / RELEASE_NOTE
-    return sorted(c["round"] for c in json.loads(note.read_bytes())["cohorts"]) if note.exists() else []
+    found: list[list[int]] = json.loads(note.read_bytes())["rounds"] if note.exists() else []
+    return found
+
+
+def audit_blocks(
+    client: Client, job: Job, round_id: bytes, phase: Checking, me: int, total: NDArray[np.int64]
+) -> tuple[int, ...]:
+    """Recompute this site's blocks of a total, as the plan's audit says; the blocks that hold.
+
+    Raises:
+        ProtocolError: the total is not the sum of the uploads that U3 committed to.
+    """
+    verified, count = phase.verified, len(block_sizes(job.quantizer.total_size))
+    if job.plan.round.audit == "none":
+        return ()
+    blocks = dealt_blocks(count, verified.survivors, me, job.rules.colluders)
+    if job.plan.round.audit == "spot":
+        blocks = tuple(sorted({secrets.randbelow(count) for _ in range(SPOT_BLOCKS)}))
+    roots = {i.sender: i.body.root for i in phase.outcome.transcript.inputs}
+    for block in blocks:
+        uploads = {member: client.fetch_block(round_id, member, block) for member in verified.survivors}
+        check_block(job, verified, roots, block, uploads, total)
+    return blocks

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from privacy.secagg.messages import FromMember, Header
+from privacy.secagg.dialogue import FromMember
+from privacy.secagg.messages import Header
 
 
 @dataclass(frozen=True)
@@ -16,10 +17,15 @@ class Site:
 
     me: int
     identity: Ed25519PrivateKey = field(repr=False)
+    plan: str  # name of the plan
+    dataset: str
+    vector: bytes  # SHA-256 of the quantised vector
     rounds_joined: int  # over the life of this identity, before this round
     peer_counts: Mapping[int, int]  # highest count of rounds seen of each peer
     ledger_size: int
     ledger_root: bytes
+    #: Members of the only survivor list that this stage's delta may be in (retry proof c); ``None`` for no bond.
+    bond: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -44,11 +50,15 @@ class Spent:
     """Record before M5: from here on the delta of (data set, plan name, stage) is spent."""
 
     header: Header
+    plan: str  # name: a new digest, round or start adapter changes nothing about what is spent
+    dataset: str
     t1: bytes
     t2: bytes
     members: tuple[int, ...]  # U1
+    colluders: int
     threshold: int
     root: bytes  # of the spool, the only bytes ever sent
+    vector: bytes  # SHA-256 of the quantised vector, the only one this stage ever masks
 
 
 @dataclass(frozen=True)

@@ -11,140 +11,63 @@ anything else is refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from os import urandom
 
+from participant.phases import (
+    ACCEPTS,
+    Advertising,
+    Checking,
+    Confirmed,
+    Dealing,
+    Finished,
+    Masking,
+    Phase,
+    Projecting,
+    Releasing,
+    Stopped,
+    Uploading,
+    Voting,
+)
 from participant.records import Aborted, Joined, PeersSeen, Released, SignedSurvivors, Site, Spent, Step
 from privacy import merkle
 from privacy.encoding import encode
 from privacy.errors import ProtocolError, Refusal
-from privacy.secagg import keys, transcript
+from privacy.secagg import keys, projection, transcript
 from privacy.secagg.dealing import HeldShares, deal, has_path, leaf_hashes, open_leaf
+from privacy.secagg.dialogue import ToMember
 from privacy.secagg.keys import RoundSecrets
 from privacy.secagg.messages import (
+    AbortStatement,
     Advertise,
     Certificate,
     Complaint,
+    Header,
     Inbox,
     KeyList,
     MaskedInput,
     MaskSecretShare,
+    NonceList,
     Offer,
     Outcome,
     OutcomeVote,
+    ProjectionShare,
     RoundAborted,
     SelfMaskShare,
     Share,
     ShareRoot,
     Shares,
-    Signed,
     SurvivorList,
     SurvivorVote,
-    ToMember,
     UnmaskShares,
-    sign,
 )
-from privacy.secagg.transcript import Cohort, RoundContext, Streams, VerifiedTranscript
-
-# --- phases: each holds what exists in it, and nothing else ----------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Advertising:
-    """M1 sent; M2 expected."""
-
-    own: Signed[Advertise]
+from privacy.secagg.signed import Signed, sign
+from privacy.secagg.transcript import Cohort, RoundContext
 
 
-@dataclass(frozen=True)
-class Dealing:
-    """M3 sent; M4 expected."""
-
-    cohort: Cohort
-    own_root: Signed[ShareRoot]
-    own_shares: HeldShares
-
-
-@dataclass(frozen=True)
-class Masking:
-    """M4 accepted: the shell masks the vector and calls :meth:`ParticipantRound.commit`."""
-
-    cohort: Cohort
-    sharers: tuple[int, ...]
-    t2: bytes
-    held: Mapping[int, HeldShares]
-    streams: Streams = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Uploading:
-    """M5 committed; M6 expected."""
-
-    cohort: Cohort
-    sharers: tuple[int, ...]
-    t2: bytes
-    held: Mapping[int, HeldShares]
-    own_input: Signed[MaskedInput]
-
-
-@dataclass(frozen=True)
-class Voting:
-    """M7 sent; M8 expected."""
-
-    cohort: Cohort
-    sharers: tuple[int, ...]
-    t2: bytes
-    held: Mapping[int, HeldShares]
-    survivors: tuple[int, ...]
-    survivors_l: bytes
-
-
-@dataclass(frozen=True)
-class Releasing:
-    """M9 sent; M10 expected."""
-
-    cohort: Cohort
-    t2: bytes
-    survivors_l: bytes
-
-
-@dataclass(frozen=True)
-class Checking:
-    """M10 verified: the shell fetches the total and calls :meth:`ParticipantRound.confirm`."""
-
-    outcome: Outcome
-    verified: VerifiedTranscript
-
-
-@dataclass(frozen=True)
-class Finished:
-    """M11 sent; the round is over."""
-
-    outcome: Outcome
-
-
-@dataclass(frozen=True)
-class Stopped:
-    """The round ended here without an outcome."""
-
-    reason: str
-
-
-Phase = Advertising | Dealing | Masking | Uploading | Voting | Releasing | Checking | Finished | Stopped
-
-#: Which phase takes which message. A member aborts only when asked, never by a timer, and never after M9. t holders are
-#: enough for a total, so M10 may reach a survivor that was never asked for its shares; it verifies all the same.
-ACCEPTS: dict[type, tuple[type, ...]] = {
-    Advertising: (KeyList, RoundAborted),
-    Dealing: (Inbox, RoundAborted),
-    Masking: (RoundAborted,),
-    Uploading: (SurvivorList, Outcome, RoundAborted),
-    Voting: (Certificate, Outcome, RoundAborted),
-    Releasing: (Outcome,),
-    Checking: (),
-    Finished: (),
-    Stopped: (),
-}
+def abort_step(site: Site, header: Header, reason: str) -> Step:
+    """ABORTED and the signed statement, also for a round whose secrets a crash took; never after RELEASED."""
+    statement = sign(site.identity, site.me, AbortStatement(reason), header.hash())
+    return Step((Aborted(header, reason),), statement)
 
 
 def accept_offer(offer: Offer, expected: RoundContext, highest_round: int) -> RoundContext:
@@ -233,6 +156,8 @@ class ParticipantRound:
             return self._on_certificate(phase, message)
         if isinstance(phase, Uploading | Voting | Releasing) and isinstance(message, Outcome):
             return self._on_outcome(phase, message)
+        if isinstance(phase, Confirmed) and isinstance(message, NonceList):
+            return self._on_nonces(phase, message)
         raise RuntimeError(f"no handler for {type(message).__name__} in {type(phase).__name__}")
 
     def _on_key_list(self, phase: Advertising, message: KeyList) -> tuple[Step, Phase]:
@@ -308,8 +233,10 @@ class ParticipantRound:
             raise RuntimeError(f"commit() belongs to phase Masking, not {type(phase).__name__}")
         body = MaskedInput(phase.t2, root, self.context.upload_length)
         own = sign(self.site.identity, self.site.me, body, self.context.header_hash)
+        cohort, site = phase.cohort, self.site
         record = Spent(
-            self.context.header, phase.cohort.t1, phase.t2, phase.cohort.members, phase.cohort.threshold, root
+            *(self.context.header, site.plan, site.dataset, cohort.t1, phase.t2, cohort.members),
+            *(self.context.rules.colluders, cohort.threshold, root, site.vector),
         )
         self.phase = Uploading(phase.cohort, phase.sharers, phase.t2, phase.held, own)
         return Step((record,), own)
@@ -321,6 +248,10 @@ class ParticipantRound:
             raise ProtocolError("M6: expected my own upload among the survivors, found another or none")
         survivors_l = transcript.survivors_hash(phase.t2, message.inputs)
         survivors = tuple(i.sender for i in message.inputs)
+        if self.site.bond is not None and survivors != self.site.bond:
+            raise ProtocolError(
+                f"M6: this delta may only be in a sum over members {list(self.site.bond)}, found {list(survivors)}"
+            )
         vote = sign(self.site.identity, self.site.me, SurvivorVote(phase.t2, survivors_l), self.context.header_hash)
         record = SignedSurvivors(self.context.header, survivors_l, survivors)
         voting = Voting(phase.cohort, phase.sharers, phase.t2, phase.held, survivors, survivors_l)
@@ -339,7 +270,8 @@ class ParticipantRound:
         body = UnmaskShares(phase.t2, phase.survivors_l, tuple(shares))
         reply = sign(self.site.identity, self.site.me, body, self.context.header_hash)
         record = Released(self.context.header, phase.survivors_l)
-        return Step((record,), reply), Releasing(phase.cohort, phase.t2, phase.survivors_l)
+        releasing = Releasing(phase.cohort, phase.t2, phase.held, phase.survivors_l)
+        return Step((record,), reply), releasing
 
     def _on_outcome(self, phase: Uploading | Voting | Releasing, message: Outcome) -> tuple[Step, Phase]:
         """M10: the transcript verifies from my own plan and roster, and is the one of the round I took part in."""
@@ -352,19 +284,39 @@ class ParticipantRound:
             raise ProtocolError("M10: the transcript is not of the round that I took part in")
         if message.total != transcript.total_hash(verified.t2, message.root):
             raise ProtocolError("M10: the hash of the total does not belong to its Merkle root")
-        return Step(), Checking(message, verified)
+        return Step(), Checking(message, verified, self._seeds(phase.held))
 
     def confirm(self, blocks: tuple[int, ...]) -> Step:
         """M11: the total fetched has the promised root, decodes, and these blocks of it were recomputed."""
         phase = self.phase
         if not isinstance(phase, Checking):
             raise RuntimeError(f"confirm() belongs to phase Checking, not {type(phase).__name__}")
-        body = OutcomeVote(phase.verified.t2, phase.outcome.total, blocks)
+        body = OutcomeVote(phase.verified.t2, phase.outcome.total, blocks, self._secrets.nonce)
+        reply = sign(self.site.identity, self.site.me, body, self.context.header_hash)
+        self.phase = Confirmed(phase.outcome, phase.verified, phase.seeds)
+        return Step((), reply)
+
+    def _on_nonces(self, phase: Confirmed, message: NonceList) -> tuple[Step, Phase]:
+        """M12: all nonces for my total fix the projection; the shell computes <r, x> and calls :meth:`project`."""
+        verified, total = phase.verified, phase.outcome.total
+        transcript.check_nonces(verified.cohort, verified.survivors, verified.t2, total, message.votes)
+        key = projection.challenge({v.sender: v.body.nonce for v in message.votes}, total)
+        others = {j: seed for j, seed in phase.seeds.items() if j in verified.survivors}
+        term = projection.zero_sum_term(self.site.me, others, key)
+        return Step(), Projecting(phase.outcome, verified.t2, key, term)
+
+    def project(self, value: int) -> Step:
+        """M13: <r, x> of my own quantised vector, hidden by the zero-sum terms; once."""
+        phase = self.phase
+        if not isinstance(phase, Projecting):
+            raise RuntimeError(f"project() belongs to phase Projecting, not {type(phase).__name__}")
+        body = ProjectionShare(phase.t2, phase.outcome.total, (value + phase.term) % projection.WORD)
         reply = sign(self.site.identity, self.site.me, body, self.context.header_hash)
         self.phase = Finished(phase.outcome)
         return Step((), reply)
 
     def _on_aborted(self, message: RoundAborted) -> tuple[Step, Phase]:
+        """Asked to abort before M9: ABORTED is recorded, then the statement that this round stays shut."""
         if message.header != self.context.header:
             raise ProtocolError("the coordinator aborts another round than this one")
-        return Step((Aborted(self.context.header, message.reason),)), Stopped(message.reason)
+        return abort_step(self.site, self.context.header, message.reason), Stopped(message.reason)

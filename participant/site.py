@@ -69,11 +69,17 @@ class Site:
         """The ledger of a data set."""
         return Ledger(self.home.ledgers / f"{dataset}.jsonl", self.identity)
 
-    def round_site(self, job: Job) -> records.Site:
+    def spent(self, job: Job, stage: int) -> list[records.Spent]:
+        """Rounds in which this stage's delta was spent."""
+        return self.store.spent(job.plan.name, job.plan.data.dataset, stage)
+
+    def round_site(self, job: Job, vector: bytes, bond: tuple[int, ...] | None) -> records.Site:
         """What this site brings into the next round."""
         size, root = self.ledger(job.plan.data.dataset).head()
-        store = self.store
-        return records.Site(self.me, self.identity, store.rounds_joined(), store.peer_counts(), size, root)
+        return records.Site(
+            *(self.me, self.identity, job.plan.name, job.plan.data.dataset, vector),
+            *(self.store.rounds_joined(), self.store.peer_counts(), size, root, bond),
+        )
 
     # --- notes for `status`; nothing depends on them -----------------------------------------------------------------
 

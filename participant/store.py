@@ -93,10 +93,17 @@ class Store:
                     counts[member] = max(count, counts.get(member, 0))
         return counts
 
-    def spent(self, plan: bytes, stage: int) -> Spent | None:
-        """The last record that spent this stage's delta."""
-        found = [r for r in self.records(plan, stage) if isinstance(r, Spent)]
-        return found[-1] if found else None
+    def spent(self, plan: str, dataset: str, stage: int) -> list[Spent]:
+        """Records that spent the delta of (data set, plan name, stage), whatever digest, round or start they had."""
+        return [
+            r
+            for r in self._records
+            if isinstance(r, Spent) and (r.plan, r.dataset, r.header.stage) == (plan, dataset, stage)
+        ]
+
+    def all_records(self) -> list[Record]:
+        """Every record of this site, oldest first."""
+        return list(self._records)
 
     # --- what training leaves ----------------------------------------------------------------------------------------
 

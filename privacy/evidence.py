@@ -6,22 +6,13 @@ rounds/NUMBER/total.bin      the packed total
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from privacy.encoding import decode, encode
 from privacy.files import read_file, write_durably
-from privacy.secagg.messages import Outcome, OutcomeVote, Signed
+from privacy.secagg.messages import Evidence
 
 EVIDENCE_FILE, TOTAL_FILE = "evidence.bin", "total.bin"
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """M10 and all M11 of one round."""
-
-    outcome: Outcome
-    votes: tuple[Signed[OutcomeVote], ...]
 
 
 def write_evidence(directory: Path, evidence: Evidence) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from privacy import merkle
 from privacy.adapter import Tensors, release, start_adapter, start_digest
 from privacy.errors import ProtocolError
 from privacy.job import Job
-from privacy.secagg import transcript
-from privacy.secagg.messages import Outcome
+from privacy.secagg import projection, transcript
+from privacy.secagg.masking import BLOCK, MaskStreams, block_sizes, unpack
+from privacy.secagg.messages import Evidence, Outcome
 from privacy.secagg.quantize import Decoded
+from privacy.secagg.transcript import VerifiedTranscript
 from privacy.vectors import file_root, read_total
 
 Facts = dict[str, Any]
@@ -30,6 +33,10 @@ class VerifiedCohort:
     t2: bytes
     total: bytes  # H(total)
     lifted: NDArray[np.int64]  # (d + extras,)
+    #: Every block of the total was recomputed by c + 1 signers: an outcome certificate.
+    certified: bool = False
+    #: The random projection was made by all survivors, and holds.
+    projected: bool = False
 
 
 def verify_total(job: Job, outcome: Outcome, survivors: int, path: Path) -> NDArray[np.int64]:
@@ -44,20 +51,45 @@ def verify_total(job: Job, outcome: Outcome, survivors: int, path: Path) -> NDAr
     return job.quantizer.checked(read_total(path, size, bits), survivors)
 
 
-def verify_cohort(job: Job, stage: int, start: bytes, outcome: Outcome, path: Path) -> VerifiedCohort:
+def verify_cohort(job: Job, stage: int, start: bytes, evidence: Evidence, path: Path) -> VerifiedCohort:
     """Verify a released round from plan and roster alone.
 
     Raises:
-        ProtocolError: transcript, total or header do not hold.
+        ProtocolError: transcript, total, header, an outcome signature or the projection do not hold.
     """
+    outcome = evidence.outcome
     header = outcome.transcript.header
     if header != job.header(stage, header.round, start):
         raise ProtocolError("a release is of another plan, stage, roster or start adapter")
-    verified = transcript.verify_transcript(job.context(header), outcome.transcript)
+    context = job.context(header)
+    verified = transcript.verify_transcript(context, outcome.transcript)
     if outcome.total != transcript.total_hash(verified.t2, outcome.root):
         raise ProtocolError("M10: the hash of the total does not belong to its Merkle root")
     lifted = verify_total(job, outcome, len(verified.survivors), path)
-    return VerifiedCohort(header.round, verified.survivors, verified.t2, outcome.total, lifted)
+    for vote in evidence.votes:
+        transcript.check_outcome_vote(context, verified.survivors, verified.t2, outcome.total, vote)
+        transcript.check_nonce(verified.cohort, vote)
+    blocks = len(block_sizes(job.quantizer.total_size))
+    checked = {vote.sender: vote.body.blocks for vote in evidence.votes}
+    certified = projection.uncertified(blocks, checked, job.rules.colluders) == 0
+    projected = _verify_projection(verified, evidence, lifted)
+    return VerifiedCohort(header.round, verified.survivors, verified.t2, outcome.total, lifted, certified, projected)
+
+
+def _verify_projection(verified: VerifiedTranscript, evidence: Evidence, lifted: NDArray[np.int64]) -> bool:
+    """``False`` where the projection was not made; raises where it was and does not hold."""
+    if not evidence.projection:
+        return False
+    total = evidence.outcome.total
+    transcript.check_nonces(verified.cohort, verified.survivors, verified.t2, total, evidence.votes)
+    if tuple(share.sender for share in evidence.projection) != verified.survivors:
+        raise ProtocolError("M13: expected a projection of every survivor")
+    for share in evidence.projection:
+        transcript.check_projection(verified.cohort.context, verified.survivors, verified.t2, total, share)
+    key = projection.challenge({v.sender: v.body.nonce for v in evidence.votes}, total)
+    if sum(share.body.value for share in evidence.projection) % projection.WORD != projection.project(key, lifted):
+        raise ProtocolError("the random projection of the total is not that of the inputs: the total is wrong")
+    return True
 
 
 def combine(job: Job, cohorts: Sequence[VerifiedCohort]) -> tuple[Decoded, Tensors]:
@@ -97,4 +129,37 @@ def _cohort(job: Job, cohort: VerifiedCohort) -> Facts:
         "total": cohort.total.hex(),
         "total_weight": alone.weight,
         "training_loss": round(alone.loss, 6),
+        "certified": cohort.certified,
+        "projection": "holds" if cohort.projected else "inconclusive",
     }
+
+
+def check_block(
+    job: Job,
+    verified: VerifiedTranscript,
+    roots: Mapping[int, bytes],
+    block: int,
+    uploads: Mapping[int, tuple[bytes, Sequence[bytes]]],
+    total: NDArray[np.int64],
+) -> None:
+    """Recompute one block of a total from the uploads that were committed before U3 was signed.
+
+    Args:
+        roots: survivor -> Merkle root of its M5.
+        uploads: survivor -> (packed block, Merkle path).
+        total: (d + extras,) signed integers, already checked against the root of M10.
+
+    Raises:
+        ProtocolError: a block is not the committed one, or the sum without its masks is not the total.
+    """
+    counts, bits = block_sizes(job.quantizer.total_size), job.rules.bits
+    tile = np.zeros(counts[block], np.uint32)
+    for member in verified.survivors:
+        data, path = uploads[member]
+        if not merkle.verify(merkle.leaf_hash(data), block, len(counts), path, roots[member]):
+            raise ProtocolError(f"audit: block {block} is not the one that member {member} committed to")
+        tile += unpack(data, counts[block], bits)
+    off = verified.streams.inverse()
+    MaskStreams(off.plus, off.minus, bits, block * BLOCK).apply(tile)
+    if not np.array_equal(job.quantizer.lift(tile), total[block * BLOCK : block * BLOCK + counts[block]]):
+        raise ProtocolError(f"audit: block {block} of the total is not the sum of the uploads")

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from privacy.encoding import DOMAIN
 from privacy.errors import Refusal, UserError
 from privacy.plan import HexDigest, Name, Plan, Positive
-from privacy.secagg.messages import MAX_MEMBERS
+from privacy.secagg.shapes import MAX_MEMBERS
 from privacy.secagg.threshold import MAX_COMPLETE_GRAPH, smallest_survivors
 from privacy.settings import Section, parse_toml
 

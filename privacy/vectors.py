@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from privacy import merkle
-from privacy.errors import ProtocolError
-from privacy.secagg.masking import block_sizes, packed_bytes, unpack
+from privacy.errors import ProtocolError, Refusal
+from privacy.secagg.masking import BLOCK, block_sizes, packed_bytes, unpack
 
 
 def read_blocks(path: Path, size: int, bits: int) -> Iterator[bytes]:
@@ -42,3 +43,24 @@ def read_total(path: Path, size: int, bits: int) -> NDArray[np.uint32]:
         total[at : at + count] = unpack(block, count, bits)
         at += count
     return total
+
+
+def read_block(path: Path, size: int, bits: int, block: int) -> tuple[bytes, tuple[bytes, ...]]:
+    """One packed block of a vector file and its Merkle path to the file's root.
+
+    Raises:
+        Refusal: there is no such block.
+    """
+    counts = block_sizes(size)
+    if not 0 <= block < len(counts):
+        raise Refusal(f"expected a block below {len(counts)}, found {block}")
+    with path.open("rb") as file:
+        file.seek(block * packed_bytes(BLOCK, bits))
+        data = file.read(packed_bytes(counts[block], bits))
+    return data, merkle.path(_leaf_hashes(path, size, bits), block)
+
+
+@lru_cache(maxsize=256)
+def _leaf_hashes(path: Path, size: int, bits: int) -> list[bytes]:
+    """Leaf hashes of a file that does not change any more."""
+    return [merkle.leaf_hash(block) for block in read_blocks(path, size, bits)]

@@ -16,19 +16,22 @@ from numpy.typing import NDArray
 
 from coordinator import phases
 from coordinator.round import CoordinatorRound
+from participant.phases import Checking, Masking, Projecting, Stopped, Uploading
 from participant.records import Record, Site, Step
-from participant.round import Checking, Masking, ParticipantRound, Stopped, Uploading, accept_offer
+from participant.round import ParticipantRound, accept_offer
 from privacy import PROTOCOL_VERSION, merkle
 from privacy.encoding import decode, encode
 from privacy.errors import VeilsumError
 from privacy.roster import Rules
+from privacy.secagg.dialogue import FromMember, ToMember
 from privacy.secagg.keys import identity_public
 from privacy.secagg.masking import BLOCK, MaskStreams, masked_blocks, pack, packed_length, unpack
-from privacy.secagg.messages import FromMember, Header, Offer, ToMember
+from privacy.secagg.messages import Header, Offer
+from privacy.secagg.projection import project
 from privacy.secagg.transcript import RoundContext
 
 #: Messages of a member, in order: a member "silent from M5 on" sends M1 and M3 and then nothing.
-STEPS = ("M1", "M3", "M5", "M7", "M9", "M11")
+STEPS = ("M1", "M3", "M5", "M7", "M9", "M11", "M13")
 
 KIND = {
     "Advertise": "M1",
@@ -38,6 +41,8 @@ KIND = {
     "SurvivorVote": "M7",
     "UnmaskShares": "M9",
     "OutcomeVote": "M11",
+    "ProjectionShare": "M13",
+    "AbortStatement": "M13",
 }
 
 
@@ -117,6 +122,8 @@ class Member:
             return self.mask()
         if isinstance(self.machine.phase, Checking):
             return self.keep(self.machine.confirm(()))
+        if isinstance(self.machine.phase, Projecting):
+            return self.keep(self.machine.project(project(self.machine.phase.key, self.vector)))
         return reply
 
 
@@ -124,9 +131,11 @@ def make_member(
     index: int, offer: Offer, expected: RoundContext, size: int, counts: Mapping[int, int] | None = None
 ) -> Member:
     """Accept an offer as a fresh site would."""
-    site = Site(index, identity(index), 0, counts or {}, 0, merkle.EMPTY_ROOT)
+    vector = vector_of(index, size)
+    digest = hashlib.sha256(vector.tobytes()).digest()
+    site = Site(index, identity(index), "plan", "data", digest, 0, counts or {}, 0, merkle.EMPTY_ROOT)
     machine = ParticipantRound(accept_offer(offer, expected, 0), site, seeded(f"member {index}"))
-    return Member(index, machine, vector_of(index, size))
+    return Member(index, machine, vector)
 
 
 Tamper = Callable[[int, ToMember], ToMember | None]
@@ -250,7 +259,7 @@ class Simulation:
 
     @property
     def survivors(self) -> tuple[int, ...]:
-        assert isinstance(self.phase, phases.Released | phases.Confirming)
+        assert isinstance(self.phase, phases.Released | phases.Confirming | phases.Projecting)
         return self.phase.closed.survivors
 
     def plain_sum(self) -> NDArray[np.int64]:

@@ -11,7 +11,7 @@ from google.protobuf.descriptor import Descriptor
 
 from privacy.encoding import encode, field_types, union_members
 from privacy.errors import ProtocolError
-from privacy.secagg import messages
+from privacy.secagg import dialogue, messages
 from privacy.wire import secagg_pb2
 from privacy.wire.convert import UNIONS, _field, _name, from_wire, parse, to_wire
 from tests.simulation import Simulation
@@ -32,7 +32,7 @@ def reachable(kind: Any, found: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-KINDS = reachable(messages.FromMember, reachable(messages.ToMember, {}))
+KINDS = reachable(messages.Evidence, reachable(dialogue.FromMember, reachable(dialogue.ToMember, {})))
 
 
 @pytest.mark.parametrize("name", sorted(KINDS))
@@ -53,12 +53,12 @@ def test_the_proto_file_has_no_message_beside_the_types() -> None:
 def test_every_message_of_a_round_survives_the_wire() -> None:
     seen: list[tuple[Any, Any]] = []
 
-    def heard(_member: int, message: messages.ToMember) -> messages.ToMember:
-        seen.append((message, messages.ToMember))
+    def heard(_member: int, message: dialogue.ToMember) -> dialogue.ToMember:
+        seen.append((message, dialogue.ToMember))
         return message
 
-    def said(_member: int, message: messages.FromMember) -> messages.FromMember:
-        seen.append((message, messages.FromMember))
+    def said(_member: int, message: dialogue.FromMember) -> dialogue.FromMember:
+        seen.append((message, dialogue.FromMember))
         return message
 
     Simulation(4, 1, silent={2: "M5"}, to_member=heard, from_member=said).run()
@@ -74,7 +74,7 @@ def header() -> messages.Header:
 
 def test_an_empty_oneof_is_refused() -> None:
     with pytest.raises(ProtocolError, match="expected one of offer"):
-        parse(b"", messages.ToMember)
+        parse(b"", dialogue.ToMember)
 
 
 def test_an_absent_part_is_refused() -> None:
@@ -83,11 +83,11 @@ def test_an_absent_part_is_refused() -> None:
 
 
 def test_unknown_fields_are_refused_at_any_depth() -> None:
-    good = to_wire(messages.Offer(header()), messages.ToMember)
+    good = to_wire(messages.Offer(header()), dialogue.ToMember)
     inner = secagg_pb2.Header.FromString(good.offer.header.SerializeToString() + bytes([0xF8, 0x07, 1]))
     bad = secagg_pb2.ToMember(offer=secagg_pb2.Offer(header=inner))
     with pytest.raises(ProtocolError, match="unknown fields"):
-        parse(bad.SerializeToString(), messages.ToMember)
+        parse(bad.SerializeToString(), dialogue.ToMember)
 
 
 def test_wrong_lengths_are_refused() -> None:
@@ -99,4 +99,4 @@ def test_wrong_lengths_are_refused() -> None:
 
 def test_rubbish_is_refused() -> None:
     with pytest.raises(ProtocolError, match="expected a protobuf FromMember"):
-        parse(b"\xff\xff\xff", messages.FromMember)
+        parse(b"\xff\xff\xff", dialogue.FromMember)

@@ -9,43 +9,20 @@ Members are named by their roster index.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from itertools import pairwise
-from typing import Generic, TypeVar
+from dataclasses import dataclass, field
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-from privacy.encoding import digest, encode, label, number
+from privacy.encoding import digest, encode
 from privacy.errors import ProtocolError
-from privacy.secagg.keys import HPKE_OVERHEAD, HPKE_PUBLIC_BYTES, SEED_BYTES, verify_signature
+from privacy.secagg.keys import HPKE_OVERHEAD, HPKE_PUBLIC_BYTES, SEED_BYTES
 from privacy.secagg.shamir import SHARE_BYTES
+from privacy.secagg.shapes import HASH_BYTES, check_ascending, check_hashes, check_length, check_text
+from privacy.secagg.signed import Signed
 
-HASH_BYTES = 32
-SIGNATURE_BYTES = 64
-MAX_MEMBERS = 1000
 MAX_PATH = 32
-MAX_TEXT = 500
+MAX_BLOCKS = 1 << 20
 #: Two shares of 33 bytes under HPKE; the owner's own leaf seals nothing.
 SEALED_SHARES = 2 * SHARE_BYTES + HPKE_OVERHEAD
 SEALED_SEED = SEED_BYTES + HPKE_OVERHEAD
-
-
-def _length(value: bytes, name: str, *allowed: int) -> None:
-    if len(value) not in allowed:
-        raise ProtocolError(f"{name}: expected {' or '.join(map(str, allowed))} bytes, found {len(value)}")
-
-
-def _ascending(members: tuple[int, ...], name: str) -> None:
-    if len(members) > MAX_MEMBERS or any(a >= b for a, b in pairwise(members)):
-        raise ProtocolError(f"{name}: expected at most {MAX_MEMBERS} members, each once, in ascending order")
-
-
-def _hashes(message: object, *except_for: str) -> None:
-    """Every ``bytes`` field not named is a hash of 32 bytes."""
-    for f in fields(message):  # type: ignore[arg-type]
-        value = getattr(message, f.name)
-        if isinstance(value, bytes) and f.name not in except_for:
-            _length(value, f.name, HASH_BYTES)
 
 
 @dataclass(frozen=True)
@@ -61,56 +38,69 @@ class Header:
     coordinator: bytes  # Ed25519 public key
 
     def __post_init__(self) -> None:
-        _hashes(self)
+        check_hashes(self)
 
     def hash(self) -> bytes:
         return digest("header", encode(self))
-
-
-# --- signatures --------------------------------------------------------------------------------------------------
-
-B = TypeVar("B")
-
-
-@dataclass(frozen=True)
-class Signed(Generic[B]):
-    """A body with its sender and Ed25519 signature; transcript hashes cover the body, since a signer can make many."""
-
-    sender: int
-    body: B
-    signature: bytes
-
-    def __post_init__(self) -> None:
-        _length(self.signature, "signature", SIGNATURE_BYTES)
-
-    def body_hash(self) -> bytes:
-        """H(message): sender and body, without the signature."""
-        return digest("body", type(self.body).__name__.encode(), number(self.sender), encode(self.body))
-
-
-def signing_input(sender: int, body: object, header_hash: bytes) -> bytes:
-    """The signed bytes: domain label, message type, sender, header hash, canonical encoding of the body."""
-    return label("signature", type(body).__name__.encode(), number(sender), header_hash, encode(body))
-
-
-def sign(key: Ed25519PrivateKey, sender: int, body: B, header_hash: bytes) -> Signed[B]:
-    """Sign ``body`` as member ``sender`` in the round of this header."""
-    return Signed(sender, body, key.sign(signing_input(sender, body, header_hash)))
-
-
-def has_valid_signature(message: Signed[B], public: bytes, header_hash: bytes) -> bool:
-    """Did the owner of ``public`` sign this body, as this sender, in the round of this header?"""
-    return verify_signature(public, message.signature, signing_input(message.sender, message.body, header_hash))
 
 
 # --- M0 to M11 ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Offer:
-    """M0: the coordinator offers a round to a member that is ready."""
+class AbortStatement:
+    """ "In the round of this header I have not released and never will"; ABORTED was recorded first."""
+
+    reason: str
+
+    def __post_init__(self) -> None:
+        check_text(self.reason, "abort statement")
+
+
+@dataclass(frozen=True)
+class AbortProof:
+    """Retry proof (a): n + c - t + 1 holders of an earlier round will never release in it."""
 
     header: Header
+    statements: tuple[Signed[AbortStatement], ...]
+
+    def __post_init__(self) -> None:
+        check_ascending(tuple(s.sender for s in self.statements), "abort certificate")
+
+
+@dataclass(frozen=True)
+class ListedInput:
+    """A member of a survivor list with the root of its upload."""
+
+    member: int
+    root: bytes
+
+    def __post_init__(self) -> None:
+        check_hashes(self)
+
+
+@dataclass(frozen=True)
+class ListProof:
+    """Retry proofs (b) and (c): the certified survivor list of an earlier round, without or with the receiver."""
+
+    header: Header
+    listed: tuple[ListedInput, ...]
+    votes: tuple[Signed[SurvivorVote], ...]
+
+    def __post_init__(self) -> None:
+        check_ascending(tuple(i.member for i in self.listed), "certified list")
+        check_ascending(tuple(v.sender for v in self.votes), "certificate of a list")
+
+
+RetryProof = AbortProof | ListProof
+
+
+@dataclass(frozen=True)
+class Offer:
+    """M0: the coordinator offers a round; a member whose delta is spent needs a proof about each earlier round."""
+
+    header: Header
+    proofs: tuple[RetryProof, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,9 +116,9 @@ class Advertise:
     ledger_root: bytes
 
     def __post_init__(self) -> None:
-        _hashes(self, "share_key", "mask_key")
-        _length(self.share_key, "share_key", HPKE_PUBLIC_BYTES)
-        _length(self.mask_key, "mask_key", HPKE_PUBLIC_BYTES)
+        check_hashes(self, "share_key", "mask_key")
+        check_length(self.share_key, "share_key", HPKE_PUBLIC_BYTES)
+        check_length(self.mask_key, "mask_key", HPKE_PUBLIC_BYTES)
 
 
 @dataclass(frozen=True)
@@ -138,7 +128,7 @@ class KeyList:
     members: tuple[Signed[Advertise], ...]
 
     def __post_init__(self) -> None:
-        _ascending(tuple(m.sender for m in self.members), "key list")
+        check_ascending(tuple(m.sender for m in self.members), "key list")
 
 
 @dataclass(frozen=True)
@@ -153,10 +143,10 @@ class ShareLeaf:
     seed_hash: bytes  # H(r_ij); empty with it
 
     def __post_init__(self) -> None:
-        _hashes(self, "sealed_shares", "sealed_seed", "seed_hash")
-        _length(self.sealed_shares, "sealed_shares", 0, SEALED_SHARES)
-        _length(self.sealed_seed, "sealed_seed", 0, SEALED_SEED)
-        _length(self.seed_hash, "seed_hash", HASH_BYTES if self.sealed_seed else 0)
+        check_hashes(self, "sealed_shares", "sealed_seed", "seed_hash")
+        check_length(self.sealed_shares, "sealed_shares", 0, SEALED_SHARES)
+        check_length(self.sealed_seed, "sealed_seed", 0, SEALED_SEED)
+        check_length(self.seed_hash, "seed_hash", HASH_BYTES if self.sealed_seed else 0)
 
 
 @dataclass(frozen=True)
@@ -167,7 +157,7 @@ class ShareRoot:
     root: bytes
 
     def __post_init__(self) -> None:
-        _hashes(self)
+        check_hashes(self)
 
 
 @dataclass(frozen=True)
@@ -178,7 +168,7 @@ class Shares:
     root: Signed[ShareRoot]
 
     def __post_init__(self) -> None:
-        _ascending(tuple(leaf.holder for leaf in self.leaves), "share leaves")
+        check_ascending(tuple(leaf.holder for leaf in self.leaves), "share leaves")
 
 
 @dataclass(frozen=True)
@@ -193,7 +183,7 @@ class OwnedLeaf:
         if len(self.path) > MAX_PATH:
             raise ProtocolError(f"Merkle path: expected at most {MAX_PATH} hashes, found {len(self.path)}")
         for node in self.path:
-            _length(node, "Merkle path", HASH_BYTES)
+            check_length(node, "Merkle path", HASH_BYTES)
 
 
 @dataclass(frozen=True)
@@ -204,8 +194,8 @@ class Inbox:
     leaves: tuple[OwnedLeaf, ...]
 
     def __post_init__(self) -> None:
-        _ascending(tuple(r.sender for r in self.roots), "inbox roots")
-        _ascending(tuple(leaf.owner for leaf in self.leaves), "inbox leaves")
+        check_ascending(tuple(r.sender for r in self.roots), "inbox roots")
+        check_ascending(tuple(leaf.owner for leaf in self.leaves), "inbox leaves")
 
 
 @dataclass(frozen=True)
@@ -217,9 +207,8 @@ class Complaint:
     reason: str
 
     def __post_init__(self) -> None:
-        _hashes(self)
-        if len(self.reason) > MAX_TEXT:
-            raise ProtocolError(f"complaint: expected at most {MAX_TEXT} characters, found {len(self.reason)}")
+        check_hashes(self)
+        check_text(self.reason, "complaint")
 
 
 @dataclass(frozen=True)
@@ -231,7 +220,7 @@ class MaskedInput:
     length: int
 
     def __post_init__(self) -> None:
-        _hashes(self)
+        check_hashes(self)
 
 
 @dataclass(frozen=True)
@@ -241,7 +230,7 @@ class SurvivorList:
     inputs: tuple[Signed[MaskedInput], ...]
 
     def __post_init__(self) -> None:
-        _ascending(tuple(i.sender for i in self.inputs), "survivor list")
+        check_ascending(tuple(i.sender for i in self.inputs), "survivor list")
 
 
 @dataclass(frozen=True)
@@ -252,7 +241,7 @@ class SurvivorVote:
     survivors: bytes  # L
 
     def __post_init__(self) -> None:
-        _hashes(self)
+        check_hashes(self)
 
 
 @dataclass(frozen=True)
@@ -262,7 +251,7 @@ class Certificate:
     votes: tuple[Signed[SurvivorVote], ...]
 
     def __post_init__(self) -> None:
-        _ascending(tuple(v.sender for v in self.votes), "certificate")
+        check_ascending(tuple(v.sender for v in self.votes), "certificate")
 
 
 @dataclass(frozen=True)
@@ -273,7 +262,7 @@ class SelfMaskShare:
     share: bytes = field(repr=False)
 
     def __post_init__(self) -> None:
-        _length(self.share, "share", SHARE_BYTES)
+        check_length(self.share, "share", SHARE_BYTES)
 
 
 @dataclass(frozen=True)
@@ -284,7 +273,7 @@ class MaskSecretShare:
     share: bytes = field(repr=False)
 
     def __post_init__(self) -> None:
-        _length(self.share, "share", SHARE_BYTES)
+        check_length(self.share, "share", SHARE_BYTES)
 
 
 Share = SelfMaskShare | MaskSecretShare
@@ -299,8 +288,8 @@ class UnmaskShares:
     shares: tuple[Share, ...]
 
     def __post_init__(self) -> None:
-        _hashes(self)
-        _ascending(tuple(s.owner for s in self.shares), "unmask shares")
+        check_hashes(self)
+        check_ascending(tuple(s.owner for s in self.shares), "unmask shares")
 
 
 @dataclass(frozen=True)
@@ -311,7 +300,7 @@ class OpenedSelfMask:
     seed: bytes = field(repr=False)
 
     def __post_init__(self) -> None:
-        _length(self.seed, "seed", SEED_BYTES)
+        check_length(self.seed, "seed", SEED_BYTES)
 
 
 @dataclass(frozen=True)
@@ -322,7 +311,7 @@ class OpenedMaskSecret:
     secret: bytes = field(repr=False)
 
     def __post_init__(self) -> None:
-        _length(self.secret, "secret", SEED_BYTES)
+        check_length(self.secret, "secret", SEED_BYTES)
 
 
 Opened = OpenedSelfMask | OpenedMaskSecret
@@ -345,9 +334,9 @@ class Transcript:
 
     def __post_init__(self) -> None:
         for name, listed in (("keys", self.keys), ("roots", self.roots), ("inputs", self.inputs)):
-            _ascending(tuple(m.sender for m in listed), name)
-        _ascending(tuple(v.sender for v in self.votes), "votes")
-        _ascending(tuple(o.owner for o in self.opened), "opened seeds")
+            check_ascending(tuple(m.sender for m in listed), name)
+        check_ascending(tuple(v.sender for v in self.votes), "votes")
+        check_ascending(tuple(o.owner for o in self.opened), "opened seeds")
 
 
 @dataclass(frozen=True)
@@ -359,19 +348,56 @@ class Outcome:
     transcript: Transcript
 
     def __post_init__(self) -> None:
-        _hashes(self)
+        check_hashes(self)
 
 
 @dataclass(frozen=True)
 class OutcomeVote:
-    """M11: this member computed with this total and checked these blocks of it."""
+    """M11: this member computed with this total and checked these blocks of it; its nonce is opened here, once."""
 
     t2: bytes
     total: bytes  # H(total)
     blocks: tuple[int, ...]
+    nonce: bytes
 
     def __post_init__(self) -> None:
-        _hashes(self)
+        check_hashes(self)
+        check_ascending(self.blocks, "checked blocks", MAX_BLOCKS)
+
+
+@dataclass(frozen=True)
+class NonceList:
+    """M12: every survivor's M11, so that all know the same random projection."""
+
+    votes: tuple[Signed[OutcomeVote], ...]
+
+    def __post_init__(self) -> None:
+        check_ascending(tuple(v.sender for v in self.votes), "nonce list")
+
+
+@dataclass(frozen=True)
+class ProjectionShare:
+    """M13: <r, x_i> plus pairwise zero-sum terms, mod 2**64."""
+
+    t2: bytes
+    total: bytes  # H(total)
+    value: int
+
+    def __post_init__(self) -> None:
+        check_hashes(self)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a released round leaves: M10, all M11, and all M13 where every survivor sent one."""
+
+    outcome: Outcome
+    votes: tuple[Signed[OutcomeVote], ...]
+    projection: tuple[Signed[ProjectionShare], ...]
+
+    def __post_init__(self) -> None:
+        check_ascending(tuple(v.sender for v in self.votes), "outcome signatures")
+        check_ascending(tuple(p.sender for p in self.projection), "projection")
 
 
 @dataclass(frozen=True)
@@ -382,35 +408,4 @@ class RoundAborted:
     reason: str
 
     def __post_init__(self) -> None:
-        if len(self.reason) > MAX_TEXT:
-            raise ProtocolError(f"reason: expected at most {MAX_TEXT} characters, found {len(self.reason)}")
-
-
-#: What the coordinator may tell a member.
-ToMember = Offer | KeyList | Inbox | SurvivorList | Certificate | Outcome | RoundAborted
-#: What a member may tell the coordinator (M5's vector travels beside its signed root).
-FromMember = (
-    Signed[Advertise]
-    | Shares
-    | Signed[Complaint]
-    | Signed[MaskedInput]
-    | Signed[SurvivorVote]
-    | Signed[UnmaskShares]
-    | Signed[OutcomeVote]
-)
-
-#: The protocol's numbers of what a member says.
-NUMBERS = {
-    Advertise: "M1",
-    ShareRoot: "M3",
-    Complaint: "complaint",
-    MaskedInput: "M5",
-    SurvivorVote: "M7",
-    UnmaskShares: "M9",
-    OutcomeVote: "M11",
-}
-
-
-def message_name(message: FromMember) -> str:
-    """M1, M3, ... of a member's message."""
-    return NUMBERS[type(message.root.body if isinstance(message, Shares) else message.body)]
+        check_text(self.reason, "reason")

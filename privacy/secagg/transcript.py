@@ -23,12 +23,12 @@ from privacy.secagg.messages import (
     OpenedSelfMask,
     OutcomeVote,
     OwnedLeaf,
+    ProjectionShare,
     ShareRoot,
-    Signed,
     SurvivorVote,
     Transcript,
-    has_valid_signature,
 )
+from privacy.secagg.signed import Signed, has_valid_signature
 from privacy.secagg.threshold import threshold
 
 B = TypeVar("B")
@@ -64,9 +64,14 @@ def total_hash(t2: bytes, root: bytes) -> bytes:
     return digest("total", t2, root)
 
 
-def survivors_hash(t2: bytes, inputs: Sequence[Signed[MaskedInput]]) -> bytes:
+def list_hash(t2: bytes, listed: Sequence[tuple[int, bytes]]) -> bytes:
     """L = H(T2, sorted (id, root of the upload))."""
-    return digest("L", t2, *(part for i in inputs for part in (number(i.sender), i.body.root)))
+    return digest("L", t2, *(part for member, root in listed for part in (number(member), root)))
+
+
+def survivors_hash(t2: bytes, inputs: Sequence[Signed[MaskedInput]]) -> bytes:
+    """L of the uploads of U3."""
+    return list_hash(t2, [(i.sender, i.body.root) for i in inputs])
 
 
 def check_signed(context: RoundContext, message: Signed[B], what: str) -> None:
@@ -168,13 +173,13 @@ def check_input(cohort: Cohort, sharers: Sequence[int], t2: bytes, message: Sign
         )
 
 
-def check_vote(
-    cohort: Cohort, survivors: Sequence[int], t2: bytes, survivors_l: bytes, vote: Signed[SurvivorVote]
+def check_list_vote(
+    context: RoundContext, survivors: Sequence[int], t2: bytes, survivors_l: bytes, vote: Signed[SurvivorVote]
 ) -> None:
     """One M7: a survivor, its signature, this T2 and this list."""
     if vote.sender not in survivors:
         raise ProtocolError(f"M7: member {vote.sender} is not a survivor")
-    check_signed(cohort.context, vote, "M7")
+    check_signed(context, vote, "M7")
     if (vote.body.t2, vote.body.survivors) != (t2, survivors_l):
         raise ProtocolError(f"M7: member {vote.sender} signed another survivor list")
 
@@ -186,7 +191,7 @@ def check_certificate(
     if len(votes) < cohort.threshold:
         raise ProtocolError(f"M8: expected at least {cohort.threshold} signatures, found {len(votes)}")
     for vote in votes:
-        check_vote(cohort, survivors, t2, survivors_l, vote)
+        check_list_vote(cohort.context, survivors, t2, survivors_l, vote)
 
 
 def check_outcome_vote(
@@ -200,6 +205,35 @@ def check_outcome_vote(
         raise ProtocolError(f"M11: member {vote.sender} signed another total", culprit=vote.sender)
 
 
+def check_nonces(
+    cohort: Cohort, survivors: Sequence[int], t2: bytes, total: bytes, votes: Sequence[Signed[OutcomeVote]]
+) -> None:
+    """M12: all of U3 opened the nonce of its M1 for one H(total); else a coordinator could grind totals."""
+    if tuple(v.sender for v in votes) != tuple(survivors):
+        raise ProtocolError(f"M12: expected the nonce of every survivor, found {len(votes)} of {len(survivors)}")
+    for vote in votes:
+        check_outcome_vote(cohort.context, survivors, t2, total, vote)
+        check_nonce(cohort, vote)
+
+
+def check_nonce(cohort: Cohort, vote: Signed[OutcomeVote]) -> None:
+    """One opened nonce matches the commitment in its owner's M1."""
+    expected = cohort.advertised[vote.sender].nonce_commitment
+    if keys.nonce_commitment(cohort.context.header_hash, vote.sender, vote.body.nonce) != expected:
+        raise ProtocolError(f"M11: the nonce of member {vote.sender} does not match its M1", culprit=vote.sender)
+
+
+def check_projection(
+    context: RoundContext, survivors: Sequence[int], t2: bytes, total: bytes, share: Signed[ProjectionShare]
+) -> None:
+    """One M13: a survivor, its signature, this T2 and this total."""
+    if share.sender not in survivors:
+        raise ProtocolError(f"M13: member {share.sender} is not a survivor")
+    check_signed(context, share, "M13")
+    if (share.body.t2, share.body.total) != (t2, total):
+        raise ProtocolError(f"M13: member {share.sender} projected another total", culprit=share.sender)
+
+
 def check_opened(cohort: Cohort, sharers: Sequence[int], survivors: Sequence[int], opened: Sequence[Opened]) -> None:
     """b of every survivor and z of every dropout, and each matches what M1 committed to."""
     if [o.owner for o in opened] != list(sharers):
@@ -208,17 +242,21 @@ def check_opened(cohort: Cohort, sharers: Sequence[int], survivors: Sequence[int
         check_seed(cohort, survivors, seed)
 
 
+def matches_commitment(cohort: Cohort, owner: int, secret: bytes, *, is_self: bool) -> bool:
+    """Does a reconstructed b (or z) match B_i (or s_pk_i) of its owner's M1?"""
+    advertised = cohort.advertised[owner]
+    if is_self:
+        return keys.self_commitment(cohort.context.header_hash, owner, secret) == advertised.self_commitment
+    return keys.mask_key(secret).public == advertised.mask_key
+
+
 def check_seed(cohort: Cohort, survivors: Sequence[int], seed: Opened) -> None:
     """One opened seed is of the right kind and matches B_i or s_pk_i."""
-    owner, advertised = seed.owner, cohort.advertised[seed.owner]
-    if isinstance(seed, OpenedSelfMask) != (owner in survivors):
+    owner, is_self = seed.owner, isinstance(seed, OpenedSelfMask)
+    if is_self != (owner in survivors):
         raise ProtocolError(f"M10: the wrong kind of seed was opened for member {owner}")
-    if isinstance(seed, OpenedSelfMask):
-        commitment = keys.self_commitment(cohort.context.header_hash, owner, seed.seed)
-        matches = commitment == advertised.self_commitment
-    else:
-        matches = keys.mask_key(seed.secret).public == advertised.mask_key
-    if not matches:
+    secret = seed.seed if isinstance(seed, OpenedSelfMask) else seed.secret
+    if not matches_commitment(cohort, owner, secret, is_self=is_self):
         raise ProtocolError(f"the opened seed of member {owner} does not match its M1", culprit=owner)
 
 

@@ -18,15 +18,16 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from privacy.encoding import field_types, is_a, union_members
 from privacy.errors import ProtocolError
-from privacy.secagg import messages
+from privacy.secagg import dialogue, messages
 from privacy.wire import secagg_pb2
 
 #: Unions have a message of their own with one ``oneof kind``.
 UNIONS = {
+    messages.RetryProof: "RetryProof",
     messages.Share: "Share",
     messages.Opened: "Opened",
-    messages.ToMember: "ToMember",
-    messages.FromMember: "FromMember",
+    dialogue.ToMember: "ToMember",
+    dialogue.FromMember: "FromMember",
 }
 
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from privacy.wire import secagg_pb2 as privacy_dot_wire_dot_secagg__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dprivacy/wire/federation.proto\x12\nveilsum.v1\x1a\x19privacy/wire/secagg.proto\"J\n\x0cHelloRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\x04\x12\x10\n\x08software\x18\x02 \x01(\t\x12\x0e\n\x06roster\x18\x03 \x01(\x0c\"]\n\nHelloReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\x04\x12\x10\n\x08software\x18\x02 \x01(\t\x12\x0e\n\x06roster\x18\x03 \x01(\x0c\x12\x13\n\x0b\x63oordinator\x18\x04 \x01(\x0c\"\x12\n\x10ListPlansRequest\"G\n\tPlanState\x12\x0c\n\x04toml\x18\x01 \x01(\x0c\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\r\n\x05stage\x18\x04 \x01(\x04\"6\n\x0eListPlansReply\x12$\n\x05plans\x18\x01 \x03(\x0b\x32\x15.veilsum.v1.PlanState\"+\n\x0cReadyRequest\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\x12\r\n\x05stage\x18\x02 \x01(\x04\"-\n\nReadyReply\x12\r\n\x05ready\x18\x01 \x01(\x04\x12\x10\n\x08\x65xpected\x18\x02 \x01(\x04\"8\n\x0bNextRequest\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\x12\r\n\x05stage\x18\x02 \x01(\x04\x12\x0c\n\x04seen\x18\x03 \x01(\x0c\"A\n\tNextReply\x12%\n\x07message\x18\x01 \x01(\x0b\x32\x14.veilsum.v1.ToMember\x12\r\n\x05round\x18\x02 \x01(\x0c\"E\n\x0bSendRequest\x12\r\n\x05round\x18\x01 \x01(\x0c\x12\'\n\x07message\x18\x02 \x01(\x0b\x32\x16.veilsum.v1.FromMember\"%\n\tSendReply\x12\x18\n\x10repeated_message\x18\x01 \x01(\x08\"L\n\rUploadRequest\x12\r\n\x05round\x18\x01 \x01(\x0c\x12,\n\x05input\x18\x02 \x01(\x0b\x32\x1d.veilsum.v1.SignedMaskedInput\"1\n\x0bUploadState\x12\x10\n\x08received\x18\x01 \x01(\x04\x12\x10\n\x08\x66inished\x18\x02 \x01(\x08\"Y\n\x07Receipt\x12\r\n\x05round\x18\x01 \x01(\x0c\x12\x0e\n\x06member\x18\x02 \x01(\x04\x12\x0c\n\x04root\x18\x03 \x01(\x0c\x12\x0e\n\x06length\x18\x04 \x01(\x04\x12\x11\n\tsignature\x18\x05 \x01(\x0c\"#\n\x13ListReleasesRequest\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\"M\n\x07Release\x12\r\n\x05round\x18\x01 \x01(\x0c\x12\r\n\x05stage\x18\x02 \x01(\x04\x12$\n\x07outcome\x18\x03 \x01(\x0b\x32\x13.veilsum.v1.Outcome\":\n\x11ListReleasesReply\x12%\n\x08releases\x18\x01 \x03(\x0b\x32\x13.veilsum.v1.Release\"2\n\x11\x46\x65tchTotalRequest\x12\r\n\x05round\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"*\n\nTotalChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06length\x18\x02 \x01(\x04\"!\n\x11SubmitPlanRequest\x12\x0c\n\x04toml\x18\x01 \x01(\x0c\"\x1f\n\x0fSubmitPlanReply\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\"1\n\x11\x43\x61ncelPlanRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x11\n\x0f\x43\x61ncelPlanReply\"\x1d\n\rReportRequest\x12\x0c\n\x04plan\x18\x01 \x01(\t\"\x1b\n\x0bReportReply\x12\x0c\n\x04json\x18\x01 \x01(\t2\xd1\x04\n\nFederation\x12\x39\n\x05Hello\x12\x18.veilsum.v1.HelloRequest\x1a\x16.veilsum.v1.HelloReply\x12\x45\n\tListPlans\x12\x1c.veilsum.v1.ListPlansRequest\x1a\x1a.veilsum.v1.ListPlansReply\x12\x39\n\x05Ready\x12\x18.veilsum.v1.ReadyRequest\x1a\x16.veilsum.v1.ReadyReply\x12\x36\n\x04Next\x12\x17.veilsum.v1.NextRequest\x1a\x15.veilsum.v1.NextReply\x12\x36\n\x04Send\x12\x17.veilsum.v1.SendRequest\x1a\x15.veilsum.v1.SendReply\x12\x41\n\x0b\x42\x65ginUpload\x12\x19.veilsum.v1.UploadRequest\x1a\x17.veilsum.v1.UploadState\x12>\n\x0c\x46inishUpload\x12\x19.veilsum.v1.UploadRequest\x1a\x13.veilsum.v1.Receipt\x12N\n\x0cListReleases\x12\x1f.veilsum.v1.ListReleasesRequest\x1a\x1d.veilsum.v1.ListReleasesReply\x12\x43\n\nFetchTotal\x12\x1d.veilsum.v1.FetchTotalRequest\x1a\x16.veilsum.v1.TotalChunk2\xdc\x01\n\x08Operator\x12H\n\nSubmitPlan\x12\x1d.veilsum.v1.SubmitPlanRequest\x1a\x1b.veilsum.v1.SubmitPlanReply\x12H\n\nCancelPlan\x12\x1d.veilsum.v1.CancelPlanRequest\x1a\x1b.veilsum.v1.CancelPlanReply\x12<\n\x06Report\x12\x19.veilsum.v1.ReportRequest\x1a\x17.veilsum.v1.ReportReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dprivacy/wire/federation.proto\x12\nveilsum.v1\x1a\x19privacy/wire/secagg.proto\"J\n\x0cHelloRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\x04\x12\x10\n\x08software\x18\x02 \x01(\t\x12\x0e\n\x06roster\x18\x03 \x01(\x0c\"]\n\nHelloReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\x04\x12\x10\n\x08software\x18\x02 \x01(\t\x12\x0e\n\x06roster\x18\x03 \x01(\x0c\x12\x13\n\x0b\x63oordinator\x18\x04 \x01(\x0c\"\x12\n\x10ListPlansRequest\"G\n\tPlanState\x12\x0c\n\x04toml\x18\x01 \x01(\x0c\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\r\n\x05stage\x18\x04 \x01(\x04\"6\n\x0eListPlansReply\x12$\n\x05plans\x18\x01 \x03(\x0b\x32\x15.veilsum.v1.PlanState\"+\n\x0cReadyRequest\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\x12\r\n\x05stage\x18\x02 \x01(\x04\"-\n\nReadyReply\x12\r\n\x05ready\x18\x01 \x01(\x04\x12\x10\n\x08\x65xpected\x18\x02 \x01(\x04\"8\n\x0bNextRequest\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\x12\r\n\x05stage\x18\x02 \x01(\x04\x12\x0c\n\x04seen\x18\x03 \x01(\x0c\"A\n\tNextReply\x12%\n\x07message\x18\x01 \x01(\x0b\x32\x14.veilsum.v1.ToMember\x12\r\n\x05round\x18\x02 \x01(\x0c\"E\n\x0bSendRequest\x12\r\n\x05round\x18\x01 \x01(\x0c\x12\'\n\x07message\x18\x02 \x01(\x0b\x32\x16.veilsum.v1.FromMember\"%\n\tSendReply\x12\x18\n\x10repeated_message\x18\x01 \x01(\x08\"L\n\rUploadRequest\x12\r\n\x05round\x18\x01 \x01(\x0c\x12,\n\x05input\x18\x02 \x01(\x0b\x32\x1d.veilsum.v1.SignedMaskedInput\"1\n\x0bUploadState\x12\x10\n\x08received\x18\x01 \x01(\x04\x12\x10\n\x08\x66inished\x18\x02 \x01(\x08\"Y\n\x07Receipt\x12\r\n\x05round\x18\x01 \x01(\x0c\x12\x0e\n\x06member\x18\x02 \x01(\x04\x12\x0c\n\x04root\x18\x03 \x01(\x0c\x12\x0e\n\x06length\x18\x04 \x01(\x04\x12\x11\n\tsignature\x18\x05 \x01(\x0c\"#\n\x13ListReleasesRequest\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\"O\n\x07Release\x12\r\n\x05round\x18\x01 \x01(\x0c\x12\r\n\x05stage\x18\x02 \x01(\x04\x12&\n\x08\x65vidence\x18\x03 \x01(\x0b\x32\x14.veilsum.v1.Evidence\":\n\x11ListReleasesReply\x12%\n\x08releases\x18\x01 \x03(\x0b\x32\x13.veilsum.v1.Release\"2\n\x11\x46\x65tchTotalRequest\x12\r\n\x05round\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"*\n\nTotalChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06length\x18\x02 \x01(\x04\"A\n\x11\x46\x65tchBlockRequest\x12\r\n\x05round\x18\x01 \x01(\x0c\x12\x0e\n\x06member\x18\x02 \x01(\x04\x12\r\n\x05\x62lock\x18\x03 \x01(\x04\")\n\x0bUploadBlock\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0c\n\x04path\x18\x02 \x03(\x0c\"!\n\x11SubmitPlanRequest\x12\x0c\n\x04toml\x18\x01 \x01(\x0c\"\x1f\n\x0fSubmitPlanReply\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\"1\n\x11\x43\x61ncelPlanRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x11\n\x0f\x43\x61ncelPlanReply\"\x1d\n\rReportRequest\x12\x0c\n\x04plan\x18\x01 \x01(\t\"\x1b\n\x0bReportReply\x12\x0c\n\x04json\x18\x01 \x01(\t2\x97\x05\n\nFederation\x12\x39\n\x05Hello\x12\x18.veilsum.v1.HelloRequest\x1a\x16.veilsum.v1.HelloReply\x12\x45\n\tListPlans\x12\x1c.veilsum.v1.ListPlansRequest\x1a\x1a.veilsum.v1.ListPlansReply\x12\x39\n\x05Ready\x12\x18.veilsum.v1.ReadyRequest\x1a\x16.veilsum.v1.ReadyReply\x12\x36\n\x04Next\x12\x17.veilsum.v1.NextRequest\x1a\x15.veilsum.v1.NextReply\x12\x36\n\x04Send\x12\x17.veilsum.v1.SendRequest\x1a\x15.veilsum.v1.SendReply\x12\x41\n\x0b\x42\x65ginUpload\x12\x19.veilsum.v1.UploadRequest\x1a\x17.veilsum.v1.UploadState\x12>\n\x0c\x46inishUpload\x12\x19.veilsum.v1.UploadRequest\x1a\x13.veilsum.v1.Receipt\x12N\n\x0cListReleases\x12\x1f.veilsum.v1.ListReleasesRequest\x1a\x1d.veilsum.v1.ListReleasesReply\x12\x43\n\nFetchTotal\x12\x1d.veilsum.v1.FetchTotalRequest\x1a\x16.veilsum.v1.TotalChunk\x12\x44\n\nFetchBlock\x12\x1d.veilsum.v1.FetchBlockRequest\x1a\x17.veilsum.v1.UploadBlock2\xdc\x01\n\x08Operator\x12H\n\nSubmitPlan\x12\x1d.veilsum.v1.SubmitPlanRequest\x1a\x1b.veilsum.v1.SubmitPlanReply\x12H\n\nCancelPlan\x12\x1d.veilsum.v1.CancelPlanRequest\x1a\x1b.veilsum.v1.CancelPlanReply\x12<\n\x06Report\x12\x19.veilsum.v1.ReportRequest\x1a\x17.veilsum.v1.ReportReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -63,27 +63,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTRELEASESREQUEST']._serialized_start=939
   _globals['_LISTRELEASESREQUEST']._serialized_end=974
   _globals['_RELEASE']._serialized_start=976
-  _globals['_RELEASE']._serialized_end=1053
-  _globals['_LISTRELEASESREPLY']._serialized_start=1055
-  _globals['_LISTRELEASESREPLY']._serialized_end=1113
-  _globals['_FETCHTOTALREQUEST']._serialized_start=1115
-  _globals['_FETCHTOTALREQUEST']._serialized_end=1165
-  _globals['_TOTALCHUNK']._serialized_start=1167
-  _globals['_TOTALCHUNK']._serialized_end=1209
-  _globals['_SUBMITPLANREQUEST']._serialized_start=1211
-  _globals['_SUBMITPLANREQUEST']._serialized_end=1244
-  _globals['_SUBMITPLANREPLY']._serialized_start=1246
-  _globals['_SUBMITPLANREPLY']._serialized_end=1277
-  _globals['_CANCELPLANREQUEST']._serialized_start=1279
-  _globals['_CANCELPLANREQUEST']._serialized_end=1328
-  _globals['_CANCELPLANREPLY']._serialized_start=1330
-  _globals['_CANCELPLANREPLY']._serialized_end=1347
-  _globals['_REPORTREQUEST']._serialized_start=1349
-  _globals['_REPORTREQUEST']._serialized_end=1378
-  _globals['_REPORTREPLY']._serialized_start=1380
-  _globals['_REPORTREPLY']._serialized_end=1407
-  _globals['_FEDERATION']._serialized_start=1410
-  _globals['_FEDERATION']._serialized_end=2003
-  _globals['_OPERATOR']._serialized_start=2006
-  _globals['_OPERATOR']._serialized_end=2226
+  _globals['_RELEASE']._serialized_end=1055
+  _globals['_LISTRELEASESREPLY']._serialized_start=1057
+  _globals['_LISTRELEASESREPLY']._serialized_end=1115
+  _globals['_FETCHTOTALREQUEST']._serialized_start=1117
+  _globals['_FETCHTOTALREQUEST']._serialized_end=1167
+  _globals['_TOTALCHUNK']._serialized_start=1169
+  _globals['_TOTALCHUNK']._serialized_end=1211
+  _globals['_FETCHBLOCKREQUEST']._serialized_start=1213
+  _globals['_FETCHBLOCKREQUEST']._serialized_end=1278
+  _globals['_UPLOADBLOCK']._serialized_start=1280
+  _globals['_UPLOADBLOCK']._serialized_end=1321
+  _globals['_SUBMITPLANREQUEST']._serialized_start=1323
+  _globals['_SUBMITPLANREQUEST']._serialized_end=1356
+  _globals['_SUBMITPLANREPLY']._serialized_start=1358
+  _globals['_SUBMITPLANREPLY']._serialized_end=1389
+  _globals['_CANCELPLANREQUEST']._serialized_start=1391
+  _globals['_CANCELPLANREQUEST']._serialized_end=1440
+  _globals['_CANCELPLANREPLY']._serialized_start=1442
+  _globals['_CANCELPLANREPLY']._serialized_end=1459
+  _globals['_REPORTREQUEST']._serialized_start=1461
+  _globals['_REPORTREQUEST']._serialized_end=1490
+  _globals['_REPORTREPLY']._serialized_start=1492
+  _globals['_REPORTREPLY']._serialized_end=1519
+  _globals['_FEDERATION']._serialized_start=1522
+  _globals['_FEDERATION']._serialized_end=2185
+  _globals['_OPERATOR']._serialized_start=2188
+  _globals['_OPERATOR']._serialized_end=2408
 # @@protoc_insertion_point(module_scope)

@@ -324,20 +324,20 @@ class Release(google.protobuf.message.Message):
 
     ROUND_FIELD_NUMBER: builtins.int
     STAGE_FIELD_NUMBER: builtins.int
-    OUTCOME_FIELD_NUMBER: builtins.int
+    EVIDENCE_FIELD_NUMBER: builtins.int
     round: builtins.bytes
     stage: builtins.int
     @property
-    def outcome(self) -> privacy.wire.secagg_pb2.Outcome: ...
+    def evidence(self) -> privacy.wire.secagg_pb2.Evidence: ...
     def __init__(
         self,
         *,
         round: builtins.bytes = ...,
         stage: builtins.int = ...,
-        outcome: privacy.wire.secagg_pb2.Outcome | None = ...,
+        evidence: privacy.wire.secagg_pb2.Evidence | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["outcome", b"outcome"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["outcome", b"outcome", "round", b"round", "stage", b"stage"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["evidence", b"evidence"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["evidence", b"evidence", "round", b"round", "stage", b"stage"]) -> None: ...
 
 Global___Release: typing_extensions.TypeAlias = Release
 
@@ -393,6 +393,46 @@ class TotalChunk(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["data", b"data", "length", b"length"]) -> None: ...
 
 Global___TotalChunk: typing_extensions.TypeAlias = TotalChunk
+
+@typing.final
+class FetchBlockRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: builtins.int
+    MEMBER_FIELD_NUMBER: builtins.int
+    BLOCK_FIELD_NUMBER: builtins.int
+    round: builtins.bytes
+    member: builtins.int
+    block: builtins.int
+    def __init__(
+        self,
+        *,
+        round: builtins.bytes = ...,
+        member: builtins.int = ...,
+        block: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block", b"block", "member", b"member", "round", b"round"]) -> None: ...
+
+Global___FetchBlockRequest: typing_extensions.TypeAlias = FetchBlockRequest
+
+@typing.final
+class UploadBlock(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: builtins.int
+    PATH_FIELD_NUMBER: builtins.int
+    data: builtins.bytes
+    @property
+    def path(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        data: builtins.bytes = ...,
+        path: collections.abc.Iterable[builtins.bytes] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["data", b"data", "path", b"path"]) -> None: ...
+
+Global___UploadBlock: typing_extensions.TypeAlias = UploadBlock
 
 @typing.final
 class SubmitPlanRequest(google.protobuf.message.Message):

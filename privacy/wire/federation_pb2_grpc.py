@@ -79,6 +79,11 @@ class FederationStub(object):
                 request_serializer=privacy_dot_wire_dot_federation__pb2.FetchTotalRequest.SerializeToString,
                 response_deserializer=privacy_dot_wire_dot_federation__pb2.TotalChunk.FromString,
                 _registered_method=True)
+        self.FetchBlock = channel.unary_unary(
+                '/veilsum.v1.Federation/FetchBlock',
+                request_serializer=privacy_dot_wire_dot_federation__pb2.FetchBlockRequest.SerializeToString,
+                response_deserializer=privacy_dot_wire_dot_federation__pb2.UploadBlock.FromString,
+                _registered_method=True)
 
 
 class FederationServicer(object):
@@ -143,6 +148,13 @@ class FederationServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FetchBlock(self, request, context):
+        """The divided audit: one block of one survivor's upload, with its Merkle path to the root of its M5.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FederationServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -190,6 +202,11 @@ def add_FederationServicer_to_server(servicer, server):
                     servicer.FetchTotal,
                     request_deserializer=privacy_dot_wire_dot_federation__pb2.FetchTotalRequest.FromString,
                     response_serializer=privacy_dot_wire_dot_federation__pb2.TotalChunk.SerializeToString,
+            ),
+            'FetchBlock': grpc.unary_unary_rpc_method_handler(
+                    servicer.FetchBlock,
+                    request_deserializer=privacy_dot_wire_dot_federation__pb2.FetchBlockRequest.FromString,
+                    response_serializer=privacy_dot_wire_dot_federation__pb2.UploadBlock.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -435,6 +452,33 @@ class Federation(object):
             '/veilsum.v1.Federation/FetchTotal',
             privacy_dot_wire_dot_federation__pb2.FetchTotalRequest.SerializeToString,
             privacy_dot_wire_dot_federation__pb2.TotalChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchBlock(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/veilsum.v1.Federation/FetchBlock',
+            privacy_dot_wire_dot_federation__pb2.FetchBlockRequest.SerializeToString,
+            privacy_dot_wire_dot_federation__pb2.UploadBlock.FromString,
             options,
             channel_credentials,
             insecure,

@@ -171,7 +171,23 @@ _FederationFetchTotalType = typing_extensions.TypeVar(
     ],
 )
 
-class FederationStub(typing.Generic[_FederationHelloType, _FederationListPlansType, _FederationReadyType, _FederationNextType, _FederationSendType, _FederationBeginUploadType, _FederationFinishUploadType, _FederationListReleasesType, _FederationFetchTotalType]):
+_FederationFetchBlockType = typing_extensions.TypeVar(
+    '_FederationFetchBlockType',
+    grpc.UnaryUnaryMultiCallable[
+        privacy.wire.federation_pb2.FetchBlockRequest,
+        privacy.wire.federation_pb2.UploadBlock,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        privacy.wire.federation_pb2.FetchBlockRequest,
+        privacy.wire.federation_pb2.UploadBlock,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        privacy.wire.federation_pb2.FetchBlockRequest,
+        privacy.wire.federation_pb2.UploadBlock,
+    ],
+)
+
+class FederationStub(typing.Generic[_FederationHelloType, _FederationListPlansType, _FederationReadyType, _FederationNextType, _FederationSendType, _FederationBeginUploadType, _FederationFinishUploadType, _FederationListReleasesType, _FederationFetchTotalType, _FederationFetchBlockType]):
     @typing.overload
     def __init__(self: FederationStub[
         grpc.UnaryUnaryMultiCallable[
@@ -209,6 +225,10 @@ class FederationStub(typing.Generic[_FederationHelloType, _FederationListPlansTy
         grpc.UnaryUnaryMultiCallable[
             privacy.wire.federation_pb2.FetchTotalRequest,
             privacy.wire.federation_pb2.TotalChunk,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            privacy.wire.federation_pb2.FetchBlockRequest,
+            privacy.wire.federation_pb2.UploadBlock,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -250,6 +270,10 @@ class FederationStub(typing.Generic[_FederationHelloType, _FederationListPlansTy
             privacy.wire.federation_pb2.FetchTotalRequest,
             privacy.wire.federation_pb2.TotalChunk,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            privacy.wire.federation_pb2.FetchBlockRequest,
+            privacy.wire.federation_pb2.UploadBlock,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     Hello: _FederationHelloType
@@ -275,6 +299,9 @@ class FederationStub(typing.Generic[_FederationHelloType, _FederationListPlansTy
     ListReleases: _FederationListReleasesType
 
     FetchTotal: _FederationFetchTotalType
+
+    FetchBlock: _FederationFetchBlockType
+    """The divided audit: one block of one survivor's upload, with its Merkle path to the root of its M5."""
 
 FederationAsyncStub: typing_extensions.TypeAlias = FederationStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -312,6 +339,10 @@ FederationAsyncStub: typing_extensions.TypeAlias = FederationStub[
     grpc.aio.UnaryUnaryMultiCallable[
         privacy.wire.federation_pb2.FetchTotalRequest,
         privacy.wire.federation_pb2.TotalChunk,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        privacy.wire.federation_pb2.FetchBlockRequest,
+        privacy.wire.federation_pb2.UploadBlock,
     ],
 ]
 
@@ -384,6 +415,14 @@ class FederationServicer(metaclass=abc.ABCMeta):
         request: privacy.wire.federation_pb2.FetchTotalRequest,
         context: _ServicerContext,
     ) -> typing.Union[privacy.wire.federation_pb2.TotalChunk, collections.abc.Awaitable[privacy.wire.federation_pb2.TotalChunk]]: ...
+
+    @abc.abstractmethod
+    def FetchBlock(
+        self,
+        request: privacy.wire.federation_pb2.FetchBlockRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[privacy.wire.federation_pb2.UploadBlock, collections.abc.Awaitable[privacy.wire.federation_pb2.UploadBlock]]:
+        """The divided audit: one block of one survivor's upload, with its Merkle path to the root of its M5."""
 
 def add_FederationServicer_to_server(servicer: FederationServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
 

@@ -60,21 +60,151 @@ class Header(google.protobuf.message.Message):
 Global___Header: typing_extensions.TypeAlias = Header
 
 @typing.final
+class AbortStatement(google.protobuf.message.Message):
+    """Retry proofs: about each earlier round in which the receiver's delta was spent."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: builtins.int
+    reason: builtins.str
+    def __init__(
+        self,
+        *,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["reason", b"reason"]) -> None: ...
+
+Global___AbortStatement: typing_extensions.TypeAlias = AbortStatement
+
+@typing.final
+class SignedAbortStatement(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SENDER_FIELD_NUMBER: builtins.int
+    BODY_FIELD_NUMBER: builtins.int
+    SIGNATURE_FIELD_NUMBER: builtins.int
+    sender: builtins.int
+    signature: builtins.bytes
+    @property
+    def body(self) -> Global___AbortStatement: ...
+    def __init__(
+        self,
+        *,
+        sender: builtins.int = ...,
+        body: Global___AbortStatement | None = ...,
+        signature: builtins.bytes = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["body", b"body"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["body", b"body", "sender", b"sender", "signature", b"signature"]) -> None: ...
+
+Global___SignedAbortStatement: typing_extensions.TypeAlias = SignedAbortStatement
+
+@typing.final
+class AbortProof(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: builtins.int
+    STATEMENTS_FIELD_NUMBER: builtins.int
+    @property
+    def header(self) -> Global___Header: ...
+    @property
+    def statements(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___SignedAbortStatement]: ...
+    def __init__(
+        self,
+        *,
+        header: Global___Header | None = ...,
+        statements: collections.abc.Iterable[Global___SignedAbortStatement] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["header", b"header"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["header", b"header", "statements", b"statements"]) -> None: ...
+
+Global___AbortProof: typing_extensions.TypeAlias = AbortProof
+
+@typing.final
+class ListedInput(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MEMBER_FIELD_NUMBER: builtins.int
+    ROOT_FIELD_NUMBER: builtins.int
+    member: builtins.int
+    root: builtins.bytes
+    def __init__(
+        self,
+        *,
+        member: builtins.int = ...,
+        root: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["member", b"member", "root", b"root"]) -> None: ...
+
+Global___ListedInput: typing_extensions.TypeAlias = ListedInput
+
+@typing.final
+class ListProof(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: builtins.int
+    LISTED_FIELD_NUMBER: builtins.int
+    VOTES_FIELD_NUMBER: builtins.int
+    @property
+    def header(self) -> Global___Header: ...
+    @property
+    def listed(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ListedInput]: ...
+    @property
+    def votes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___SignedSurvivorVote]: ...
+    def __init__(
+        self,
+        *,
+        header: Global___Header | None = ...,
+        listed: collections.abc.Iterable[Global___ListedInput] | None = ...,
+        votes: collections.abc.Iterable[Global___SignedSurvivorVote] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["header", b"header"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["header", b"header", "listed", b"listed", "votes", b"votes"]) -> None: ...
+
+Global___ListProof: typing_extensions.TypeAlias = ListProof
+
+@typing.final
+class RetryProof(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ABORT_PROOF_FIELD_NUMBER: builtins.int
+    LIST_PROOF_FIELD_NUMBER: builtins.int
+    @property
+    def abort_proof(self) -> Global___AbortProof: ...
+    @property
+    def list_proof(self) -> Global___ListProof: ...
+    def __init__(
+        self,
+        *,
+        abort_proof: Global___AbortProof | None = ...,
+        list_proof: Global___ListProof | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["abort_proof", b"abort_proof", "kind", b"kind", "list_proof", b"list_proof"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["abort_proof", b"abort_proof", "kind", b"kind", "list_proof", b"list_proof"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["abort_proof", "list_proof"] | None: ...
+
+Global___RetryProof: typing_extensions.TypeAlias = RetryProof
+
+@typing.final
 class Offer(google.protobuf.message.Message):
     """M0"""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     HEADER_FIELD_NUMBER: builtins.int
+    PROOFS_FIELD_NUMBER: builtins.int
     @property
     def header(self) -> Global___Header: ...
+    @property
+    def proofs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RetryProof]: ...
     def __init__(
         self,
         *,
         header: Global___Header | None = ...,
+        proofs: collections.abc.Iterable[Global___RetryProof] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["header", b"header"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["header", b"header"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["header", b"header", "proofs", b"proofs"]) -> None: ...
 
 Global___Offer: typing_extensions.TypeAlias = Offer
 
@@ -705,8 +835,10 @@ class OutcomeVote(google.protobuf.message.Message):
     T2_FIELD_NUMBER: builtins.int
     TOTAL_FIELD_NUMBER: builtins.int
     BLOCKS_FIELD_NUMBER: builtins.int
+    NONCE_FIELD_NUMBER: builtins.int
     t2: builtins.bytes
     total: builtins.bytes
+    nonce: builtins.bytes
     @property
     def blocks(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     def __init__(
@@ -715,8 +847,9 @@ class OutcomeVote(google.protobuf.message.Message):
         t2: builtins.bytes = ...,
         total: builtins.bytes = ...,
         blocks: collections.abc.Iterable[builtins.int] | None = ...,
+        nonce: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "t2", b"t2", "total", b"total"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "nonce", b"nonce", "t2", b"t2", "total", b"total"]) -> None: ...
 
 Global___OutcomeVote: typing_extensions.TypeAlias = OutcomeVote
 
@@ -742,6 +875,97 @@ class SignedOutcomeVote(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["body", b"body", "sender", b"sender", "signature", b"signature"]) -> None: ...
 
 Global___SignedOutcomeVote: typing_extensions.TypeAlias = SignedOutcomeVote
+
+@typing.final
+class NonceList(google.protobuf.message.Message):
+    """M12"""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VOTES_FIELD_NUMBER: builtins.int
+    @property
+    def votes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___SignedOutcomeVote]: ...
+    def __init__(
+        self,
+        *,
+        votes: collections.abc.Iterable[Global___SignedOutcomeVote] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["votes", b"votes"]) -> None: ...
+
+Global___NonceList: typing_extensions.TypeAlias = NonceList
+
+@typing.final
+class ProjectionShare(google.protobuf.message.Message):
+    """M13"""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    T2_FIELD_NUMBER: builtins.int
+    TOTAL_FIELD_NUMBER: builtins.int
+    VALUE_FIELD_NUMBER: builtins.int
+    t2: builtins.bytes
+    total: builtins.bytes
+    value: builtins.int
+    def __init__(
+        self,
+        *,
+        t2: builtins.bytes = ...,
+        total: builtins.bytes = ...,
+        value: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["t2", b"t2", "total", b"total", "value", b"value"]) -> None: ...
+
+Global___ProjectionShare: typing_extensions.TypeAlias = ProjectionShare
+
+@typing.final
+class SignedProjectionShare(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SENDER_FIELD_NUMBER: builtins.int
+    BODY_FIELD_NUMBER: builtins.int
+    SIGNATURE_FIELD_NUMBER: builtins.int
+    sender: builtins.int
+    signature: builtins.bytes
+    @property
+    def body(self) -> Global___ProjectionShare: ...
+    def __init__(
+        self,
+        *,
+        sender: builtins.int = ...,
+        body: Global___ProjectionShare | None = ...,
+        signature: builtins.bytes = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["body", b"body"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["body", b"body", "sender", b"sender", "signature", b"signature"]) -> None: ...
+
+Global___SignedProjectionShare: typing_extensions.TypeAlias = SignedProjectionShare
+
+@typing.final
+class Evidence(google.protobuf.message.Message):
+    """What a released round leaves for members and auditors."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OUTCOME_FIELD_NUMBER: builtins.int
+    VOTES_FIELD_NUMBER: builtins.int
+    PROJECTION_FIELD_NUMBER: builtins.int
+    @property
+    def outcome(self) -> Global___Outcome: ...
+    @property
+    def votes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___SignedOutcomeVote]: ...
+    @property
+    def projection(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___SignedProjectionShare]: ...
+    def __init__(
+        self,
+        *,
+        outcome: Global___Outcome | None = ...,
+        votes: collections.abc.Iterable[Global___SignedOutcomeVote] | None = ...,
+        projection: collections.abc.Iterable[Global___SignedProjectionShare] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["outcome", b"outcome"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["outcome", b"outcome", "projection", b"projection", "votes", b"votes"]) -> None: ...
+
+Global___Evidence: typing_extensions.TypeAlias = Evidence
 
 @typing.final
 class RoundAborted(google.protobuf.message.Message):
@@ -773,6 +997,7 @@ class ToMember(google.protobuf.message.Message):
     SURVIVOR_LIST_FIELD_NUMBER: builtins.int
     CERTIFICATE_FIELD_NUMBER: builtins.int
     OUTCOME_FIELD_NUMBER: builtins.int
+    NONCE_LIST_FIELD_NUMBER: builtins.int
     ROUND_ABORTED_FIELD_NUMBER: builtins.int
     @property
     def offer(self) -> Global___Offer: ...
@@ -787,6 +1012,8 @@ class ToMember(google.protobuf.message.Message):
     @property
     def outcome(self) -> Global___Outcome: ...
     @property
+    def nonce_list(self) -> Global___NonceList: ...
+    @property
     def round_aborted(self) -> Global___RoundAborted: ...
     def __init__(
         self,
@@ -797,11 +1024,12 @@ class ToMember(google.protobuf.message.Message):
         survivor_list: Global___SurvivorList | None = ...,
         certificate: Global___Certificate | None = ...,
         outcome: Global___Outcome | None = ...,
+        nonce_list: Global___NonceList | None = ...,
         round_aborted: Global___RoundAborted | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["certificate", b"certificate", "inbox", b"inbox", "key_list", b"key_list", "kind", b"kind", "offer", b"offer", "outcome", b"outcome", "round_aborted", b"round_aborted", "survivor_list", b"survivor_list"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["certificate", b"certificate", "inbox", b"inbox", "key_list", b"key_list", "kind", b"kind", "offer", b"offer", "outcome", b"outcome", "round_aborted", b"round_aborted", "survivor_list", b"survivor_list"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["offer", "key_list", "inbox", "survivor_list", "certificate", "outcome", "round_aborted"] | None: ...
+    def HasField(self, field_name: typing.Literal["certificate", b"certificate", "inbox", b"inbox", "key_list", b"key_list", "kind", b"kind", "nonce_list", b"nonce_list", "offer", b"offer", "outcome", b"outcome", "round_aborted", b"round_aborted", "survivor_list", b"survivor_list"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["certificate", b"certificate", "inbox", b"inbox", "key_list", b"key_list", "kind", b"kind", "nonce_list", b"nonce_list", "offer", b"offer", "outcome", b"outcome", "round_aborted", b"round_aborted", "survivor_list", b"survivor_list"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["offer", "key_list", "inbox", "survivor_list", "certificate", "outcome", "nonce_list", "round_aborted"] | None: ...
 
 Global___ToMember: typing_extensions.TypeAlias = ToMember
 
@@ -816,6 +1044,8 @@ class FromMember(google.protobuf.message.Message):
     SIGNED_SURVIVOR_VOTE_FIELD_NUMBER: builtins.int
     SIGNED_UNMASK_SHARES_FIELD_NUMBER: builtins.int
     SIGNED_OUTCOME_VOTE_FIELD_NUMBER: builtins.int
+    SIGNED_PROJECTION_SHARE_FIELD_NUMBER: builtins.int
+    SIGNED_ABORT_STATEMENT_FIELD_NUMBER: builtins.int
     @property
     def signed_advertise(self) -> Global___SignedAdvertise: ...
     @property
@@ -830,6 +1060,10 @@ class FromMember(google.protobuf.message.Message):
     def signed_unmask_shares(self) -> Global___SignedUnmaskShares: ...
     @property
     def signed_outcome_vote(self) -> Global___SignedOutcomeVote: ...
+    @property
+    def signed_projection_share(self) -> Global___SignedProjectionShare: ...
+    @property
+    def signed_abort_statement(self) -> Global___SignedAbortStatement: ...
     def __init__(
         self,
         *,
@@ -840,9 +1074,11 @@ class FromMember(google.protobuf.message.Message):
         signed_survivor_vote: Global___SignedSurvivorVote | None = ...,
         signed_unmask_shares: Global___SignedUnmaskShares | None = ...,
         signed_outcome_vote: Global___SignedOutcomeVote | None = ...,
+        signed_projection_share: Global___SignedProjectionShare | None = ...,
+        signed_abort_statement: Global___SignedAbortStatement | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["kind", b"kind", "shares", b"shares", "signed_advertise", b"signed_advertise", "signed_complaint", b"signed_complaint", "signed_masked_input", b"signed_masked_input", "signed_outcome_vote", b"signed_outcome_vote", "signed_survivor_vote", b"signed_survivor_vote", "signed_unmask_shares", b"signed_unmask_shares"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["kind", b"kind", "shares", b"shares", "signed_advertise", b"signed_advertise", "signed_complaint", b"signed_complaint", "signed_masked_input", b"signed_masked_input", "signed_outcome_vote", b"signed_outcome_vote", "signed_survivor_vote", b"signed_survivor_vote", "signed_unmask_shares", b"signed_unmask_shares"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["signed_advertise", "shares", "signed_complaint", "signed_masked_input", "signed_survivor_vote", "signed_unmask_shares", "signed_outcome_vote"] | None: ...
+    def HasField(self, field_name: typing.Literal["kind", b"kind", "shares", b"shares", "signed_abort_statement", b"signed_abort_statement", "signed_advertise", b"signed_advertise", "signed_complaint", b"signed_complaint", "signed_masked_input", b"signed_masked_input", "signed_outcome_vote", b"signed_outcome_vote", "signed_projection_share", b"signed_projection_share", "signed_survivor_vote", b"signed_survivor_vote", "signed_unmask_shares", b"signed_unmask_shares"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["kind", b"kind", "shares", b"shares", "signed_abort_statement", b"signed_abort_statement", "signed_advertise", b"signed_advertise", "signed_complaint", b"signed_complaint", "signed_masked_input", b"signed_masked_input", "signed_outcome_vote", b"signed_outcome_vote", "signed_projection_share", b"signed_projection_share", "signed_survivor_vote", b"signed_survivor_vote", "signed_unmask_shares", b"signed_unmask_shares"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["signed_advertise", "shares", "signed_complaint", "signed_masked_input", "signed_survivor_vote", "signed_unmask_shares", "signed_outcome_vote", "signed_projection_share", "signed_abort_statement"] | None: ...
 
 Global___FromMember: typing_extensions.TypeAlias = FromMember

@@ -25,7 +25,7 @@ SERVER_OPTIONS = (
     *KEEPALIVE,
     ("grpc.max_receive_message_length", MAX_REQUEST),
     ("grpc.max_send_message_length", MAX_REPLY),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 30_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
 )
 CLIENT_OPTIONS = (
     *KEEPALIVE,

@@ -1,0 +1,90 @@
+"""A round that the engine runs: its machine, its clock, the replay of its events, and the evidence it gave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from coordinator import phases
+from coordinator.round import CoordinatorRound
+from coordinator.store import Event, RoundRow
+from privacy.encoding import decode, encode
+from privacy.files import write_durably
+from privacy.job import Job
+from privacy.plan import Deadlines
+from privacy.secagg.dialogue import FromMember, ToMember
+from privacy.secagg.naming import Naming, named
+
+log = structlog.get_logger()
+
+
+@dataclass
+class Running:
+    """A round that is not over, with the time by which its phase ends."""
+
+    row: RoundRow
+    job: Job
+    machine: CoordinatorRound
+    deadline: float
+    #: Phase that the deadline belongs to.
+    timed: type | None = None
+    #: The last M11 is in and not yet in the manifest.
+    unpublished_votes: bool = False
+    cache: dict[int, tuple[object, ToMember | None]] = field(default_factory=dict)
+
+    @property
+    def log(self) -> structlog.BoundLogger:
+        bound: structlog.BoundLogger = log.bind(plan=self.job.plan.name, stage=self.row.stage, round=self.row.number)
+        return bound
+
+
+def phase_seconds(phase: phases.Phase, deadlines: Deadlines) -> float:
+    """How long a phase stays open for silent members."""
+    return {
+        phases.Joining: deadlines.join_s,
+        phases.Sharing: deadlines.share_s,
+        phases.Uploading: deadlines.upload_s,
+        phases.Signing: deadlines.sign_s,
+        phases.Unmasking: deadlines.unmask_s,
+        phases.Confirming: deadlines.outcome_s,
+        phases.Projecting: deadlines.outcome_s,
+    }.get(type(phase), 86400.0)
+
+
+def replay(machine: CoordinatorRound, event: Event) -> None:
+    """Apply one stored event to a machine."""
+    if event.kind == "message":
+        machine.receive(decode(FromMember, event.payload))  # type: ignore[arg-type]
+    elif event.kind == "close":
+        machine.close_phase()
+    elif event.kind == "sum":
+        machine.sum_saved()
+    elif event.kind == "publish":
+        machine.publish(event.payload)
+    elif event.kind == "abort":
+        machine.abort(event.payload.decode())
+
+
+def keep_naming(running: Running, directory: Path) -> None:
+    """Evidence against a member goes to disk at once: the message that gave it is not an accepted one."""
+    for number, evidence in enumerate(running.machine.named):
+        path = directory / f"named-{number}.bin"
+        if not path.exists():
+            write_durably(path, encode(evidence, Naming))
+            culprit = named(running.machine.cohort(), evidence)
+            running.log.error("cheat named", member=running.job.roster.name(culprit), kind=type(evidence).__name__)
+
+
+def names_in(running: Running, directory: Path) -> list[dict[str, Any]]:
+    """Whom the evidence of a round names, for people and manifests."""
+    found = []
+    for path in sorted(directory.glob("named-*.bin")):
+        raw = path.read_bytes()
+        evidence: Naming = decode(Naming, raw)  # type: ignore[arg-type]
+        culprit = running.job.roster.name(named(running.machine.cohort(), evidence))
+        kind = type(evidence).__name__
+        found.append({"round": running.row.number, "member": culprit, "kind": kind, "evidence": raw.hex()})
+    return found

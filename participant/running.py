@@ -1,0 +1,171 @@
+"""One round at a site, from offer to outcome: what is saved before what is sent.
+
+The order of writes in :meth:`RoundRun.answer` is the security argument of this file: the records of a step are on disk
+before its reply is sent, the spool and the ledger line before the first byte of an upload. A crash between any two
+lines leaves a delta that is unspent, or spent and said so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import structlog
+
+from participant.client import Client
+from participant.fetch import audit_blocks, fetch_total
+from participant.phases import Checking, Masking, Projecting, Stopped
+from participant.prepare import kept_vector
+from participant.records import Joined, Step
+from participant.retry import check_proofs, may_state_abort
+from participant.round import ParticipantRound, abort_step, accept_offer
+from participant.site import Site
+from privacy import faults
+from privacy.console import Unreachable
+from privacy.errors import ProtocolError, Refusal
+from privacy.job import Job
+from privacy.secagg.dialogue import FromMember, ToMember, message_name
+from privacy.secagg.messages import MaskedInput, Offer, RoundAborted
+from privacy.secagg.projection import project
+from privacy.secagg.signed import Signed
+
+log = structlog.get_logger()
+
+BACKOFF_S = (0.5, 1, 2, 4, 8, 15, 30)
+
+R = TypeVar("R")
+
+
+def patiently(call: Callable[[], R]) -> R:
+    """Repeat a call until the other end answers; a round's secrets live in this process, so nothing is given up."""
+    attempt = 0
+    while True:
+        try:
+            return call()
+        except Unreachable as error:
+            if attempt == 0:
+                log.warning("no answer, trying again", reason=str(error))
+            time.sleep(BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)])
+            attempt += 1
+
+
+def send(client: Client, job: Job, round_id: bytes, reply: FromMember) -> None:
+    """Send one message for as long as it takes; one that comes too late is not taken, and the round says so itself."""
+    try:
+        patiently(lambda: client.send(round_id, reply))
+    except (ProtocolError, Refusal) as error:
+        log.warning("not taken", plan=job.plan.name, message=message_name(reply), reason=str(error))
+
+
+def join(site: Site, client: Client, job: Job, stage: int, round_id: bytes, offer: Offer) -> RoundRun:
+    """M0 -> M1, if the offer is one this site may take.
+
+    Raises:
+        Refusal: another plan, roster or start adapter, an old round, or a spent delta without its proofs.
+        ProtocolError: a proof that does not hold.
+    """
+    start = bytes.fromhex(job.plan.adapter.digest)  # equal to the one computed here: prepare() checked it
+    expected = job.context(job.header(stage, 0, start))
+    context = accept_offer(offer, expected, site.store.highest_round(job.plan_file.digest, stage))
+    spent, vector = site.spent(job, stage), kept_vector(site, job, stage)
+    digest = hashlib.sha256(vector.tobytes()).digest()
+    if any(record.vector != digest for record in spent):
+        raise Refusal("the quantised vector is not the one that was spent: a retrained delta is never masked")
+    bond = check_proofs(spent, site.store.all_records(), site.me, offer.proofs, context)
+    run = RoundRun(site, client, job, stage, round_id, ParticipantRound(context, site.round_site(job, digest, bond)))
+    run.answer(run.machine.join())
+    return run
+
+
+def abort_unknown(site: Site, client: Client, job: Job, round_id: bytes, message: RoundAborted) -> None:
+    """State the abort of a round whose secrets a crash took, unless this site released in it."""
+    records, header = site.store.all_records(), message.header
+    joined = any(isinstance(r, Joined) and r.header == header for r in records)
+    if not joined or not may_state_abort(records, header.hash()):
+        return
+    step = abort_step(site.round_site(job, b"", None), header, message.reason)
+    for record in step.records:
+        site.store.keep(record)
+    if step.reply is not None:
+        send(client, job, round_id, step.reply)
+
+
+@dataclass
+class RoundRun:
+    """A round that this process lives through."""
+
+    site: Site
+    client: Client
+    job: Job
+    stage: int
+    round_id: bytes
+    machine: ParticipantRound
+
+    def answer(self, step: Step) -> None:
+        """Save, then send."""
+        reply = step.reply
+        name = message_name(reply) if reply is not None else "nothing"
+        faults.point(f"before-{name}")
+        for record in step.records:
+            self.site.store.keep(record)
+        faults.point(f"saved-{name}")
+        if reply is None:
+            return
+        if isinstance(reply, Signed) and isinstance(reply.body, MaskedInput):
+            self._upload(reply)
+        else:
+            send(self.client, self.job, self.round_id, reply)
+        faults.point(f"after-{name}")
+
+    def handle(self, message: ToMember) -> None:
+        """One message of the coordinator; a refusal is logged, and nothing is sent."""
+        try:
+            step = self.machine.handle(message)
+        except ProtocolError as error:
+            log.warning("refused", plan=self.job.plan.name, message=type(message).__name__, reason=str(error))
+            return
+        self.answer(step)
+        phase = self.machine.phase
+        if isinstance(phase, Masking):
+            self._mask(phase)
+        elif isinstance(phase, Checking):
+            self._confirm(phase)
+        elif isinstance(phase, Projecting):
+            vector = kept_vector(self.site, self.job, self.stage)
+            self.answer(self.machine.project(project(phase.key, vector)))
+
+    def _mask(self, phase: Masking) -> None:
+        """Ledger line and spool on disk, then the record that the delta is spent, then the upload."""
+        store, header = self.site.store, self.machine.context.header
+        vector = kept_vector(self.site, self.job, self.stage)
+        facts = {"plan": self.job.plan.name, "stage": self.stage, "round": header.round, "t2": phase.t2.hex()}
+        self.site.ledger(self.job.plan.data.dataset).append("RELEASE", facts)
+        spool = store.spool(self.job.plan.name, header)
+        root = store.write_spool(spool, vector, phase.streams, self.job.rules.bits)
+        self.answer(self.machine.commit(root))
+
+    def _upload(self, message: Signed[MaskedInput]) -> None:
+        spool = self.site.store.spool(self.job.plan.name, self.machine.context.header)
+        try:
+            patiently(lambda: self.client.upload(self.round_id, message, spool))
+        except (ProtocolError, Refusal) as error:
+            log.warning("upload not taken", plan=self.job.plan.name, reason=str(error))
+            return
+        facts = {"plan": self.job.plan.name, "stage": self.stage, "round": self.machine.context.header.round}
+        self.site.ledger(self.job.plan.data.dataset).append("COMMIT", facts)
+        log.info("uploaded", plan=self.job.plan.name, bytes=message.body.length)
+
+    def _confirm(self, phase: Checking) -> None:
+        """The total has the promised root and decodes, this site's blocks of it hold; then M11."""
+        site, job, survivors = self.site, self.job, len(phase.verified.survivors)
+        try:
+            total = patiently(lambda: fetch_total(site, self.client, job, self.round_id, phase.outcome, survivors))
+            blocks = patiently(lambda: audit_blocks(self.client, job, self.round_id, phase, site.me, total))
+        except (ProtocolError, Refusal) as error:
+            log.error("the total does not hold", plan=job.plan.name, reason=str(error))
+            self.machine.phase = Stopped(str(error))
+            return
+        self.answer(self.machine.confirm(blocks))
