@@ -103,6 +103,21 @@ def test_a_roster_has_at_least_two_members() -> None:
         parse_roster(ROSTER[: ROSTER.index('[[members]]\nname = "south"')].encode())
 
 
+LOW_ORDER = {
+    "the neutral element": "01" + "00" * 31,
+    "a point of order two": "ec" + "ff" * 30 + "7f",
+    "a point of order four": "00" * 32,
+    "a point of order eight": "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+}
+
+
+@pytest.mark.xfail(strict=True, reason="identity keys of low order are accepted: anybody can sign for such a member")
+@pytest.mark.parametrize("key", LOW_ORDER.values(), ids=LOW_ORDER.keys())
+def test_an_identity_key_for_which_anybody_can_sign_is_refused(key: str) -> None:
+    with pytest.raises(UserError, match="key"):
+        parse_roster(ROSTER.replace("0" * 64, "4" * 64).replace("2" * 64, key).encode())
+
+
 def test_two_members_need_the_opt_in_of_the_policy() -> None:
     pair = ROSTER.replace("max_colluders = 1", "max_colluders = 0").replace("min_survivors = 3", "min_survivors = 2")
     with pytest.raises(UserError, match="expected at least 3"):
