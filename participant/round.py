@@ -172,9 +172,8 @@ class ParticipantRound:
             if member.sender != me and member.body.rounds_joined <= seen:
                 raise ProtocolError(
                     f"M2: member {member.sender} counts {member.body.rounds_joined} rounds, {seen} were seen before: "
-                    "its disk was restored to an earlier state",
-                    culprit=member.sender,
-                )
+                    "its disk was restored to an earlier state, or the coordinator held an old M1 back"
+                )  # nobody is named: the member may be honest
         cohort = Cohort(context, message.members)
         t1, threshold = cohort.t1, cohort.threshold
         leaves, own = deal(self._secrets, me, cohort.advertised, threshold, context.header_hash, t1, self._rand)

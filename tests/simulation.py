@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from coordinator import phases
 from coordinator.round import CoordinatorRound
 from participant.phases import Checking, Masking, Projecting, Stopped, Uploading
-from participant.records import Record, Site, Step
+from participant.records import Joined, PeersSeen, Record, Site, Spent, Step
+from participant.retry import check_proofs
 from participant.round import ParticipantRound, accept_offer
 from privacy import PROTOCOL_VERSION, merkle
 from privacy.encoding import decode, encode
@@ -26,7 +27,7 @@ from privacy.roster import Rules
 from privacy.secagg.dialogue import FromMember, ToMember
 from privacy.secagg.keys import identity_public
 from privacy.secagg.masking import BLOCK, MaskStreams, masked_blocks, pack, packed_length, unpack
-from privacy.secagg.messages import Header, Offer
+from privacy.secagg.messages import Header, Offer, RetryProof
 from privacy.secagg.projection import project
 from privacy.secagg.transcript import RoundContext
 
@@ -128,14 +129,27 @@ class Member:
 
 
 def make_member(
-    index: int, offer: Offer, expected: RoundContext, size: int, counts: Mapping[int, int] | None = None
+    index: int, offer: Offer, expected: RoundContext, size: int, disk: list[Record] | None = None
 ) -> Member:
-    """Accept an offer as a fresh site would."""
+    """Accept an offer as a site with these records would; ``disk`` is its disk and grows with the round.
+
+    Raises:
+        Refusal: the offer is not one this site takes. ProtocolError: a retry proof does not hold.
+    """
+    records = [] if disk is None else disk
     vector = vector_of(index, size)
+    joined = [r for r in records if isinstance(r, Joined)]
+    context = accept_offer(offer, expected, max((r.header.round for r in joined), default=0))
+    spent = [r for r in records if isinstance(r, Spent)]
+    bond = check_proofs(spent, records, index, offer.proofs, context)
+    counts: dict[int, int] = {}
+    for record in records:
+        if isinstance(record, PeersSeen):
+            counts |= dict(zip(record.members, record.counts, strict=True))
     digest = hashlib.sha256(vector.tobytes()).digest()
-    site = Site(index, identity(index), "plan", "data", digest, 0, counts or {}, 0, merkle.EMPTY_ROOT)
-    machine = ParticipantRound(accept_offer(offer, expected, 0), site, seeded(f"member {index}"))
-    return Member(index, machine, vector)
+    site = Site(index, identity(index), "plan", "data", digest, len(joined), counts, 0, merkle.EMPTY_ROOT, bond)
+    machine = ParticipantRound(context, site, seeded(f"member {index} {context.header.round}"))
+    return Member(index, machine, vector, records)
 
 
 Tamper = Callable[[int, ToMember], ToMember | None]
@@ -159,12 +173,25 @@ class Simulation:
     to_member: Tamper = lambda _member, message: message
     from_member: Callable[[int, FromMember], FromMember | None] = lambda _member, message: message
     minimum: int | None = None
+    round_number: int = 1
+    invited: tuple[int, ...] | None = None
+    proofs: Mapping[int, tuple[RetryProof, ...]] = field(default_factory=dict)
+    disks: dict[int, list[Record]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.context = context_for(self.n, self.colluders, size=self.size, bits=self.bits, minimum=self.minimum)
-        self.coordinator = CoordinatorRound(self.context, tuple(range(self.n)))
+        self.context = context_for(
+            self.n,
+            self.colluders,
+            size=self.size,
+            bits=self.bits,
+            minimum=self.minimum,
+            round_number=self.round_number,
+        )
+        invited = tuple(range(self.n)) if self.invited is None else self.invited
+        self.coordinator = CoordinatorRound(self.context, invited, self.proofs)
         self.members: dict[int, Member] = {}
         self.uploads: dict[int, tuple[bytes, ...]] = {}
+        self.offer_refusals: dict[int, VeilsumError] = {}
         self.coordinator_refusals: list[VeilsumError] = []
         self.total: NDArray[np.uint32] | None = None
         self.running_sum: NDArray[np.uint32] | None = None
@@ -215,9 +242,13 @@ class Simulation:
         return reply is not None and self._deliver(index, reply)
 
     def _join(self, index: int, offer: Offer) -> bool:
-        if index in self.members:
+        if index in self.members or index in self.offer_refusals:
             return False
-        member = make_member(index, offer, self.context, self.size)
+        try:
+            member = make_member(index, offer, self.context, self.size, self.disks.setdefault(index, []))
+        except VeilsumError as error:
+            self.offer_refusals[index] = error
+            return False
         self.members[index] = member
         reply = member.keep(member.machine.join())
         return reply is not None and self._deliver(index, reply)
