@@ -217,6 +217,9 @@ class Simulation:
             MaskStreams(off.plus, off.minus, self.bits).apply(self.total)
             self.coordinator.publish(merkle.root([merkle.leaf_hash(pack(self.total, self.bits))]))
 
+    def _close(self) -> None:
+        self.coordinator.close_phase()
+
     # --- the loop ----------------------------------------------------------------------------------------------------
 
     def _may_send(self, member: int, reply: FromMember) -> bool:
@@ -277,7 +280,7 @@ class Simulation:
             if isinstance(self.coordinator.phase, phases.Released | phases.Aborted):
                 break
             if not any(moved):
-                self.coordinator.close_phase()
+                self._close()
         for index in range(self.n):
             self._exchange(index)
         return self

@@ -1,0 +1,190 @@
+"""Every check bites: ``make mutants`` disables each refusal in turn, and each time a named test must fail.
+
+A refusal is a ``raise ProtocolError`` or ``raise Refusal``; it is replaced by ``pass`` in a copy of the tree, and the
+tests run until the first one fails. Besides, ``mutmut`` changes operators and constants in the same files (it neither
+deletes checks nor mutates module tables, so it does not replace this script). Writes ``build/mutants.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import Queue
+
+from rich.progress import Progress
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = (
+    "privacy/secagg/*.py",
+    "privacy/plan.py",
+    "privacy/roster.py",
+    "coordinator/round.py",
+    "coordinator/proofs.py",
+    "coordinator/stage.py",
+    "participant/round.py",
+    "participant/retry.py",
+    "participant/policy.py",
+)
+REFUSALS = ("ProtocolError", "Refusal")
+#: Fast tests, the likeliest to notice first; slow ones (processes, training) never needed.
+SUITE = (
+    "tests/test_{module}.py",
+    "tests/test_transcript.py",
+    "tests/test_retry.py",
+    "tests/test_messages.py",
+    "tests/test_dealing.py",
+    "tests/test_naming.py",
+    "tests/test_outcome.py",
+    "tests/adversary",
+    "tests/test_round.py",
+    "tests/test_vectors.py",
+)
+TIMEOUT_S = 600
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One refusal, by file and line."""
+
+    file: str
+    line: int
+    end: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a mutant; ``test`` is the first test that failed."""
+
+    file: str
+    line: int
+    text: str
+    killed: bool
+    test: str
+
+
+def refusals(root: Path, patterns: tuple[str, ...] = FILES) -> list[Mutant]:
+    """Every raise of a refusal in the files that this is about."""
+    found = []
+    for pattern in patterns:
+        for path in sorted(root.glob(pattern)):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                    name = getattr(node.exc.func, "id", "")
+                    if name in REFUSALS:
+                        text = re.sub(r"\s+", " ", ast.unparse(node))[:160]
+                        file = str(path.relative_to(root))
+                        found.append(Mutant(file, node.lineno, node.end_lineno or node.lineno, text))
+    return found
+
+
+def without(source: str, mutant: Mutant) -> str:
+    """The source with one refusal replaced by ``pass``."""
+    lines = source.splitlines(keepends=True)
+    first = lines[mutant.line - 1]
+    indent = first[: len(first) - len(first.lstrip())]
+    return "".join([*lines[: mutant.line - 1], f"{indent}pass\n", *lines[mutant.end :]])
+
+
+def copy_tree(target: Path) -> None:
+    """A tree of its own for one worker."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for name in ("coordinator", "participant", "privacy", "proto", "tests", "demo", "pyproject.toml"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target / name)
+
+
+def first_failure(tree: Path, module: str) -> str | None:
+    """Run the suite in a tree until a test fails; its name, ``None`` if all pass."""
+    files = [found for entry in SUITE if (tree / (found := entry.format(module=module))).exists()]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *dict.fromkeys(files)]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree)}
+    try:
+        done = subprocess.run(
+            command, cwd=tree, capture_output=True, text=True, env=environment, timeout=TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return "timeout"
+    if done.returncode == 0:
+        return None
+    named = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    return named.group(1) if named else "the tests do not run"
+
+
+def judge(tree: Path, mutant: Mutant) -> Verdict:
+    """Disable one refusal in a worker's tree, run the tests, restore the file."""
+    path = tree / mutant.file
+    source = path.read_text()
+    path.write_text(without(source, mutant))
+    try:
+        failed = first_failure(tree, path.stem)
+    finally:
+        path.write_text(source)
+    return Verdict(mutant.file, mutant.line, mutant.text, failed is not None, failed or "")
+
+
+def judge_all(mutants: list[Mutant], work: Path, workers: int) -> list[Verdict]:
+    """Judge all mutants, each worker in a tree of its own."""
+    trees: Queue[Path] = Queue()
+    for number in range(workers):
+        copy_tree(work / f"tree-{number}")
+        trees.put(work / f"tree-{number}")
+
+    def one(mutant: Mutant) -> Verdict:
+        tree = trees.get()
+        try:
+            return judge(tree, mutant)
+        finally:
+            trees.put(tree)
+
+    with ThreadPoolExecutor(workers) as pool, Progress() as bar:
+        task = bar.add_task("refusals disabled", total=len(mutants))
+        verdicts = []
+        for verdict in pool.map(one, mutants):
+            verdicts.append(verdict)
+            bar.advance(task)
+    return verdicts
+
+
+def main() -> None:
+    """Judge every refusal and write the report; fails if one survives."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="judge only files whose path contains this")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "mutants.json")
+    arguments = parser.parse_args()
+    began = time.monotonic()
+    mutants = [m for m in refusals(ROOT) if arguments.only in m.file]
+    verdicts = judge_all(mutants, ROOT / "build" / "mutants", arguments.workers)
+    survivors = [asdict(v) for v in verdicts if not v.killed]
+    report = {
+        "checks": {"total": len(verdicts), "killed": sum(v.killed for v in verdicts)},
+        "survivors": survivors,
+        "killed_by": {f"{v.file}:{v.line}": v.test for v in verdicts if v.killed},
+        "seconds": round(time.monotonic() - began),
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"{report['checks']} in {report['seconds']} s; written: {arguments.out}")
+    for survivor in survivors:
+        print(f"survives: {survivor['file']}:{survivor['line']}: {survivor['text']}")
+    if survivors:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
