@@ -177,6 +177,7 @@ class Simulation:
     invited: tuple[int, ...] | None = None
     proofs: Mapping[int, tuple[RetryProof, ...]] = field(default_factory=dict)
     disks: dict[int, list[Record]] = field(default_factory=dict)
+    vectors: dict[int, NDArray[np.int32]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.context = context_for(
@@ -214,8 +215,12 @@ class Simulation:
             assert self.running_sum is not None
             self.total = self.running_sum.copy()
             off = phase.streams.inverse()
-            MaskStreams(off.plus, off.minus, self.bits).apply(self.total)
-            self.coordinator.publish(merkle.root([merkle.leaf_hash(pack(self.total, self.bits))]))
+            masks, blocks = MaskStreams(off.plus, off.minus, self.bits), []
+            for low in range(0, self.size, BLOCK):
+                tile = self.total[low : low + BLOCK]
+                masks.apply(tile)
+                blocks.append(pack(tile, self.bits))
+            self.coordinator.publish(merkle.root([merkle.leaf_hash(block) for block in blocks]))
 
     def _close(self) -> None:
         self.coordinator.close_phase()
@@ -252,6 +257,7 @@ class Simulation:
         except VeilsumError as error:
             self.offer_refusals[index] = error
             return False
+        member.vector = self.vectors.get(index, member.vector)
         self.members[index] = member
         reply = member.keep(member.machine.join())
         return reply is not None and self._deliver(index, reply)
