@@ -19,11 +19,13 @@ from privacy import merkle
 from privacy.encoding import digest, encode, label
 from privacy.plan import parse_plan
 from privacy.roster import parse_roster
-from privacy.secagg import keys, shamir, transcript
+from privacy.secagg import keys, projection, shamir, transcript
+from privacy.secagg.dialogue import FromMember, ToMember
 from privacy.secagg.keys import HybridKey
 from privacy.secagg.masking import BLOCK, WIDTHS, keystream, pack
-from privacy.secagg.messages import FromMember, Outcome, Shares, ToMember, signing_input
+from privacy.secagg.messages import Outcome, Shares
 from privacy.secagg.quantize import Extra, Quantizer
+from privacy.secagg.signed import signing_input
 from tests.simulation import identity, vector_of
 from tests.test_plan import PLAN
 from tests.test_roster import ROSTER
@@ -56,12 +58,12 @@ def messages() -> Json:
     abort = found.simulation.context.header
     bad = [
         ("ToMember", "", "truncated"),
-        ("ToMember", "07", "expected one of 7 kinds, found kind 7"),
-        ("FromMember", "07", "expected one of 7 kinds, found kind 7"),
-        ("ToMember", "00" + encode(abort).hex() + "00", "found 1 more bytes"),
+        ("ToMember", "08", "expected one of 8 kinds, found kind 8"),
+        ("FromMember", "09", "expected one of 9 kinds, found kind 9"),
+        ("ToMember", "00" + encode(abort).hex() + "00" * 5, "found 1 more bytes"),
         ("ToMember", "00" + encode(abort).hex()[:-2], "truncated"),
-        ("ToMember", "06" + encode(abort).hex() + "00000001ff", "UTF-8"),
-        ("ToMember", "06" + encode(abort).hex() + "000001f5" + "61" * 501, "at most 500 characters"),
+        ("ToMember", "07" + encode(abort).hex() + "00000001ff", "UTF-8"),
+        ("ToMember", "07" + encode(abort).hex() + "000001f5" + "61" * 501, "at most 500 characters"),
         ("ToMember", "04" + "00000002" + vote + vote, "ascending order"),
         ("ToMember", "04" + "ffffffff", "truncated"),
         (
@@ -148,6 +150,13 @@ def derived() -> Json:
                         for kind in ("self-share", "secret-share", "pair-seed")],
         "box_info": [{"kind": kind, "sender": 3, "receiver": 5, "value": keys.box_info(kind, H, T1, 3, 5).hex()}
                      for kind in ("share", "pair")],
+        "projection": {
+            "total": H.hex(), "nonces": [T1.hex(), T2.hex()],
+            "key": projection.challenge({0: T1, 1: T2}, H).hex(),
+            "vector": [1, -1, 2**22, -(2**22)],
+            "value": projection.project(projection.challenge({0: T1, 1: T2}, H), np.array([1, -1, 2**22, -(2**22)])),
+            "term": [{"me": i, "other": j, "value": projection.zero_sum_term(i, {j: seed}, T1)} for i, j in ((0, 1), (1, 0))],
+        },
         "total_hash": {"root": H.hex(), "value": transcript.total_hash(T2, H).hex()},
     }  # fmt: skip
 

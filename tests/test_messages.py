@@ -14,43 +14,50 @@ from hypothesis import strategies as st
 from privacy.encoding import decode, encode
 from privacy.errors import ProtocolError
 from privacy.secagg import messages
+from privacy.secagg.dialogue import FromMember, ToMember
 from privacy.secagg.keys import identity_public
 from privacy.secagg.messages import (
+    AbortProof,
+    AbortStatement,
     Advertise,
     Certificate,
     Complaint,
-    FromMember,
+    Evidence,
     Header,
     Inbox,
     KeyList,
+    ListedInput,
+    ListProof,
     MaskedInput,
     MaskSecretShare,
+    NonceList,
     Offer,
     OpenedMaskSecret,
     OpenedSelfMask,
     Outcome,
     OutcomeVote,
     OwnedLeaf,
+    ProjectionShare,
     RoundAborted,
     SelfMaskShare,
     ShareLeaf,
     ShareRoot,
     Shares,
-    Signed,
     SurvivorList,
     SurvivorVote,
-    ToMember,
     Transcript,
     UnmaskShares,
-    has_valid_signature,
-    sign,
-    signing_input,
 )
+from privacy.secagg.signed import Signed, has_valid_signature, sign, signing_input
 from privacy.secagg.transcript import RoundContext
 from tests.simulation import Simulation, context_for, identity
 
 X = bytes(32)
 SIG = bytes(64)
+PROOFS = (
+    AbortProof(context_for(5, 1, round_number=2).header, (Signed(3, AbortStatement("no"), SIG),)),
+    ListProof(context_for(5, 1, round_number=3).header, (ListedInput(3, X),), (Signed(4, SurvivorVote(X, X), SIG),)),
+)
 CONTEXT: RoundContext = context_for(5, 1)
 HEADER: Header = CONTEXT.header
 HASH = CONTEXT.header_hash
@@ -79,12 +86,24 @@ def said() -> Said:
 
     Simulation(4, 0, silent={1: "M5"}, to_member=to, from_member=back).run()
     found.to_member["RoundAborted"] = RoundAborted(HEADER, "too few, alas: é")
+    found.from_member["AbortStatement"] = sign(identity(2), 2, AbortStatement("as asked"), HASH)
+    found.to_member["Offer"] = Offer(HEADER, PROOFS)
     found.from_member["Complaint"] = sign(identity(2), 2, Complaint(X, 1, "a bad leaf"), HASH)
     return found
 
 
-TO_MEMBER = ("Offer", "KeyList", "Inbox", "SurvivorList", "Certificate", "Outcome", "RoundAborted")
-FROM_MEMBER = ("Advertise", "Shares", "Complaint", "MaskedInput", "SurvivorVote", "UnmaskShares", "OutcomeVote")
+TO_MEMBER = ("Offer", "KeyList", "Inbox", "SurvivorList", "Certificate", "Outcome", "NonceList", "RoundAborted")
+FROM_MEMBER = (
+    "Advertise",
+    "Shares",
+    "Complaint",
+    "MaskedInput",
+    "SurvivorVote",
+    "UnmaskShares",
+    "OutcomeVote",
+    "ProjectionShare",
+    "AbortStatement",
+)
 ALL = [(name, ToMember) for name in TO_MEMBER] + [(name, FromMember) for name in FROM_MEMBER]
 
 
@@ -125,9 +144,8 @@ def test_changed_bytes_that_still_decode_encode_to_themselves(kind: tuple[str, A
 
 
 def test_each_direction_numbers_its_kinds_in_this_order() -> None:
-    assert [encode(example(name), ToMember)[0] for name in TO_MEMBER] == list(range(7))
-    order = ("Advertise", "Shares", "Complaint", "MaskedInput", "SurvivorVote", "UnmaskShares", "OutcomeVote")
-    assert [encode(example(name), FromMember)[0] for name in order] == list(range(7))
+    assert [encode(example(name), ToMember)[0] for name in TO_MEMBER] == list(range(8))
+    assert [encode(example(name), FromMember)[0] for name in FROM_MEMBER] == list(range(9))
 
 
 def leaf(**changes: Any) -> ShareLeaf:
@@ -200,7 +218,27 @@ UNSAYABLE: dict[str, tuple[Callable[[], object], str]] = {
         "opened seeds",
     ),
     "an outcome with a short root": (lambda: Outcome(X, b"", transcript()), "root: expected 32"),
-    "a vote for a short total hash": (lambda: OutcomeVote(X, b"", ()), "total: expected 32"),
+    "a vote for a short total hash": (lambda: OutcomeVote(X, b"", (), X), "total: expected 32"),
+    "a vote with a short nonce": (lambda: OutcomeVote(X, X, (), b""), "nonce: expected 32"),
+    "a block checked twice": (lambda: OutcomeVote(X, X, (1, 1), X), "checked blocks: .*each once"),
+    "a vote twice among the nonces": (lambda: NonceList((signed(1, OutcomeVote(X, X, (), X)),) * 2), "nonce list"),
+    "a projection for a short total hash": (lambda: ProjectionShare(X, b"", 1), "total: expected 32"),
+    "an abort statement of 501 characters": (lambda: AbortStatement("x" * 501), "abort statement: .*found 501"),
+    "an abort statement twice": (lambda: AbortProof(HEADER, (signed(1, AbortStatement("")),) * 2), "abort certificate"),
+    "a member twice on a certified list": (lambda: ListProof(HEADER, (ListedInput(1, X),) * 2, ()), "certified list"),
+    "a certified list with a vote twice": (
+        lambda: ListProof(HEADER, (), (signed(1, VOTE),) * 2),
+        "certificate of a list",
+    ),
+    "a listed upload with a short root": (lambda: ListedInput(1, b""), "root: expected 32"),
+    "evidence with an outcome vote twice": (
+        lambda: Evidence(Outcome(X, X, transcript()), (signed(1, OutcomeVote(X, X, (), X)),) * 2, ()),
+        "outcome signatures",
+    ),
+    "evidence with a projection twice": (
+        lambda: Evidence(Outcome(X, X, transcript()), (), (signed(1, ProjectionShare(X, X, 1)),) * 2),
+        "projection",
+    ),
     "an abort with a reason of 501 characters": (lambda: RoundAborted(HEADER, "x" * 501), "found 501"),
     "a list of 1001 members": (lambda: Certificate(tuple(signed(i, VOTE) for i in range(1001))), "at most 1000"),
 }
@@ -271,8 +309,12 @@ def test_shares_and_opened_seeds_never_print() -> None:
     assert "Z" not in shown
 
 
-def test_the_offer_is_the_header_and_nothing_else() -> None:
-    assert encode(Offer(HEADER)) == encode(HEADER)
+def test_an_offer_is_the_header_and_a_list_of_proofs() -> None:
+    assert encode(Offer(HEADER)) == encode(HEADER) + bytes(4)
+    assert encode(Offer(HEADER, (AbortProof(HEADER, ()),))) == encode(HEADER) + b"\0\0\0\1\0" + encode(HEADER) + bytes(
+        4
+    )
+    assert decode(Offer, encode(Offer(HEADER, PROOFS))) == Offer(HEADER, PROOFS)
 
 
 def test_every_message_type_has_an_example() -> None:

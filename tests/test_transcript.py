@@ -23,11 +23,10 @@ from privacy.secagg.messages import (
     OpenedSelfMask,
     Outcome,
     ShareRoot,
-    Signed,
     SurvivorVote,
     Transcript,
-    sign,
 )
+from privacy.secagg.signed import Signed, sign
 from privacy.secagg.transcript import Cohort, Streams, verify_transcript
 from tests.simulation import Simulation, context_for, identity
 

@@ -16,10 +16,11 @@ from privacy.encoding import decode, encode, label
 from privacy.errors import ProtocolError
 from privacy.plan import parse_plan
 from privacy.roster import Rules, parse_roster
-from privacy.secagg import keys, messages, shamir, transcript
+from privacy.secagg import keys, messages, projection, shamir, signed, transcript
+from privacy.secagg.dialogue import FromMember, ToMember
 from privacy.secagg.keys import HybridKey
 from privacy.secagg.masking import MaskStreams, keystream, masked_blocks, pack, unpack
-from privacy.secagg.messages import FromMember, Header, Outcome, ToMember, Transcript
+from privacy.secagg.messages import Header, Outcome, Transcript
 from privacy.secagg.quantize import Extra, Quantizer
 from privacy.secagg.transcript import RoundContext
 from tests import make_vectors
@@ -66,10 +67,10 @@ def test_bad_messages_are_refused(case: Any) -> None:
 def test_signatures(case: Any) -> None:
     key = Ed25519PrivateKey.from_private_bytes(H(case["identity_seed"]))
     body = decode(getattr(messages, case["type"]), H(case["body"]))
-    assert messages.signing_input(case["sender"], body, H(case["header_hash"])) == H(case["signing_input"])
-    signed = messages.sign(key, case["sender"], body, H(case["header_hash"]))
-    assert signed.signature.hex() == key.sign(H(case["signing_input"])).hex() == case["signature"]
-    assert signed.body_hash().hex() == case["body_hash"]
+    assert signed.signing_input(case["sender"], body, H(case["header_hash"])) == H(case["signing_input"])
+    message = signed.sign(key, case["sender"], body, H(case["header_hash"]))
+    assert message.signature.hex() == key.sign(H(case["signing_input"])).hex() == case["signature"]
+    assert message.body_hash().hex() == case["body_hash"]
 
 
 # --- keys and boxes ----------------------------------------------------------------------------------------------
@@ -95,6 +96,11 @@ def test_derived_keys() -> None:
         assert keys.secret_hash(c["kind"], c["owner"], c["holder"], seed).hex() == c["value"]
     for c in v["box_info"]:
         assert keys.box_info(c["kind"], h, t1, c["sender"], c["receiver"]).hex() == c["value"]
+    p = v["projection"]
+    key = projection.challenge(dict(enumerate(map(H, p["nonces"]))), H(p["total"]))
+    assert (key.hex(), projection.project(key, np.array(p["vector"]))) == (p["key"], p["value"])
+    for c in p["term"]:
+        assert projection.zero_sum_term(c["me"], {c["other"]: seed}, t1) == c["value"]
     assert transcript.total_hash(t2, H(v["total_hash"]["root"])).hex() == v["total_hash"]["value"]
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,19 @@ from unittest import mock
 from coordinator import phases
 from privacy.encoding import digest, label
 from privacy.secagg import keys
+from privacy.secagg.dialogue import FromMember, ToMember
 from privacy.secagg.keys import HybridKey
-from privacy.secagg.messages import FromMember, RoundAborted, Shares, ToMember
-from tests.simulation import Simulation, seeded
+from privacy.secagg.messages import (
+    AbortProof,
+    AbortStatement,
+    ListedInput,
+    ListProof,
+    Offer,
+    RoundAborted,
+    Shares,
+)
+from privacy.secagg.signed import sign
+from tests.simulation import Simulation, identity, seeded
 
 DIRECTORY = Path(__file__).parent / "vectors"
 Json = dict[str, Any]
@@ -66,7 +77,7 @@ def recorded_randomness(drawn: dict[int, list[bytes]]) -> Iterator[None]:
     """Members draw from ``seeded``, and every draw is kept."""
 
     def keeping(seed: str) -> Callable[[int], bytes]:
-        rand, kept = seeded(seed), drawn.setdefault(int(seed.split()[-1]), [])
+        rand, kept = seeded(seed), drawn.setdefault(int(seed.split()[1]), [])
 
         def draw(count: int) -> bytes:
             kept.append(rand(count))
@@ -80,7 +91,10 @@ def recorded_randomness(drawn: dict[int, list[bytes]]) -> Iterator[None]:
 
 @cache
 def recorded_round() -> Recorded:
-    boxes, drawn, to_member, from_member = Boxes(), {}, {}, {}  # type: ignore[var-annotated]
+    boxes = Boxes()
+    drawn: dict[int, list[bytes]] = {}
+    to_member: dict[str, Any] = {}
+    from_member: dict[str, Any] = {}
 
     def to(member: int, message: ToMember) -> ToMember:
         to_member.setdefault(type(message).__name__, (member, message))
@@ -95,7 +109,14 @@ def recorded_round() -> Recorded:
         simulation = Simulation(4, 0, size=5, silent={1: "M5"}, to_member=to, from_member=back).run()
     assert isinstance(simulation.phase, phases.Released)
     assert simulation.is_exact()
-    to_member["RoundAborted"] = (0, RoundAborted(simulation.context.header, "too few members: é"))
+    header = simulation.context.header
+    to_member["RoundAborted"] = (0, RoundAborted(header, "too few members: é"))
+    statement = sign(identity(2), 2, AbortStatement("as asked"), header.hash())
+    from_member["AbortStatement"] = (2, statement)
+    vote = from_member["SurvivorVote"][1]
+    listed = tuple(ListedInput(m.sender, m.body.root) for m in to_member["SurvivorList"][1].inputs)
+    proofs = (AbortProof(header, (statement,)), ListProof(header, listed, (vote,)))
+    to_member["Offer with proofs"] = (0, Offer(replace(header, round=2), proofs))
     return Recorded(simulation, boxes, drawn, to_member, from_member)
 
 

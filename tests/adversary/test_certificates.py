@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from participant.round import Dealing, Releasing, Uploading, Voting
+from participant.phases import Dealing, Releasing, Uploading, Voting
 from privacy.errors import ProtocolError
 from privacy.secagg.messages import Certificate, MaskedInput, Offer, RoundAborted, SurvivorList, SurvivorVote
 from tests.adversary.world import World, changed, signed_by

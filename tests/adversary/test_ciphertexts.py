@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from participant.phases import Dealing, Stopped
 from participant.records import Aborted, Spent
-from participant.round import Dealing, Stopped
 from privacy.secagg import keys
 from privacy.secagg.messages import Advertise, Complaint, Inbox, OwnedLeaf, ShareLeaf, Shares
 from tests.adversary.world import World, changed

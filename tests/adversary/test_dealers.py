@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from coordinator import phases
-from participant.round import Dealing, Stopped
+from participant.phases import Dealing, Stopped
 from privacy import merkle
 from privacy.secagg import dealing, keys, shamir
 from privacy.secagg.dealing import HeldShares

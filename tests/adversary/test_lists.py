@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from participant.phases import Advertising
+from privacy.errors import ProtocolError
 from privacy.secagg.messages import (
     Advertise,
     Certificate,
@@ -117,11 +119,20 @@ def test_a_key_list_larger_than_the_largest_cohort_is_refused() -> None:
 
 
 @pytest.mark.parametrize("seen", [1, 2])
-def test_a_member_whose_count_of_rounds_does_not_rise_was_restored_from_a_backup(seen: int) -> None:
+def test_a_member_whose_count_of_rounds_does_not_rise_is_refused(seen: int) -> None:
     world = World(3, counts={2: seen})
-    with pytest.raises(AssertionError, match=f"member 2 counts 1 rounds, {seen} were seen before"):
-        world.tell(0, world.key_list())
-    assert not any(isinstance(m, Shares) for m in world.sent[0])
+    with pytest.raises(ProtocolError, match=f"member 2 counts 1 rounds, {seen} were seen before"):
+        world.members[0].machine.handle(world.key_list())
+    assert isinstance(world.members[0].machine.phase, Advertising)
+
+
+def test_the_coordinator_cannot_frame_a_member_by_holding_its_m1_back() -> None:
+    """Member 2 joins round A (count 1), is told that A failed, and joins round B of another plan (count 2).
+
+    The coordinator shows B to member 0 first, and then A with the M1 that it kept. Refusing is right, naming is not.
+    """
+    world = World(3, counts={2: 2})
+    world.refused(0, world.key_list(), "member 2 counts 1 rounds, 2 were seen before", culprit=None)
 
 
 def test_a_count_that_rises_is_accepted() -> None:

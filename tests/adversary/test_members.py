@@ -15,10 +15,10 @@ from coordinator.round import CoordinatorRound
 from privacy import merkle
 from privacy.errors import ProtocolError
 from privacy.secagg import dealing
+from privacy.secagg.dialogue import FromMember
 from privacy.secagg.messages import (
     Advertise,
     Complaint,
-    FromMember,
     MaskedInput,
     MaskSecretShare,
     OutcomeVote,
@@ -308,4 +308,23 @@ def test_a_member_either_uploads_or_complains(order: str) -> None:
         "upload first": ("complaint: member 2 has uploaded already", (0, 1, 2, 3, 4)),
     }[order]
     assert (str(only_refusal(running)), running.survivors) == expected
+    assert running.is_exact()
+
+
+@pytest.mark.parametrize(("body", "step"), [(SurvivorVote, "M7"), (UnmaskShares, "M9"), (OutcomeVote, "M11")])
+def test_a_dropout_has_no_say_after_the_survivors_are_fixed(body: type, step: str) -> None:
+    """Member 2 dealt shares and then fell silent; what it signs later, with a good signature, does not count."""
+    refused: list[str] = []
+
+    def hook(member: int, message: FromMember) -> FromMember:
+        if member == 0 and isinstance(body_of(message), body):
+            with pytest.raises(ProtocolError, match=f"{step}: member 2 is not a survivor") as error:
+                running.coordinator.receive(signed_by(2, body_of(message), running.context))
+            refused.append(str(error.value))
+        return message
+
+    running = Simulation(5, 1, silent={2: "M5"}, from_member=hook)
+    running.run()
+    assert len(refused) == 1
+    assert isinstance(running.phase, phases.Released)
     assert running.is_exact()

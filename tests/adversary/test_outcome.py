@@ -8,17 +8,10 @@ from dataclasses import replace
 import pytest
 
 from coordinator import phases
-from participant.round import Checking, Finished, Uploading
+from participant.phases import Checking, Confirmed, Uploading
 from privacy.errors import ProtocolError
-from privacy.secagg.messages import (
-    FromMember,
-    MaskedInput,
-    OpenedMaskSecret,
-    OpenedSelfMask,
-    Outcome,
-    OutcomeVote,
-    ToMember,
-)
+from privacy.secagg.dialogue import FromMember, ToMember
+from privacy.secagg.messages import MaskedInput, OpenedMaskSecret, OpenedSelfMask, Outcome, OutcomeVote
 from privacy.secagg.signed import Signed
 from tests.simulation import Simulation
 
@@ -121,7 +114,7 @@ def test_a_second_outcome_is_refused() -> None:
     machine.confirm((1, 2))
     with pytest.raises(ProtocolError, match="a second, different Outcome in one round"):
         machine.handle(replace(outcome, root=X))
-    assert isinstance(machine.phase, Finished)
+    assert isinstance(machine.phase, Confirmed)
 
 
 def test_a_survivor_that_was_never_asked_for_shares_still_checks_the_outcome() -> None:

@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from participant.records import Released, SignedSurvivors
+from participant.records import PeersSeen, Released, SignedSurvivors
 from privacy import merkle
 from privacy.encoding import encode
 from privacy.errors import ProtocolError, VeilsumError
 from privacy.secagg import dealing, keys, transcript
+from privacy.secagg.dialogue import FromMember, ToMember
 from privacy.secagg.messages import (
     Advertise,
     Certificate,
-    FromMember,
     Inbox,
     KeyList,
     MaskedInput,
@@ -34,7 +34,6 @@ from privacy.secagg.messages import (
     Shares,
     SurvivorList,
     SurvivorVote,
-    ToMember,
     UnmaskShares,
 )
 from privacy.secagg.signed import Signed, sign
@@ -76,7 +75,9 @@ class World:
     def __post_init__(self) -> None:
         self.context = context_for(self.n, len(self.corrupt), size=self.size, bits=self.bits, minimum=self.minimum)
         offer = Offer(self.context.header)
-        self.members = {i: make_member(i, offer, self.context, self.size, self.counts) for i in range(self.n)}
+        earlier = replace(self.context.header, stage=7)
+        seen = PeersSeen(earlier, tuple(self.counts), tuple(self.counts.values()))
+        self.members = {i: make_member(i, offer, self.context, self.size, [seen]) for i in range(self.n)}
         self.sent = {i: [] for i in range(self.n)}
         for i in range(self.n):
             self._keep(i, self.members[i].keep(self.members[i].machine.join()))
@@ -86,10 +87,6 @@ class World:
     @property
     def honest(self) -> list[int]:
         return [i for i in range(self.n) if i not in self.corrupt]
-
-    @property
-    def t(self) -> int:
-        return threshold(self.n, len(self.corrupt))
 
     def secrets(self, member: int) -> keys.RoundSecrets:
         """Round secrets of a colluder; asking for those of an honest member is a bug of the test."""
@@ -215,11 +212,17 @@ class World:
                     found |= {i for share in body.shares if share.owner == owner and isinstance(share, kind)}
         return found
 
+    def threshold_of(self, owner: int) -> int | None:
+        """t of the cohort that ``owner`` dealt its shares to, which may be smaller than the whole roster."""
+        dealt = [m for m in self.sent[owner] if isinstance(m, Shares)]
+        return threshold(len(dealt[0].leaves), len(self.corrupt)) if dealt else None
+
     def assert_never_both(self) -> None:
         """No honest member's two secrets both reach t shares; none signed two lists or released twice."""
         for i in self.honest:
             b, z = self.holders(i, SelfMaskShare), self.holders(i, MaskSecretShare)
-            assert len(b) < self.t or len(z) < self.t, f"both secrets of member {i} are open"
+            t = self.threshold_of(i)
+            assert t is None or len(b) < t or len(z) < t, f"both secrets of member {i} are open"
             for body in (SurvivorVote, UnmaskShares, MaskedInput, ShareRoot):
                 bodies = [m.root.body if isinstance(m, Shares) else m.body for m in self.sent[i]]
                 said = {encode(b) for b in bodies if isinstance(b, body)}
