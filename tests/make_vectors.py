@@ -155,7 +155,8 @@ def derived() -> Json:
             "key": projection.challenge({0: T1, 1: T2}, H).hex(),
             "vector": [1, -1, 2**22, -(2**22)],
             "value": projection.project(projection.challenge({0: T1, 1: T2}, H), np.array([1, -1, 2**22, -(2**22)])),
-            "term": [{"me": i, "other": j, "value": projection.zero_sum_term(i, {j: seed}, T1)} for i, j in ((0, 1), (1, 0))],
+            "term": [{"me": i, "other": j, "value": projection.zero_sum_term(i, {j: seed}, T1)}
+                     for i, j in ((0, 1), (1, 0))],
         },
         "total_hash": {"root": H.hex(), "value": transcript.total_hash(T2, H).hex()},
     }  # fmt: skip
