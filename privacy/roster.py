@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from privacy.encoding import DOMAIN
 from privacy.errors import Refusal, UserError
 from privacy.plan import HexDigest, Name, Plan, Positive
+from privacy.secagg.keys import is_low_order
 from privacy.secagg.shapes import MAX_MEMBERS
 from privacy.secagg.threshold import MAX_COMPLETE_GRAPH, smallest_survivors
 from privacy.settings import Section, parse_toml
@@ -70,6 +71,9 @@ class Roster(Section):
             raise ValueError("members: names must be distinct")
         if len({m.key for m in self.members} | {self.coordinator}) != len(self.members) + 1:
             raise ValueError("members: keys must be distinct, also from the coordinator's")
+        for name, key in [("the coordinator", self.coordinator), *((m.name, m.key) for m in self.members)]:
+            if is_low_order(bytes.fromhex(key)):
+                raise ValueError(f"key of {name}: expected an Ed25519 key of full order, anybody can sign for this one")
         return self
 
     def index(self, name: str) -> int:

@@ -108,7 +108,7 @@ def job_of_size(size: int) -> Job:
     roster = ["federation = 'f'", f"coordinator = '{'9' * 64}'", "[policy]"]
     roster += ["max_colluders = 1", "min_cohort = 4", "min_survivors = 3"]
     for i in range(N):
-        roster += ["[[members]]", f"name = 'm{i}'", f"key = '{str(i) * 64}'"]
+        roster += ["[[members]]", f"name = 'm{i}'", f"key = '{str(i + 1) * 64}'"]
     job = Job.of(parse_plan(toy_plan()), parse_roster("\n".join(roster).encode()))
     return replace(job, quantizer=Quantizer(size, 24, N, 1.0, 1, ()))
 

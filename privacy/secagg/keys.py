@@ -50,6 +50,17 @@ def identity_public(key: Ed25519PrivateKey) -> bytes:
     return key.public_key().public_bytes_raw()
 
 
+#: y coordinates of the eight Ed25519 points of order 1, 2, 4 and 8 (RFC 8032, section 5.1; p = 2**255 - 19).
+_P = 2**255 - 19
+_ORDER_8 = int.from_bytes(bytes.fromhex("26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05"), "little")
+LOW_ORDER_Y = frozenset({0, 1, _P - 1, _ORDER_8, _P - _ORDER_8})
+
+
+def is_low_order(public: bytes) -> bool:
+    """Is this Ed25519 key a point of small order, also in a non-canonical encoding? Anybody can sign for such a key."""
+    return (int.from_bytes(public, "little") & (1 << 255) - 1) % _P in LOW_ORDER_Y
+
+
 def verify_signature(public: bytes, signature: bytes, message: bytes) -> bool:
     """Ed25519 verification that answers instead of raising."""
     try:
