@@ -16,14 +16,13 @@ import structlog
 from coordinator.config import Home
 from coordinator.engine import Engine
 from coordinator.report import report
-from coordinator.service import FederationService, OperatorService, add_federation
+from coordinator.service import FederationService, OperatorService, add_federation, add_operator
 from coordinator.store import Store
 from coordinator.uploads import Uploads
 from privacy.errors import UserError
 from privacy.files import make_private_directory, read_file, read_private
 from privacy.identity import load_identity
 from privacy.secagg.keys import identity_public
-from privacy.wire.federation_pb2_grpc import add_OperatorServicer_to_server
 from privacy.wire.transport import SERVER_OPTIONS
 
 log = structlog.get_logger()
@@ -63,7 +62,7 @@ async def _start_operator(home: Home, engine: Engine) -> grpc.aio.Server:
         )
     home.socket.unlink(missing_ok=True)
     server = grpc.aio.server()
-    add_OperatorServicer_to_server(OperatorService(engine, lambda name: report(engine, name)), server)
+    add_operator(server, OperatorService(engine, lambda name: report(engine, name)))
     before = os.umask(0o177)
     try:
         server.add_insecure_port(f"unix:{home.socket}")

@@ -17,7 +17,7 @@ from coordinator.config import Home
 from coordinator.proofs import OfferEntry, OfferTable, open_bond, proofs_for
 from coordinator.publish import CohortTotal, publish
 from coordinator.round import CoordinatorRound
-from coordinator.running import Running, keep_naming, names_in, phase_seconds, replay
+from coordinator.running import Running, keep_accusations, names_in, phase_seconds, replay
 from coordinator.stage import next_cohort
 from coordinator.store import Event, PlanRow, RoundRow, Store
 from coordinator.unmask import fold, unmask
@@ -160,7 +160,7 @@ class Engine:
             try:
                 fresh = running.machine.receive(message)
             finally:
-                keep_naming(running, self.store.round_directory(running.row.id))
+                keep_accusations(running, self.store.round_directory(running.row.id))
             if fresh:
                 self._keep(running, Event("message", encode(message, FromMember)))
                 self._after_change(running)
@@ -259,7 +259,7 @@ class Engine:
         if isinstance(phase, phases.Aborted) and running.row.state != "aborted":
             self._finish(running, "aborted", phase.reason, phase.culprit)
             running.log.warning("round aborted", reason=phase.reason)
-            keep_naming(running, self.store.round_directory(running.row.id))
+            keep_accusations(running, self.store.round_directory(running.row.id))
             # Its members say again that they are ready, those of U2 with a statement that the round stays shut.
             self.store.drop_ready(running.row.plan, running.row.stage, running.row.invited)
         running.unpublished_votes = isinstance(phase, phases.Released)

@@ -60,4 +60,4 @@ def evidence_against(
             leaf = owned_leaf(closed, owner, holder)
             opened = (_reconstruct(phase, end) for end in (owner, holder) if end not in closed.survivors)
             candidates += [BadSeed(root, leaf, seed) for seed in opened if isinstance(seed, OpenedMaskSecret)]
-    return [found for found in candidates if proves(closed.cohort, found)]
+    return [found for found in candidates if proves(closed.cohort, closed.roots, found)]

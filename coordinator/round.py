@@ -57,7 +57,7 @@ from privacy.secagg.messages import (
     Transcript,
     UnmaskShares,
 )
-from privacy.secagg.naming import BadShare, Naming, matches_leaf
+from privacy.secagg.naming import Accusation, BadShare, Naming, matches_leaf
 from privacy.secagg.signed import Signed
 from privacy.secagg.transcript import Cohort, RoundContext
 
@@ -87,8 +87,8 @@ class CoordinatorRound:
         self.proofs = proofs or {}
         self.phase: Phase = Joining()
         self._accepted: dict[tuple[int, type], bytes] = {}
-        #: Evidence against members, for the manifest.
-        self.named: list[Naming] = []
+        #: Proven cheats, for the manifest.
+        self.accusations: list[Accusation] = []
         self._leaf_hashes: dict[int, list[bytes]] = {}  # by owner: every member's inbox needs paths in all trees
 
     # --- what members say ----------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ class CoordinatorRound:
         if key in self._accepted:
             if self._accepted[key] == encoded:
                 return False
-            raise ProtocolError(f"a second, different {type(body).__name__} of member {sender}", culprit=sender)
+            raise ProtocolError(f"a second, different {type(body).__name__} of member {sender}")
         if type(body) not in ACCEPTS[type(self.phase)]:
             raise ProtocolError(f"{type(body).__name__} of member {sender} in phase {type(self.phase).__name__}")
         self._take(message)
@@ -159,7 +159,7 @@ class CoordinatorRound:
 
     def _take_input(self, phase: Uploading, message: Signed[MaskedInput]) -> None:
         if message.sender in phase.complaints:
-            raise ProtocolError(f"M5: member {message.sender} has complained instead", culprit=message.sender)
+            raise ProtocolError(f"M5: member {message.sender} has complained instead")
         transcript.check_input(phase.cohort, phase.sharers, phase.t2, message)
         phase.inputs[message.sender] = message
 
@@ -167,7 +167,7 @@ class CoordinatorRound:
         """A member that could not open a leaf takes no further part; whom it accuses is kept for the manifest."""
         sender = message.sender
         if sender in phase.inputs:
-            raise ProtocolError(f"complaint: member {sender} has uploaded already", culprit=sender)
+            raise ProtocolError(f"complaint: member {sender} has uploaded already")
         if sender not in phase.sharers or message.body.accused not in phase.sharers:
             raise ProtocolError(f"complaint of member {sender}: expected two members of U2")
         transcript.check_signed(self.context, message, "complaint")
@@ -195,12 +195,15 @@ class CoordinatorRound:
                 raise ProtocolError(f"M9 of member {sender}: wrong kind of share of {share.owner}", culprit=sender)
             leaf = self._owned_leaf(closed, share.owner, sender)
             if not matches_leaf(share, leaf):
-                self.named.append(BadShare(message, closed.shares[share.owner].root, leaf))
+                self._accuse(closed, BadShare(message, closed.shares[share.owner].root, leaf))
                 raise ProtocolError(
                     f"M9 of member {sender}: the share of member {share.owner} does not match its hash in M3",
                     culprit=sender,
                 )
         phase.releases[sender] = message
+
+    def _accuse(self, closed: Closed, evidence: Naming) -> None:
+        self.accusations.append(Accusation(self.context.header, closed.cohort.keys, closed.roots, evidence))
 
     def _take_outcome_vote(self, phase: Confirming, vote: Signed[OutcomeVote]) -> None:
         closed = phase.closed
@@ -219,16 +222,6 @@ class CoordinatorRound:
             raise ProtocolError(f"abort statement of member {message.sender}: it holds no shares of this round")
         transcript.check_signed(self.context, message, "abort statement")
         phase.statements[message.sender] = message
-
-    def cohort(self) -> Cohort:
-        """U1 of a round whose key list was closed."""
-        phase = self.phase
-        found = phase.cohort if isinstance(phase, Sharing | Uploading | Aborted) else None
-        if not isinstance(phase, Joining | Sharing | Uploading | Aborted):
-            found = phase.closed.cohort
-        if found is None:
-            raise RuntimeError("no key list was closed in this round")
-        return found
 
     # --- how phases end -------------------------------------------------------------------------------------------
 
@@ -341,7 +334,8 @@ class CoordinatorRound:
             closed = phase.closed
             pairs = transcript.open_pairs(closed.cohort, closed.roots, closed.survivors, opened, pair_leaves)
         except ProtocolError as error:  # every share matched its hash: the dealer is to blame, and the sum is lost
-            self.named.extend(evidence_against(phase, error.culprit, self._owned_leaf))
+            for evidence in evidence_against(phase, error.culprit, self._owned_leaf):
+                self._accuse(phase.closed, evidence)
             self.abort(str(error), error.culprit)
             return
         streams = transcript.total_streams(closed.t2, closed.survivors, opened, pairs)

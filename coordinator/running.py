@@ -16,7 +16,7 @@ from privacy.files import write_durably
 from privacy.job import Job
 from privacy.plan import Deadlines
 from privacy.secagg.dialogue import FromMember, ToMember
-from privacy.secagg.naming import Naming, named
+from privacy.secagg.naming import Accusation, accused
 
 log = structlog.get_logger()
 
@@ -68,14 +68,14 @@ def replay(machine: CoordinatorRound, event: Event) -> None:
         machine.abort(event.payload.decode())
 
 
-def keep_naming(running: Running, directory: Path) -> None:
+def keep_accusations(running: Running, directory: Path) -> None:
     """Evidence against a member goes to disk at once: the message that gave it is not an accepted one."""
-    for number, evidence in enumerate(running.machine.named):
+    for number, accusation in enumerate(running.machine.accusations):
         path = directory / f"named-{number}.bin"
         if not path.exists():
-            write_durably(path, encode(evidence, Naming))
-            culprit = named(running.machine.cohort(), evidence)
-            running.log.error("cheat named", member=running.job.roster.name(culprit), kind=type(evidence).__name__)
+            write_durably(path, encode(accusation))
+            culprit = running.job.roster.name(accused(running.machine.context, accusation))
+            running.log.error("cheat named", member=culprit, kind=type(accusation.evidence).__name__)
 
 
 def names_in(running: Running, directory: Path) -> list[dict[str, Any]]:
@@ -83,8 +83,8 @@ def names_in(running: Running, directory: Path) -> list[dict[str, Any]]:
     found = []
     for path in sorted(directory.glob("named-*.bin")):
         raw = path.read_bytes()
-        evidence: Naming = decode(Naming, raw)  # type: ignore[arg-type]
-        culprit = running.job.roster.name(named(running.machine.cohort(), evidence))
-        kind = type(evidence).__name__
+        accusation = decode(Accusation, raw)
+        culprit = running.job.roster.name(accused(running.machine.context, accusation))
+        kind = type(accusation.evidence).__name__
         found.append({"round": running.row.number, "member": culprit, "kind": kind, "evidence": raw.hex()})
     return found

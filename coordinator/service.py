@@ -216,6 +216,11 @@ def add_federation(server: grpc.aio.Server, service: FederationService) -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {method: handler}),))
 
 
+def add_operator(server: grpc.aio.Server, service: OperatorService) -> None:
+    """Register the operator's calls."""
+    federation_pb2_grpc.add_OperatorServicer_to_server(service, server)
+
+
 class OperatorService(federation_pb2_grpc.OperatorServicer):
     """What the operator's commands call, over a socket file only the operator's account can open."""
 

@@ -96,7 +96,7 @@ def _groups(found: list[Article]) -> dict[str, list[list[Article]]]:
 
 def split(found: list[Article], seed: int = SEED) -> Split:
     """Hold a fifth of every desk out as test data, then deal each desk's rest 80 : 5 : 5 : 5 : 5 to the sites."""
-    rng = random.Random(seed)  # noqa: S311 -- demo data, repeatable on purpose
+    rng = random.Random(seed)
     sites: list[list[Article]] = [[] for _ in range(SITES)]
     test: list[Article] = []
     for own, groups in enumerate(_groups(found).values()):

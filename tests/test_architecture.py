@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PRODUCT = ("coordinator", "participant", "privacy")
 HAND_WRITTEN = (*PRODUCT, "proto", "tests", "demo", "bench", "scripts", "deploy")
 SOURCE_SUFFIXES = {".py", ".proto", ".sh", ".js", ".css", ".html"}
-MAX_LINES = 400
+MAX_LINES = 420
 
 EVERYWHERE = tuple(f"{package}/*" for package in PRODUCT)
 TRAINING = tuple(f"participant/{name}.py" for name in ("training", "dp_sgd", "data", "evaluation"))
@@ -71,7 +71,9 @@ RULES = {
         allowed=("os.urandom",),  # as the default of a parameter
     ),
     "protobuf stays in privacy/wire and the gRPC shells": Rule(
-        EVERYWHERE, PROTOBUF, spared=("privacy/wire/*", "coordinator/service.py", "participant/client.py")
+        EVERYWHERE,
+        PROTOBUF,
+        spared=("privacy/wire/*", "coordinator/service.py", "coordinator/operator.py", "participant/client.py"),
     ),
     "randomness comes from the system or AES, never from a 32-bit generator": Rule(
         EVERYWHERE, ("random", "numpy.random")

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from privacy.errors import ProtocolError
 from privacy.secagg import dealing, keys, shamir, transcript
 from privacy.secagg.messages import (
+    Advertise,
+    Header,
     OpenedMaskSecret,
     OwnedLeaf,
     SelfMaskShare,
@@ -24,7 +26,7 @@ from privacy.secagg.messages import (
     UnmaskShares,
 )
 from privacy.secagg.signed import Signed
-from privacy.secagg.transcript import Cohort
+from privacy.secagg.transcript import Cohort, RoundContext
 
 
 @dataclass(frozen=True)
@@ -69,24 +71,55 @@ def matches_leaf(share: Share, owned: OwnedLeaf) -> bool:
     )
 
 
-def named(cohort: Cohort, evidence: Naming) -> int:
+@dataclass(frozen=True)
+class Accusation:
+    """Evidence with what it is to be read against: key list and share roots that T2 is made of."""
+
+    header: Header
+    keys: tuple[Signed[Advertise], ...]
+    roots: tuple[Signed[ShareRoot], ...]
+    evidence: Naming
+
+
+def accused(context: RoundContext, accusation: Accusation) -> int:
+    """The member that an accusation names, checked from plan and roster alone.
+
+    Raises:
+        ProtocolError: it is of another round, or proves nothing.
+    """
+    if accusation.header != context.header:
+        raise ProtocolError("evidence: it is of another round")
+    transcript.check_key_list(context, accusation.keys)
+    cohort = Cohort(context, accusation.keys)
+    transcript.check_roots(cohort, accusation.roots)
+    return named(cohort, accusation.roots, accusation.evidence)
+
+
+def named(cohort: Cohort, roots: Sequence[Signed[ShareRoot]], evidence: Naming) -> int:
     """The member that the evidence proves to have cheated.
+
+    Args:
+        roots: of U2. A dealer can sign a second root afterwards; only the ones that T2 binds count.
 
     Raises:
         ProtocolError: the evidence proves nothing.
     """
+    if evidence.root not in roots:
+        raise ProtocolError("evidence: the share root is not one of this round")
     _check_leaves(cohort, evidence.root, evidence.leaves if isinstance(evidence, BadDealer) else (evidence.leaf,))
     if isinstance(evidence, BadShare):
+        if evidence.release.body.t2 != transcript.t2_hash(cohort.t1, roots):
+            raise ProtocolError("evidence: the share was released under other share roots")
         return _bad_share(cohort, evidence)
     if isinstance(evidence, BadDealer):
         return _bad_dealer(cohort, evidence)
     return _bad_seed(cohort, evidence)
 
 
-def proves(cohort: Cohort, evidence: Naming) -> bool:
+def proves(cohort: Cohort, roots: Sequence[Signed[ShareRoot]], evidence: Naming) -> bool:
     """Does the evidence name anybody?"""
     try:
-        named(cohort, evidence)
+        named(cohort, roots, evidence)
     except ProtocolError:
         return False
     return True
@@ -132,6 +165,8 @@ def _bad_dealer(cohort: Cohort, evidence: BadDealer) -> int:
 def _bad_seed(cohort: Cohort, evidence: BadSeed) -> int:
     dealer, holder, leaf = evidence.leaf.owner, evidence.leaf.leaf.holder, evidence.leaf.leaf
     opened = evidence.opened
+    if dealer >= holder:
+        raise ProtocolError("evidence: only the lower id deals a pair seed")
     if not transcript.matches_commitment(cohort, opened.owner, opened.secret, is_self=False):
         raise ProtocolError("evidence: the opened z does not match the M1 of its owner")
     if opened.owner == dealer:
