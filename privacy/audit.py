@@ -5,6 +5,7 @@ Only the pinned roster is taken as given. Without the uploads the sum itself is 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ from typing import Any
 import numpy as np
 
 from privacy.adapter import load_peft, start_adapter, start_digest
+from privacy.encoding import decode
 from privacy.errors import ProtocolError, UserError
 from privacy.evidence import EVIDENCE_FILE, TOTAL_FILE, read_evidence
+from privacy.files import read_file
 from privacy.job import Job
 from privacy.outcome import VerifiedCohort, combine, manifest, verify_cohort
 from privacy.plan import load_plan
 from privacy.roster import load_roster
+from privacy.secagg.naming import Accusation, accused
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class ReleaseReport:
     facts: dict[str, Any]
     #: Round number -> members that signed the outcome.
     confirmed: dict[int, list[str]]
+    #: Members whom evidence in the manifest proves to have cheated, with round and kind.
+    named: list[dict[str, Any]]
 
 
 def audit_release(directory: Path, roster_hash: bytes | None = None) -> ReleaseReport:
@@ -56,7 +62,20 @@ def audit_release(directory: Path, roster_hash: bytes | None = None) -> ReleaseR
     found = load_peft(directory / "adapter")
     if found.keys() != tensors.keys() or not all(np.array_equal(found[k], tensors[k]) for k in tensors):
         raise ProtocolError("the adapter is not the one that the totals give")
-    return ReleaseReport(manifest(job, stage, cohorts, decoded, tensors), confirmed)
+    return ReleaseReport(manifest(job, stage, cohorts, decoded, tensors), confirmed, _named(job, directory))
+
+
+def _named(job: Job, directory: Path) -> list[dict[str, Any]]:
+    """Check every accusation in the manifest; raises ProtocolError for one that proves nothing or another member."""
+    found = []
+    listed = json.loads(read_file(directory / "manifest.json", "the manifest of a release")).get("named", [])
+    for entry in listed:
+        accusation = decode(Accusation, bytes.fromhex(entry["evidence"]))
+        culprit = job.roster.name(accused(job.context(accusation.header), accusation))
+        if culprit != entry["member"]:
+            raise ProtocolError(f"the manifest names {entry['member']}, its evidence names {culprit}")
+        found.append({"round": accusation.header.round, "member": culprit, "kind": entry["kind"]})
+    return found
 
 
 def _stage(directory: Path) -> int:

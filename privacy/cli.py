@@ -41,16 +41,24 @@ def transcript_command(
     except ValueError as error:
         raise UserError(f"--roster: expected a hash in hex, found '{roster}'") from error
     report = audit_release(directory, pin)
-    not_shown = ["the sum was not recomputed: the uploads are not part of a release"]
+    not_shown = ["the sum was not recomputed here: the uploads are not part of a release"]
     if pin is None:
         not_shown.append("the roster was taken from the release: give --roster to compare it with the pinned one")
     if as_json:
-        typer.echo(json.dumps(report.facts | {"confirmed": report.confirmed, "not_shown": not_shown}))
+        typer.echo(
+            json.dumps(report.facts | {"confirmed": report.confirmed, "named": report.named, "not_shown": not_shown})
+        )
         return
     for cohort in report.facts["cohorts"]:
         names = ", ".join(cohort["survivors"])
         typer.echo(f"round {cohort['round']}: transcript and total hold; in the sum: {names}")
         typer.echo(f"  confirmed by: {', '.join(report.confirmed[cohort['round']]) or 'nobody'}")
+        certified = (
+            "every block was recomputed by enough members" if cohort["certified"] else "NOT certified by members"
+        )
+        typer.echo(f"  the sum: {certified}; random projection: {cohort['projection']}")
+    for entry in report.named:
+        typer.echo(f"proven cheat in round {entry['round']}: {entry['member']} ({entry['kind']})")
     typer.echo(f"adapter {report.facts['adapter_digest'][:16]}… is what these totals give")
     for line in not_shown:
         typer.echo(f"note: {line}")

@@ -259,7 +259,6 @@ def test_a_member_that_was_not_invited_is_refused() -> None:
     assert coordinator.missing() == (0, 1, 2)
 
 
-@pytest.mark.xfail(strict=True, reason="the coordinator names a sender before it has verified the signature")
 def test_a_forged_second_message_names_nobody() -> None:
     """Only the shell's look at the TLS certificate stands between an innocent member and this."""
     simulation = cheating(MaskedInput, lambda s, m: changed(signed_by(4, m.body, s.context), sender=1))
