@@ -100,7 +100,7 @@ class Quantizer:
         uniform = keystream(rand(32), 32)
         vector = np.empty(self.total_size, np.int32)
         for low in range(0, self.size, TILE):
-            part = delta[low : low + TILE]
+            part = delta[low : low + TILE].astype(np.float64)  # float32 has too few bits for Qmax of b = 32
             u = uniform(len(part)) / 2.0**32
             vector[low : low + len(part)] = np.floor(np.clip(part, -self.clip, self.clip) * scale + u)
         vector[self.size :] = self._encode_extras(extras)
