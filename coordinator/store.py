@@ -17,6 +17,7 @@ from typing import Any
 
 from privacy.errors import UserError
 from privacy.files import disk_errors, make_private_directory
+from privacy.vectors import round_name, upload_name
 
 SCHEMA_VERSION = 1
 SCHEMA = """
@@ -193,10 +194,10 @@ class Store:
 
     def round_directory(self, round_id: bytes) -> Path:
         """Where uploads, running sum and total of a round lie."""
-        return make_private_directory(self._rounds / round_id.hex()[:32])
+        return make_private_directory(self._rounds / round_name(round_id))
 
     def upload(self, round_id: bytes, member: int) -> Path:
-        return self.round_directory(round_id) / f"upload-{member}.bin"
+        return self.round_directory(round_id) / upload_name(member)
 
     def running_sum(self, round_id: bytes) -> Path:
         return self.round_directory(round_id) / "sum.u32"

@@ -18,10 +18,14 @@ from privacy.errors import ProtocolError, UserError
 from privacy.evidence import EVIDENCE_FILE, TOTAL_FILE, read_evidence
 from privacy.files import read_file
 from privacy.job import Job
-from privacy.outcome import VerifiedCohort, combine, manifest, verify_cohort
+from privacy.outcome import VerifiedCohort, check_block, combine, manifest, verify_cohort
 from privacy.plan import load_plan
 from privacy.roster import load_roster
+from privacy.secagg import transcript
+from privacy.secagg.masking import block_sizes
+from privacy.secagg.messages import Outcome
 from privacy.secagg.naming import Accusation, accused
+from privacy.vectors import read_block, round_name, upload_name
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,13 @@ class ReleaseReport:
     named: list[dict[str, Any]]
 
 
-def audit_release(directory: Path, roster_hash: bytes | None = None) -> ReleaseReport:
+def audit_release(directory: Path, roster_hash: bytes | None = None, uploads: Path | None = None) -> ReleaseReport:
     """Verify a published release: transcripts, totals, disjoint cohorts, and the adapter they give.
 
     Args:
         directory: ``releases/PLAN/stage-K`` of a coordinator, or a copy of it.
         roster_hash: the pinned H_R; without it the roster in the directory is believed.
+        uploads: the coordinator's ``rounds`` directory; with it every block of every sum is recomputed.
 
     Raises:
         ProtocolError: something does not hold; the first such thing.
@@ -56,6 +61,8 @@ def audit_release(directory: Path, roster_hash: bytes | None = None) -> ReleaseR
     for path in sorted(directory.glob(f"rounds/*/{EVIDENCE_FILE}")):
         evidence = read_evidence(path.parent)
         cohort = verify_cohort(job, stage, start, evidence, path.parent / TOTAL_FILE)
+        if uploads is not None:
+            _recompute(job, evidence.outcome, cohort, uploads)
         confirmed[cohort.number] = [job.roster.name(v.sender) for v in evidence.votes]
         cohorts.append(cohort)
     decoded, tensors = combine(job, cohorts)
@@ -63,6 +70,21 @@ def audit_release(directory: Path, roster_hash: bytes | None = None) -> ReleaseR
     if found.keys() != tensors.keys() or not all(np.array_equal(found[k], tensors[k]) for k in tensors):
         raise ProtocolError("the adapter is not the one that the totals give")
     return ReleaseReport(manifest(job, stage, cohorts, decoded, tensors), confirmed, _named(job, directory))
+
+
+def _recompute(job: Job, outcome: Outcome, cohort: VerifiedCohort, uploads: Path) -> None:
+    """The sum of a round from its uploads, block by block, as the committed roots have them."""
+    header = outcome.transcript.header
+    size, bits = job.quantizer.total_size, job.rules.bits
+    verified = transcript.verify_transcript(job.context(header), outcome.transcript)
+    roots = {i.sender: i.body.root for i in outcome.transcript.inputs}
+    files = {m: uploads / round_name(header.hash()) / upload_name(m) for m in cohort.survivors}
+    for path in files.values():
+        if not path.exists():
+            raise UserError(f"{path}: expected an upload, found none", hint="uploads are kept until certified")
+    for block in range(len(block_sizes(size))):
+        shown = {member: read_block(path, size, bits, block) for member, path in files.items()}
+        check_block(job, verified, roots, block, shown, cohort.lifted)
 
 
 def _named(job: Job, directory: Path) -> list[dict[str, Any]]:

@@ -28,6 +28,9 @@ def _main() -> None:
 def transcript_command(
     directory: Annotated[Path, typer.Argument(help="releases/PLAN/stage-K of the coordinator, or a copy of it.")],
     roster: Annotated[str, typer.Option(help="The pinned roster hash, in hex (roster.pin at a site).")] = "",
+    uploads: Annotated[
+        Path | None, typer.Option(help="The coordinator's rounds directory: recompute every sum from the uploads.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Verify a release: every signature, list and opened seed, the totals, and the adapter they give.
@@ -40,8 +43,10 @@ def transcript_command(
         pin = bytes.fromhex(roster) if roster else None
     except ValueError as error:
         raise UserError(f"--roster: expected a hash in hex, found '{roster}'") from error
-    report = audit_release(directory, pin)
-    not_shown = ["the sum was not recomputed here: the uploads are not part of a release"]
+    report = audit_release(directory, pin, uploads)
+    not_shown = []
+    if uploads is None:
+        not_shown.append("the sum was not recomputed here: the uploads are not part of a release, see --uploads")
     if pin is None:
         not_shown.append("the roster was taken from the release: give --roster to compare it with the pinned one")
     if as_json:

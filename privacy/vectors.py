@@ -14,6 +14,16 @@ from privacy.errors import ProtocolError, Refusal
 from privacy.secagg.masking import BLOCK, block_sizes, packed_bytes, unpack
 
 
+def round_name(round_id: bytes) -> str:
+    """Name of the directory of a round's uploads at the coordinator."""
+    return round_id.hex()[:32]
+
+
+def upload_name(member: int) -> str:
+    """Name of a member's upload in it."""
+    return f"upload-{member}.bin"
+
+
 def read_blocks(path: Path, size: int, bits: int) -> Iterator[bytes]:
     """The packed blocks of a vector file of ``size`` coordinates.
 

@@ -168,6 +168,10 @@ def check_audit(federation: Federation) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "the sum was not recomputed here" in done.stdout
+    recompute = [*command, "--uploads", str(federation.coordinator / "rounds")]
+    done = subprocess.run(recompute, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "not recomputed" not in done.stdout
     total = stage / "rounds" / "1" / "total.bin"
     total.write_bytes(bytes([total.read_bytes()[0] ^ 1]) + total.read_bytes()[1:])
     done = subprocess.run(command, capture_output=True, text=True, check=False)
