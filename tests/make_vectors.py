@@ -249,7 +249,7 @@ def sharing() -> Json:
 def quantization() -> Json:
     cases = []
     delta = np.array([0, 0.25, -0.25, 0.125, 1.5, -7, 0.09375, -0.0625], np.float32)
-    for bits, cohort, weight in ((16, 64, 10), (20, 8, 10), (24, 5, 5)):
+    for bits, cohort, weight in ((16, 64, 10), (20, 8, 10), (24, 5, 5), (32, 3, 1)):
         rule = Quantizer(8, bits, cohort, 0.25, 10, (Extra("weight", 10), Extra("loss", 2**40)))
         key = hashlib.sha256(b"uniform %d" % bits).digest()
         extras = {"weight": weight, "loss": 123456789012}
