@@ -1,7 +1,7 @@
 # Every target does its own set-up, and a second run skips what is done. `make help` lists them.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-compare test check proto clean distclean
+.PHONY: help demo demo-compare test proofs mutants check proto clean distclean
 
 PY := .venv/bin/python
 # The set-up is done when this file exists. Its name follows from what the set-up depends on.
@@ -18,6 +18,12 @@ demo-compare: $(READY) ## the same, and beside it the model trained on all data 
 
 test: $(READY) ## run the tests (ARGS="-k shamir" chooses some)
 	$(PY) -m pytest $(ARGS)
+
+proofs: $(READY) ## all dropout patterns of up to six members (about half an hour)
+	$(PY) -m tests.proofs
+
+mutants: $(READY) ## disable every refusal in turn; each time a named test must fail (long)
+	$(PY) -m tests.mutants
 
 check: $(READY) ## formatting, lint, types, and whether the generated code is fresh
 	$(PY) -m ruff format --check .
