@@ -63,6 +63,9 @@ from privacy.secagg.messages import (
 from privacy.secagg.signed import Signed, sign
 from privacy.secagg.transcript import Cohort, RoundContext
 
+#: An offer may not skip more rounds than this, or one offer could use up all numbers of a stage.
+MAX_ROUND_STEP = 10_000
+
 
 def abort_step(site: Site, header: Header, reason: str) -> Step:
     """ABORTED and the signed statement, also for a round whose secrets a crash took; never after RELEASED."""
@@ -88,6 +91,8 @@ def accept_offer(offer: Offer, expected: RoundContext, highest_round: int) -> Ro
             raise Refusal(f"M0: expected {name} {shown[0]}, found {shown[1]}")
     if theirs.round <= highest_round:
         raise Refusal(f"M0: expected a round above {highest_round}, the highest joined here, found {theirs.round}")
+    if theirs.round > highest_round + MAX_ROUND_STEP:
+        raise Refusal(f"M0: expected a round up to {highest_round + MAX_ROUND_STEP}, found {theirs.round}")
     return RoundContext(theirs, expected.identities, expected.rules, expected.upload_length)
 
 
@@ -139,7 +144,7 @@ class ParticipantRound:
             raise ProtocolError(f"{kind.__name__} from the coordinator in phase {type(self.phase).__name__}")
         step, phase = self._dispatch(message)
         self.phase = phase
-        self._answered[kind] = (encoded, step)
+        self._answered[kind] = (encoded, Step((), step.reply))  # its records are durable by the time of a repeat
         return step
 
     def _dispatch(self, message: ToMember) -> tuple[Step, Phase]:

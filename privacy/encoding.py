@@ -85,7 +85,9 @@ def encode(value: Any, kind: Any = None) -> bytes:
     kind = type(value) if kind is None or isinstance(kind, TypeVar) else kind
     members = union_members(kind)
     if members:
-        index = next(i for i, member in enumerate(members) if is_a(value, member))
+        index = next((i for i, member in enumerate(members) if is_a(value, member)), None)
+        if index is None:
+            raise TypeError(f"{type(value).__name__} is not one of {members}")
         return bytes([index]) + encode(value, members[index])
     if kind is int:
         return number(value)

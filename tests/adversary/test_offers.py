@@ -61,3 +61,11 @@ def test_members_that_were_offered_different_rounds_cannot_be_put_together() -> 
     assert reply is not None
     world.sent[4] = [reply]
     world.refused(0, world.key_list(), "M1: the signature of member 4 does not verify in this round")
+
+
+def test_one_offer_cannot_use_up_the_round_numbers_of_a_stage() -> None:
+    context = context_for(5, 1)
+    for number in (10_008, 2**64 - 1):
+        with pytest.raises(Refusal, match="expected a round up to 10007"):
+            accept_offer(Offer(replace(context.header, round=number)), context, 7)
+    assert accept_offer(Offer(replace(context.header, round=10_007)), context, 7).header.round == 10_007
