@@ -34,6 +34,6 @@ def next_cohort(
     in_order = sorted(waiting, key=lambda m: (waiting[m], m))
     count = min(len(in_order), rules.cohort)
     rest = len(in_order) - count
-    if 0 < rest < rules.min_cohort:  # leave the rest enough for a cohort of its own, where that is possible
-        count = max(rules.min_cohort, count - (rules.min_cohort - rest))
+    if 0 < rest < rules.min_cohort <= len(in_order) - rules.min_cohort:  # leave the rest enough for a cohort of its own
+        count = len(in_order) - rules.min_cohort
     return tuple(sorted(in_order[:count]))

@@ -34,6 +34,8 @@ class Policy(Section):
     #: Largest clipping range and largest weight a plan may ask for.
     max_clip: Annotated[float, Field(gt=0)] = 1e6
     max_weight: Positive = 1 << 40
+    #: Digests of the base models that plans may train; empty leaves it to each site's own file.
+    bases: tuple[HexDigest, ...] = ()
     #: Sums of two: each learns the other's delta. Every site must opt in besides.
     allow_two_members: bool = False
 
@@ -152,6 +154,10 @@ def rules_for(plan: Plan, policy: Policy) -> Rules:
         (r.max_cohort <= policy.max_cohort, f"max_cohort {r.max_cohort}, allowed {policy.max_cohort}"),
         (r.clip <= policy.max_clip, f"clip {r.clip}, allowed {policy.max_clip}"),
         (r.max_weight <= policy.max_weight, f"max_weight {r.max_weight}, allowed {policy.max_weight}"),
+        (
+            not policy.bases or plan.base.digest in policy.bases,
+            f"base model {plan.base.digest[:16]}…, allowed {', '.join(d[:16] + '…' for d in policy.bases)}",
+        ),
     ):
         if not ok:
             raise Refusal(f"plan '{plan.name}' asks for {asked} by the pinned policy")

@@ -1,0 +1,107 @@
+"""A site's consent: of roster policy, plan and the site's own file the strictest wins, and the refusal says why."""
+
+from __future__ import annotations
+
+import pytest
+
+from participant.config import Settings
+from participant.policy import admit
+from privacy.errors import Refusal
+from privacy.job import Job
+from privacy.plan import parse_plan
+from privacy.roster import parse_roster
+from privacy.settings import parse_toml
+from tests.test_end_to_end import toy_plan
+
+ROSTER = """federation = "f"
+coordinator = "{coordinator}"
+[policy]
+max_colluders = 0
+min_cohort = 2
+min_survivors = 2
+allow_two_members = true
+[[members]]
+name = "a"
+key = "{a}"
+[[members]]
+name = "b"
+key = "{b}"
+""".format(coordinator="9" * 64, a="1" * 64, b="2" * 64)
+
+SITE = """coordinator = "localhost:1"
+member = "a"
+[models]
+tiny = "base"
+[datasets.toy]
+path = "x"
+format = "csv"
+[policy]
+plans = ["toy"]
+"""
+
+
+def job(*changes: tuple[str, str]) -> Job:
+    plan = toy_plan().decode()
+    for old, new in changes:
+        assert old in plan
+        plan = plan.replace(old, new)
+    return Job.of(parse_plan(plan.encode()), parse_roster(ROSTER.encode()))
+
+
+def site(old: str = "", new: str = "") -> Settings:
+    assert old in SITE
+    return parse_toml(Settings, SITE.replace(old, new).encode() if old else SITE.encode(), "participant.toml")
+
+
+def test_a_plan_within_everything_is_admitted() -> None:
+    admit(job(), site())
+    admit(job(), site('plans = ["toy"]', 'plans = ["*"]'))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ('plans = ["toy"]', "plans = []", "plan 'toy' has no consent here"),
+        ('plans = ["toy"]', 'plans = ["other"]', "plan 'toy' has no consent here"),
+        ("tiny =", "huge =", "trains base model 'tiny'; this site has: huge"),
+        ("[datasets.toy]", "[datasets.other]", "trains on data set 'toy'; this site has: other"),
+        ("[policy]", "[policy]\nmin_cohort = 5", "has min_cohort 4; this site demands at least 5"),
+        ("[policy]", "[policy]\nmin_survivors = 4", "has min_survivors 3; this site demands at least 4"),
+        ("[policy]", "[policy]\nmax_colluders = 2", "has max_colluders 1; this site demands at least 2"),
+    ],
+)
+def test_what_this_site_does_not_allow_is_refused(old: str, new: str, reason: str) -> None:
+    with pytest.raises(Refusal, match=reason):
+        admit(job(), site(old, new))
+
+
+def test_a_weaker_audit_than_this_site_demands_is_refused() -> None:
+    weak = job(("[deadlines]", 'audit = "spot"\n[deadlines]'))
+    admit(weak, site("[policy]", '[policy]\naudit = "spot"'))
+    with pytest.raises(Refusal, match="has audit 'spot'; this site demands 'divided'"):
+        admit(weak, site("[policy]", '[policy]\naudit = "divided"'))
+
+
+def test_a_sum_of_two_needs_the_opt_in_of_this_site() -> None:
+    pair = job(
+        ("max_cohort = 5", "max_cohort = 2"),
+        ("min_cohort = 4", "min_cohort = 2"),
+        ("min_survivors = 3", "min_survivors = 2"),
+        ("max_colluders = 1", "max_colluders = 0"),
+    )
+    assert pair.rules.min_survivors == 2
+    with pytest.raises(Refusal, match="allows sums of two members; this site has not opted in"):
+        admit(pair, site())
+    admit(pair, site("[policy]", "[policy]\nallow_two_members = true"))
+
+
+def test_a_base_model_outside_the_pinned_policy_is_refused() -> None:
+    for bases, allowed in (((), True), (("0" * 64,), True), (("a" * 64, "0" * 64), True), (("a" * 64,), False)):
+        listed = ", ".join(f'"{digest}"' for digest in bases)
+        roster = parse_roster(ROSTER.replace("[policy]", f"[policy]\nbases = [{listed}]").encode())
+        plan = parse_plan(toy_plan())
+        if allowed:
+            assert Job.of(plan, roster).plan == plan.plan
+        else:
+            with pytest.raises(Refusal, match="asks for base model 0000000000000000…, allowed aaaaaaaaaaaaaaaa…"):
+                Job.of(plan, roster)

@@ -1,0 +1,41 @@
+"""When a cohort closes, and with whom."""
+
+from __future__ import annotations
+
+import pytest
+
+from coordinator.stage import next_cohort
+from privacy.roster import Rules
+
+RULES = Rules(cohort=5, colluders=1, min_cohort=4, min_survivors=3, bits=24)
+
+
+def cohort(ready: dict[int, float], done: set[int] | None = None, *, members: int = 8, now: float = 0.0) -> object:
+    return next_cohort(ready, done or set(), members, RULES, now, 60.0)
+
+
+def since(*members: int) -> dict[int, float]:
+    return {m: float(i) for i, m in enumerate(members)}
+
+
+@pytest.mark.parametrize(
+    ("ready", "done", "now", "expected"),
+    [
+        (since(0, 1, 2), set(), 1e9, None),  # too few, however long they wait
+        (since(0, 1, 2, 3), set(), 59.0, None),  # enough, and others may still come
+        (since(0, 1, 2, 3), set(), 60.0, (0, 1, 2, 3)),  # the first of them has waited long enough
+        (since(3, 2, 1, 0), {4, 5, 6, 7}, 0.0, (0, 1, 2, 3)),  # everybody who is left is ready
+        (since(0, 1, 2, 3, 4), {4, 5, 6, 7}, 0.0, (0, 1, 2, 3)),  # a released member is not counted again
+        (since(7, 6, 5, 4, 3, 2), set(), 60.0, (3, 4, 5, 6, 7)),  # six make no two cohorts: the first five go
+        (since(7, 6, 5, 4, 3, 2, 1, 0), set(), 0.0, (4, 5, 6, 7)),  # eight make two cohorts of four
+    ],
+)
+def test_a_cohort_opens(ready: dict[int, float], done: set[int], now: float, expected: object) -> None:
+    assert cohort(ready, done, now=now) == expected
+
+
+def test_no_cohort_is_larger_than_the_plan_allows() -> None:
+    for count in range(4, 30):
+        found = next_cohort(since(*range(count)), set(), count, RULES, 0.0, 60.0)
+        assert found is not None
+        assert 4 <= len(found) <= 5
