@@ -23,6 +23,8 @@ from queue import Queue
 
 from rich.progress import Progress
 
+from tests import operators
+
 ROOT = Path(__file__).resolve().parent.parent
 FILES = (
     "privacy/secagg/*.py",
@@ -50,6 +52,20 @@ SUITE = (
     "tests/test_vectors.py",
 )
 TIMEOUT_S = 600
+#: What mutmut runs: whatever needs no process, network or training.
+UNIT = (
+    *(
+        f"tests/test_{name}.py"
+        for name in (
+            *("dealing", "encoding", "keys", "liveness", "masking", "messages", "outcome", "plan", "policy"),
+            *("quantize", "retry", "roster", "round", "round_machine", "shamir", "stage", "threshold", "transcript"),
+            "vectors",
+        )
+    ),
+    "tests/adversary/test_*.py",
+)
+#: Share of mutmut's mutants that must be killed.
+LEAST = 0.9
 
 
 @dataclass(frozen=True)
@@ -164,25 +180,39 @@ def main() -> None:
     """Judge every refusal and write the report; fails if one survives."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="judge only files whose path contains this")
+    parser.add_argument("--checks", action="store_true", help="only disable refusals")
+    parser.add_argument("--operators", action="store_true", help="only run mutmut")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "mutants.json")
     arguments = parser.parse_args()
     began = time.monotonic()
+    work = ROOT / "build" / "mutants"
     mutants = [m for m in refusals(ROOT) if arguments.only in m.file]
-    verdicts = judge_all(mutants, ROOT / "build" / "mutants", arguments.workers)
+    verdicts = [] if arguments.operators else judge_all(mutants, work, arguments.workers)
     survivors = [asdict(v) for v in verdicts if not v.killed]
+    found: list[operators.Operator] = []
+    if not arguments.checks:
+        copy_tree(work / "mutmut")
+        files = sorted({str(p.relative_to(ROOT)) for pattern in FILES for p in ROOT.glob(pattern)})
+        suite = sorted({str(p.relative_to(ROOT)) for entry in UNIT for p in ROOT.glob(entry)})
+        found = operators.run(
+            ROOT, work / "mutmut", [f for f in files if arguments.only in f], suite, arguments.workers
+        )
+        survivors += [asdict(o) for o in found if not o.killed]
     report = {
         "checks": {"total": len(verdicts), "killed": sum(v.killed for v in verdicts)},
+        "mutmut": {"total": len(found), "killed": sum(o.killed for o in found)},
         "survivors": survivors,
         "killed_by": {f"{v.file}:{v.line}": v.test for v in verdicts if v.killed},
         "seconds": round(time.monotonic() - began),
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"{report['checks']} in {report['seconds']} s; written: {arguments.out}")
+    print(f"checks {report['checks']}, mutmut {report['mutmut']}, {report['seconds']} s; written: {arguments.out}")
     for survivor in survivors:
-        print(f"survives: {survivor['file']}:{survivor['line']}: {survivor['text']}")
-    if survivors:
+        print("survives:", *survivor.values())
+    few = sum(o.killed for o in found) < LEAST * len(found)
+    if few or not all(v.killed for v in verdicts):
         sys.exit(1)
 
 
