@@ -122,6 +122,8 @@ def show(
         if row["state"] == "running" and row["waiting_for"]:
             line += f", waits {row['seconds_left']} s for {', '.join(row['waiting_for'])}"
         typer.echo(line + (f"; {row['reason']}" if row["reason"] else ""))
+        for entry in row["named"]:
+            typer.echo(f"    proven cheat: {entry['member']} ({entry['kind']})")
     if found["release"]:
         typer.echo(f"  adapter: {found['release']['adapter']}")
 
