@@ -164,7 +164,7 @@ class CoordinatorRound:
         phase.inputs[message.sender] = message
 
     def _take_complaint(self, phase: Uploading, message: Signed[Complaint]) -> None:
-        """A member that could not open a leaf takes no further part; whom it accuses is kept for the manifest."""
+        """A member that could not open a leaf takes no further part; its word stays among the events, no proof."""
         sender = message.sender
         if sender in phase.inputs:
             raise ProtocolError(f"complaint: member {sender} has uploaded already")

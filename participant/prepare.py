@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from participant.site import Site
 from participant.store import Trained
 from privacy.adapter import check_start, release, save_peft, start_adapter
-from privacy.errors import UserError
+from privacy.errors import Refusal, UserError
 from privacy.job import Job
 from privacy.secagg.quantize import weighted_loss
 
@@ -26,13 +26,16 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None) 
 
     Raises:
         UserError: data set, base model or start adapter are not what the plan says, or training diverged.
+        Refusal: this stage's delta is spent, and was trained under another plan file of the same name.
     """
-    name = job.plan.name
-    kept = site.store.trained(name, stage)
-    if kept is not None:
-        return kept
+    name, digest = job.plan.name, job.plan_file.digest.hex()
     start = start_adapter(job.plan.adapter)
     check_start(start, job.plan.adapter)
+    kept = site.store.trained(name, stage)
+    if kept is not None and kept.plan == digest:
+        return kept
+    if kept is not None and site.spent(job, stage):
+        raise Refusal(f"the delta of plan '{name}' is spent under another plan file; a changed plan needs a new name")
     # torch takes seconds to import, and only this needs it.
     from participant.data import load_examples
     from participant.training import train
@@ -41,7 +44,7 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None) 
     data = settings.datasets[job.plan.data.dataset]
     examples = load_examples(site.home.path(data.path), data.format, data.text, data.label, job.plan.data.labels)
     weight = _weight(job, len(examples))
-    facts = {"plan": name, "plan_digest": job.plan_file.digest.hex(), "stage": stage, "private": False}
+    facts = {"plan": name, "plan_digest": digest, "stage": stage, "private": False}
     site.ledger(job.plan.data.dataset).append("START", facts)
     log.info("training", plan=name, examples=len(examples))
     result = train(
@@ -55,7 +58,7 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None) 
     )
     local = release(start, result.delta, 1.0, job.layout)
     save_peft(site.local_directory(name, stage), local, adapter=job.plan.adapter, base_name=job.plan.base.name)
-    trained = Trained(weight, result.loss, result.seconds, result.examples)
+    trained = Trained(digest, weight, result.loss, result.seconds, result.examples)
     _keep(site, job, stage, result.delta, trained)
     log.info("trained", plan=name, loss=round(result.loss, 4), seconds=round(result.seconds, 1))
     return trained

@@ -194,6 +194,11 @@ class ParticipantRound:
         sharers = tuple(r.sender for r in message.roots)
         if [r.body for r in message.roots if r.sender == me] != [phase.own_root.body]:
             raise ProtocolError("M4: expected my own share root, found another or none")
+        if self.site.bond is not None and sharers != self.site.bond:
+            # Refusing only M7 would not do: t others could certify a list with this upload and open its b.
+            raise ProtocolError(
+                f"M4: this delta may only be in a sum over members {list(self.site.bond)}, found {list(sharers)}"
+            )
         others = tuple(i for i in sharers if i != me)
         if tuple(leaf.owner for leaf in message.leaves) != others:
             raise ProtocolError("M4: expected one leaf of every other member of U2")

@@ -31,8 +31,9 @@ KINDS: dict[str, type[Record]] = {
 
 @dataclass(frozen=True)
 class Trained:
-    """What training left: the weight and loss that go with the quantised vector."""
+    """What training left: the weight and loss that go with the quantised vector, and the plan file it followed."""
 
+    plan: str  # digest of the plan file, hex
     weight: int
     loss: float
     seconds: float

@@ -113,7 +113,8 @@ class Plan(Section):
 
     name: Name
     task: Literal["classification"]
-    stages: Annotated[int, Field(ge=1, le=1000)] = 1
+    #: One upload per site in all; further stages come with a later version, until then they are refused.
+    stages: Annotated[int, Field(ge=1, le=1)] = 1
     base: Base
     adapter: Adapter
     data: Data

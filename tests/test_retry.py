@@ -92,14 +92,36 @@ def test_proof_c_binds_the_next_round_to_the_very_list() -> None:
     assert second.is_exact()
 
 
-def test_under_proof_c_no_other_list_is_signed() -> None:
+def test_under_proof_c_nothing_is_uploaded_among_other_sharers() -> None:
     """The attack: the same five vectors, once with member 4 and once without, would give member 4's by difference."""
+    first = aborted_after_release()
+    second = retry([first], tuple(range(N)), silent={4: "M3"})
+    assert isinstance(second.phase, phases.Aborted)
+    for member in (0, 1, 2, 3):
+        assert "may only be in a sum over members [0, 1, 2, 3, 4]" in str(second.members[member].refusals[0])
+        assert not any(isinstance(r, Spent) and r.header.round == 2 for r in second.disks[member])
+
+
+def test_under_proof_c_no_other_list_is_signed() -> None:
     first = aborted_after_release()
     second = retry([first], tuple(range(N)), silent={4: "M5"})
     assert isinstance(second.phase, phases.Aborted)
     for member in (0, 1, 2, 3):
-        assert "may only be in a sum over members [0, 1, 2, 3, 4]" in str(second.members[member].refusals[0])
+        assert "M6: this delta may only be in a sum over" in str(second.members[member].refusals[0])
         assert not any(isinstance(r, SignedSurvivors) and r.header.round == 2 for r in second.disks[member])
+
+
+def test_a_bound_member_is_not_opened_by_a_list_that_others_certify() -> None:
+    """Refusing M7 would not be enough: four strangers are t of five, and could certify and open its upload."""
+    first = Simulation(10, 1, invited=(0, 1, 2, 3, 4), minimum=3).run()
+    assert isinstance(first.phase, phases.Released)
+    proofs = {0: proofs_for([first.coordinator], 0) or ()}
+    strangers = (0, 5, 6, 7, 8)
+    second = Simulation(10, 1, round_number=2, invited=strangers, proofs=proofs, disks=first.disks, minimum=3).run()
+    assert "M4: this delta may only be in a sum over members [0, 1, 2, 3, 4]" in str(second.members[0].refusals[0])
+    assert isinstance(second.phase, phases.Released)
+    assert second.survivors == (5, 6, 7, 8)
+    assert len([r for r in second.disks[0] if isinstance(r, Spent)]) == 1
 
 
 def spent_of(simulation: Simulation, member: int) -> list[Spent]:

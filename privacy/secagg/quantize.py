@@ -97,12 +97,14 @@ class Quantizer:
         if not 1 <= weight <= self.max_weight:
             raise ValueError(f"expected a weight from 1 to {self.max_weight}, found {weight}")
         scale = self.qmax / self.clip * (weight / self.max_weight)
+        bound = self.qmax * (weight / self.max_weight)
         uniform = keystream(rand(32), 32)
         vector = np.empty(self.total_size, np.int32)
         for low in range(0, self.size, TILE):
             part = delta[low : low + TILE].astype(np.float64)  # float32 has too few bits for Qmax of b = 32
             u = uniform(len(part)) / 2.0**32
-            vector[low : low + len(part)] = np.floor(np.clip(part, -self.clip, self.clip) * scale + u)
+            # The product is clipped, not only the delta: clip * scale may round to just above Qmax.
+            vector[low : low + len(part)] = np.floor(np.clip(part * scale, -bound, bound) + u)
         vector[self.size :] = self._encode_extras(extras)
         if int(np.abs(vector.astype(np.int64)).max(initial=0)) > self.qmax:
             raise RuntimeError("a quantised coordinate exceeds Qmax")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 from privacy.encoding import digest, number
@@ -43,7 +44,7 @@ class RoundContext:
     rules: Rules
     upload_length: int  # bytes of a packed vector
 
-    @property
+    @cached_property
     def header_hash(self) -> bytes:
         return self.header.hash()
 
@@ -113,11 +114,11 @@ class Cohort:
     context: RoundContext
     keys: tuple[Signed[Advertise], ...]
 
-    @property
+    @cached_property
     def members(self) -> tuple[int, ...]:
         return tuple(m.sender for m in self.keys)
 
-    @property
+    @cached_property
     def advertised(self) -> dict[int, Advertise]:
         return {m.sender: m.body for m in self.keys}
 
@@ -130,7 +131,7 @@ class Cohort:
         """Fewest members that U2 and U3 may have."""
         return max(self.threshold, self.context.rules.min_survivors)
 
-    @property
+    @cached_property
     def t1(self) -> bytes:
         return t1_hash(self.context.header_hash, self.keys)
 
