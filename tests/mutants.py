@@ -45,9 +45,10 @@ SUITE = (
     "tests/test_retry.py",
     "tests/test_messages.py",
     "tests/test_dealing.py",
-    "tests/test_naming.py",
     "tests/test_outcome.py",
+    "tests/test_stage.py",
     "tests/adversary",
+    "tests/test_liveness.py",
     "tests/test_round.py",
     "tests/test_vectors.py",
 )
@@ -127,7 +128,8 @@ def copy_tree(target: Path) -> None:
 def first_failure(tree: Path, module: str) -> str | None:
     """Run the suite in a tree until a test fails; its name, ``None`` if all pass."""
     files = [found for entry in SUITE if (tree / (found := entry.format(module=module))).exists()]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *dict.fromkeys(files)]
+    ordered = sorted(dict.fromkeys(files), key=lambda file: file == "tests/test_round.py")  # the slowest comes last
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *ordered]
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree)}
     try:
         done = subprocess.run(
