@@ -75,6 +75,9 @@ def join(site: Site, client: Client, job: Job, stage: int, round_id: bytes, offe
     if any(record.vector != digest for record in spent):
         raise Refusal("the quantised vector is not the one that was spent: a retrained delta is never masked")
     bond = check_proofs(spent, site.store.all_records(), site.me, offer.proofs, context)
+    kept = site.store.trained(job.plan.name, stage)
+    if kept is None or kept.plan != job.plan_file.digest.hex():
+        raise Refusal(f"the delta that lies here was not trained under this file of plan '{job.plan.name}'")
     run = RoundRun(site, client, job, stage, round_id, ParticipantRound(context, site.round_site(job, digest, bond)))
     run.answer(run.machine.join())
     return run

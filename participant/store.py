@@ -18,7 +18,7 @@ from participant.config import Home
 from participant.records import Aborted, Joined, PeersSeen, Record, Released, SignedSurvivors, Spent
 from privacy import merkle
 from privacy.encoding import decode, encode
-from privacy.errors import UserError
+from privacy.errors import ProtocolError, UserError
 from privacy.files import append_durably, disk_errors, fsync_directory, make_private_directory, write_durably
 from privacy.secagg.masking import masked_blocks
 from privacy.secagg.messages import Header
@@ -61,7 +61,7 @@ class Store:
             try:
                 entry = json.loads(line)
                 yield decode(KINDS[entry["kind"]], bytes.fromhex(entry["record"]))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, ProtocolError) as error:
                 raise UserError(
                     f"{self.home.records}:{number + 1}: expected a record of this site, found something else",
                     hint="a damaged or foreign file: sit out the running stages and ask the operator",
