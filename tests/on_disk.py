@@ -100,6 +100,7 @@ class OnDisk:
     away: set[int] = field(default_factory=set)
     cut: Callable[[Event], bool] = lambda _event: False
     events: list[Event] = field(default_factory=list)
+    engine: Engine = field(init=False)
 
     def __post_init__(self) -> None:
         self.names = [f"site-{i}" for i in range(self.n)]
@@ -190,9 +191,11 @@ class OnDisk:
             delta, 100 + member, {"weight": 100 + member, "loss": 1000}, lambda count: rand.bytes(count)
         )
 
-    def put_vector(self, member: int, vector: NDArray[np.int32], plan: str = "toy", stage: int = 1) -> None:
+    def put_vector(self, member: int, vector: NDArray[np.int32], job: Job | None = None, stage: int = 1) -> None:
         """Leave at a site what training would."""
-        self.site(member).store.keep_trained(plan, stage, vector, Trained(100 + member, 0.1, 1.0, 100 + member))
+        job = job or self.job
+        trained = Trained(job.plan_file.digest.hex(), 100 + member, 0.1, 1.0, 100 + member)
+        self.site(member).store.keep_trained(job.plan.name, stage, vector, trained)
 
     def say(self, member: int, round_id: bytes, message: ToMember) -> None:
         """A site hears this message, wherever it comes from."""
@@ -242,7 +245,10 @@ class OnDisk:
         raise AssertionError(f"expected the round to come to {until}, found {self.phase}")
 
     def plain_sum(self, members: tuple[int, ...]) -> NDArray[np.int64]:
-        return np.sum([self.vector_of(i).astype(np.int64) for i in members], axis=0, dtype=np.int64)
+        plain = np.zeros(self.job.quantizer.total_size, np.int64)
+        for i in members:
+            plain += self.vector_of(i)
+        return plain
 
     def totals(self) -> list[tuple[tuple[int, ...], NDArray[np.int64]]]:
         """Members and lifted total of every released round."""
