@@ -1,7 +1,7 @@
 # Every target does its own set-up, and a second run skips what is done. `make help` lists them.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-compare test proofs mutants check proto clean distclean
+.PHONY: help demo demo-compare test proofs mutants model check proto clean distclean
 
 PY := .venv/bin/python
 # The set-up is done when this file exists. Its name follows from what the set-up depends on.
@@ -24,6 +24,9 @@ proofs: $(READY) ## all dropout patterns of up to six members (about half an hou
 
 mutants: $(READY) ## disable every refusal in turn; each time a named test must fail (long)
 	$(PY) -m tests.mutants
+
+model: $(READY) ## check the bounded model of the round with spin
+	$(PY) -m model.run
 
 check: $(READY) ## formatting, lint, types, and whether the generated code is fresh
 	$(PY) -m ruff format --check .

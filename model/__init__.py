@@ -1,0 +1,1 @@
+"""A bounded model of the round, for spin."""
