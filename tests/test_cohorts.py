@@ -1,0 +1,160 @@
+"""Who aggregates with whom on a real engine: disjoint cohorts, retries with their proofs, and sums of two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from coordinator import phases
+from participant.config import Settings
+from participant.policy import admit
+from participant.records import Aborted, Spent
+from privacy.errors import Refusal
+from privacy.job import Job
+from privacy.plan import parse_plan
+from privacy.roster import parse_roster
+from privacy.secagg.messages import AbortProof, ListProof, Offer
+from privacy.settings import parse_toml
+from tests.on_disk import OnDisk
+from tests.test_end_to_end import SITE, toy_plan
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[OnDisk]:
+    found = OnDisk(tmp_path)
+    found.ready()
+    yield found
+    found.engine.store.close()
+
+
+# --- cohorts and retries ----------------------------------------------------------------------------------------------
+
+
+def next_round(world: OnDisk) -> OnDisk:
+    """Wait until another round is open."""
+    before = len(world.rounds)
+    for _ in range(10):
+        for i in range(world.n):
+            if i not in world.away:
+                world.tell(i)
+        if len(world.rounds) == before:
+            world.wait(10)
+        if len(world.rounds) > before:
+            return world
+    raise AssertionError("expected another round")
+
+
+def test_the_cohorts_of_a_stage_are_disjoint(tmp_path: Path) -> None:
+    world = OnDisk(tmp_path, 8)
+    world.ready()
+    world.run()
+    next_round(world).run()
+    invited = [set(r.row.invited) for r in world.rounds]
+    assert len(invited) == 2
+    assert not invited[0] & invited[1]
+    assert invited[0] | invited[1] == set(range(8))
+    world.assert_exact()
+    with pytest.raises(Refusal, match="'site-0' is in a release of this stage already"):
+        world.engine.ready(world.digest, 1, 0)
+    world.wait(1e6)
+    assert len(world.rounds) == 2
+
+
+def test_a_retry_round_carries_the_abort_certificate_of_the_one_before(world: OnDisk) -> None:
+    world.run(phases.Uploading)
+    world.away = {3, 4}
+    world.run()
+    assert isinstance(world.phase, phases.Aborted)
+    world.away = set()
+    next_round(world)
+    for i in range(5):
+        _, offer = world.message_for(i)
+        assert isinstance(offer, Offer)
+        (proof,) = offer.proofs
+        assert isinstance(proof, AbortProof)
+        assert proof.header == world.rounds[0].machine.context.header
+        assert i in [s.sender for s in proof.statements]
+    assert all(any(isinstance(r, Aborted) for r in world.records(i)) for i in range(5))
+    proofs = world.rounds[-1].machine.proofs
+    world.open()
+    assert world.rounds[-1].machine.proofs == proofs
+    world.run()
+    assert world.totals()[0][0] == (0, 1, 2, 3, 4)
+    world.assert_exact()
+
+
+def test_no_retry_is_offered_to_a_member_that_made_no_statement(world: OnDisk) -> None:
+    world.run(phases.Uploading)
+    world.away = {3, 4}
+    world.run()
+    world.away = {4}
+    for _ in range(5):
+        for i in range(4):
+            world.tell(i)
+        world.wait(1000)
+    assert 4 not in world.rounds[-1].row.invited
+    world.run()
+    assert world.totals()[0][0] == (0, 1, 2, 3)
+    world.assert_exact()
+
+
+def test_a_late_member_joins_the_next_cohort_with_the_certified_list(tmp_path: Path) -> None:
+    world = OnDisk(tmp_path, 8)
+    world.ready(0, 1, 2, 3, 4)
+    world.wait(10)
+    world.run(phases.Uploading)
+    round_id, inbox = world.message_for(4)
+    world.away = {4}
+    world.run(phases.Signing)
+    world.say(4, round_id, inbox)
+    assert len([r for r in world.records(4) if isinstance(r, Spent)]) == 1
+    world.run()
+    world.away = set()
+    world.ready(4, 5, 6, 7)
+    next_round(world)
+    assert world.rounds[-1].row.invited == (4, 5, 6, 7)
+    (proof,) = world.rounds[-1].machine.proofs[4]
+    assert isinstance(proof, ListProof)
+    assert [entry.member for entry in proof.listed] == [0, 1, 2, 3]
+    assert world.rounds[-1].machine.proofs[5] == ()
+    world.run()
+    assert [survivors for survivors, _ in world.totals()] == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    world.assert_exact()
+
+
+# --- sums of two ------------------------------------------------------------------------------------------------------
+
+PAIR_POLICY = {"max_colluders": 0, "min_cohort": 2, "min_survivors": 2, "allow_two_members": True}
+PAIR_SITE = SITE.replace("min_cohort = 3", "min_cohort = 2\nallow_two_members = true")
+PAIR_PLAN = toy_plan().replace(b"max_cohort = 5\nmin_cohort = 4\nmin_survivors = 3\nmax_colluders = 1", b"PAIR")
+PAIR_PLAN = PAIR_PLAN.replace(b"PAIR", b"max_cohort = 2\nmin_cohort = 2\nmin_survivors = 2\nmax_colluders = 0")
+
+
+def test_two_members_aggregate_where_policy_and_both_sites_opted_in(tmp_path: Path) -> None:
+    world = OnDisk(tmp_path, 2, PAIR_PLAN, dict(PAIR_POLICY), PAIR_SITE)
+    for i in range(2):
+        admit(world.job, world.site(i).home.settings)
+    world.ready()
+    world.run()
+    assert world.totals()[0][0] == (0, 1)
+    world.assert_exact()
+
+
+def test_without_the_opt_in_of_a_site_it_takes_no_part_in_a_sum_of_two(tmp_path: Path) -> None:
+    world = OnDisk(tmp_path, 2, PAIR_PLAN, dict(PAIR_POLICY), PAIR_SITE)
+    toml = (world.federation.site("site-0") / "participant.toml").read_bytes()
+    settings = parse_toml(Settings, toml.replace(b"allow_two_members = true", b""), "participant.toml")
+    with pytest.raises(Refusal, match="allows sums of two members; this site has not opted in"):
+        admit(world.job, settings)
+
+
+def test_without_the_opt_in_of_the_policy_a_plan_for_two_is_refused_by_everybody(world: OnDisk) -> None:
+    with pytest.raises(Refusal, match="allows cohorts of 2, but policy and 1 colluders need at least 4"):
+        world.engine.submit_plan(PAIR_PLAN.replace(b'"toy"\ntask', b'"pair"\ntask'))
+    raw = world.engine.roster.raw.replace(b"max_colluders = 1", b"max_colluders = 0")
+    roster = parse_roster(raw.replace(b"min_cohort = 4", b"min_cohort = 3"))
+    with pytest.raises(Refusal, match="allows cohorts of 2, but policy and 0 colluders need at least 3"):
+        Job.of(parse_plan(PAIR_PLAN), roster)
+    assert len(world.engine.store.plans()) == 1
