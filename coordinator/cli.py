@@ -48,8 +48,11 @@ def serve(
     console.set_up_logs(as_json=json_logs)
     from coordinator.config import load_home
     from coordinator.daemon import serve as run_server
+    from privacy.files import only_one
 
-    asyncio.run(run_server(load_home(directory)))
+    home = load_home(directory)
+    with only_one(home.directory, "coordinator"):
+        asyncio.run(run_server(home))
 
 
 @plan_app.command("submit")

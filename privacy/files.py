@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import secrets
 from collections.abc import Iterator
@@ -27,6 +28,30 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise UserError(
             f"{path}: expected to write, found: {error.strerror or error}", hint=hints.get(error.errno or 0, "")
         ) from error
+
+
+@contextmanager
+def only_one(directory: Path, what: str) -> Iterator[None]:
+    """Hold the lock of a directory: two processes could not see what the other is about to record.
+
+    The lock ends with the process, however it ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    with disk_errors(directory):
+        descriptor = os.open(directory / "lock", os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{directory}: expected no other {what} here, found one running",
+                hint="stop it before you start another",
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def fsync_directory(path: Path) -> None:

@@ -223,3 +223,20 @@ def test_an_audit_of_a_directory_that_is_no_release(
     code, _, err = command("veilsum-audit", "transcript", str(tmp_path))
     assert code == 1
     assert "expected a plan file" in err
+
+
+def test_two_daemons_of_one_site_or_two_coordinators_do_not_run_at_once(
+    federation: Federation, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Neither would see what the other records as spent or signed."""
+    site = str(federation.site("site-1"))
+    for name, verb, directory in (
+        ("veilsum-participant", "run", site),
+        ("veilsum-coordinator", "serve", str(federation.coordinator)),
+    ):
+        with files.only_one(Path(directory), "process"):
+            code, _, err = command(name, verb, "--dir", directory)
+        assert code == 1
+        assert "found one running" in err
+    with files.only_one(Path(site), "process"):
+        pass
