@@ -43,6 +43,7 @@ SUITE = (
     "tests/test_{module}.py",
     "tests/test_transcript.py",
     "tests/test_retry.py",
+    "tests/test_naming.py",
     "tests/test_messages.py",
     "tests/test_dealing.py",
     "tests/test_outcome.py",
@@ -58,7 +59,7 @@ UNIT = (
     *(
         f"tests/test_{name}.py"
         for name in (
-            *("dealing", "encoding", "keys", "liveness", "masking", "messages", "outcome", "plan", "policy"),
+            *("dealing", "encoding", "keys", "liveness", "masking", "messages", "naming", "outcome", "plan", "policy"),
             *("quantize", "retry", "roster", "round", "round_machine", "shamir", "stage", "threshold", "transcript"),
             "vectors",
         )
