@@ -74,7 +74,7 @@ class Engine:
                 raise UserError(f"expected the name of a plan, found '{name}'; known: {known}")
             for running in [r for r in self.rounds.values() if r.row.plan == plan.digest]:
                 self._abort(running, f"plan cancelled: {reason}")
-            if plan.state == "open":
+            if plan.state in ("open", "released"):
                 self.store.set_plan_state(plan.digest, "cancelled", reason)
         self.changed()
 
@@ -242,6 +242,21 @@ class Engine:
             type(machine.phase),
         )
         self.rounds[row.id] = running
+        self._settle(running)
+
+    def _settle(self, running: Running) -> None:
+        """The events say how a round ended; a power cut may have come before its row and its plan said so too."""
+        phase, row = running.machine.phase, running.row
+        if row.state != "running":
+            return
+        if isinstance(phase, phases.Aborted):
+            self._finish(running, "aborted", phase.reason, phase.culprit)
+            self.store.drop_ready(row.plan, row.stage, row.invited)
+        elif isinstance(phase, phases.Confirming | phases.Projecting | phases.Released):
+            self._finish(running, "released")
+            self.store.drop_ready(row.plan, row.stage, phase.closed.survivors)
+            if any(p.digest == row.plan and p.state == "open" for p in self.store.plans()):
+                self.store.set_plan_state(row.plan, "released")
 
     def _abort(self, running: Running, reason: str) -> None:
         if isinstance(running.machine.phase, phases.Released | phases.Aborted):
@@ -257,11 +272,10 @@ class Engine:
             running.timed = type(phase)
             running.deadline = self.clock() + phase_seconds(phase, running.job.plan.deadlines)
         if isinstance(phase, phases.Aborted) and running.row.state != "aborted":
-            self._finish(running, "aborted", phase.reason, phase.culprit)
             running.log.warning("round aborted", reason=phase.reason)
             keep_accusations(running, self.store.round_directory(running.row.id))
             # Its members say again that they are ready, those of U2 with a statement that the round stays shut.
-            self.store.drop_ready(running.row.plan, running.row.stage, running.row.invited)
+        self._settle(running)
         running.unpublished_votes = isinstance(phase, phases.Released)
 
     def _finish(self, running: Running, state: str, reason: str = "", culprit: int | None = None) -> None:
@@ -340,9 +354,6 @@ class Engine:
             self._write_release(row, [*self.released(row.plan, row.stage), cohort])
             self.store.add_event(row.id, Event("publish", root), self.clock())
             running.machine.publish(root)
-            self._finish(running, "released")
-            self.store.set_plan_state(row.plan, "released")
-            self.store.drop_ready(row.plan, row.stage, cohort.survivors)
             self._after_change(running)
         running.log.info("released", survivors=len(cohort.survivors))
 

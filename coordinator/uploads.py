@@ -66,9 +66,9 @@ class Uploads:
             ProtocolError: the signed root does not fit the round, or another upload was begun.
             Refusal: too many uploads at once; come back.
         """
-        if self.receipt(round_id, message.sender):
-            return message.body.length
         running = self._engine.running(round_id)
+        if self._counted(running, message):
+            return message.body.length
         self._check(running, message)
         with self._lock:
             key = (round_id, message.sender)
@@ -81,6 +81,23 @@ class Uploads:
             if self._running[key].input.body != message.body:
                 raise ProtocolError(f"member {message.sender} begins a second, different upload")
             return self._running[key].prefix
+
+    def _counted(self, running: Running, message: Signed[MaskedInput]) -> bool:
+        """Is this very upload in the round already, with or without its receipt?
+
+        Raises:
+            ProtocolError: another one is; its file must never be replaced.
+        """
+        with self._engine.lock:
+            phase = running.machine.phase
+            if isinstance(phase, phases.Uploading):
+                taken = phase.inputs.get(message.sender)
+            else:
+                closed = getattr(phase, "closed", None)
+                taken = next((i for i in closed.inputs if i.sender == message.sender), None) if closed else None
+        if taken is not None and taken != message:
+            raise ProtocolError(f"member {message.sender} begins a second, different upload")
+        return taken is not None
 
     def _check(self, running: Running, message: Signed[MaskedInput]) -> None:
         with self._engine.lock:
@@ -118,12 +135,13 @@ class Uploads:
         if given:
             return given
         running, key = self._engine.running(round_id), (round_id, message.sender)
-        with self._lock:
-            progress = self._running.get(key)
-        if progress is None or progress.prefix != message.body.length:
-            raise ProtocolError(f"upload of member {message.sender}: expected all chunks before FinishUpload")
-        self._verify(running, progress)
-        self._engine.receive(round_id, message)
+        if not self._counted(running, message):
+            with self._lock:
+                progress = self._running.get(key)
+            if progress is None or progress.prefix != message.body.length:
+                raise ProtocolError(f"upload of member {message.sender}: expected all chunks before FinishUpload")
+            self._verify(running, progress)
+            self._engine.receive(round_id, message)
         root, length = message.body.root, message.body.length
         signature = sign_receipt(self._engine.identity, round_id, message.sender, root, length)
         self._engine.store.add_receipt(round_id, message.sender, root, length, signature)

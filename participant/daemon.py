@@ -77,6 +77,8 @@ class Daemon:
     def _work(self, job: Job, offered: OfferedPlan) -> tuple[str, str]:
         stage = 1
         if offered.state in ("cancelled", "aborted"):
+            if self._fetch(job, stage):  # a release made before stays a release
+                return "released", str(self.site.release_directory(job.plan.name, stage) / "adapter")
             return offered.state, offered.reason
         if not self._is_released(job, stage):
             prepare(self.site, job, stage, self.progress(job) if self.progress else None)
@@ -136,7 +138,7 @@ class Daemon:
             return None
         if mine and run is not None:
             run.handle(message)
-        return run if mine else None
+        return run  # what is about another round changes nothing in this one
 
     def _is_over(self, job: Job, stage: int, run: RoundRun | None) -> bool:
         """Nothing came for a while: is there still something to wait for?"""

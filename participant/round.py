@@ -34,7 +34,7 @@ from privacy.encoding import encode
 from privacy.errors import ProtocolError, Refusal
 from privacy.secagg import keys, projection, transcript
 from privacy.secagg.dealing import HeldShares, deal, has_path, leaf_hashes, open_leaf
-from privacy.secagg.dialogue import ToMember
+from privacy.secagg.dialogue import FromMember, ToMember
 from privacy.secagg.keys import RoundSecrets
 from privacy.secagg.messages import (
     AbortStatement,
@@ -248,7 +248,12 @@ class ParticipantRound:
             *(self.context.rules.colluders, cohort.threshold, root, site.vector),
         )
         self.phase = Uploading(phase.cohort, phase.sharers, phase.t2, phase.held, own)
+        self._remember(Inbox, own)
         return Step((record,), own)
+
+    def _remember(self, kind: type, reply: FromMember) -> None:
+        """What answers a repeat of a message whose reply the shell had to work for; its records are durable by then."""
+        self._answered[kind] = (self._answered[kind][0], Step((), reply))
 
     def _on_survivors(self, phase: Uploading, message: SurvivorList) -> tuple[Step, Phase]:
         """M6 -> M7 (Bonawitz 2017, Fig. 4, round 3: consistency check)."""
@@ -303,6 +308,7 @@ class ParticipantRound:
         body = OutcomeVote(phase.verified.t2, phase.outcome.total, blocks, self._secrets.nonce)
         reply = sign(self.site.identity, self.site.me, body, self.context.header_hash)
         self.phase = Confirmed(phase.outcome, phase.verified, phase.seeds)
+        self._remember(Outcome, reply)
         return Step((), reply)
 
     def _on_nonces(self, phase: Confirmed, message: NonceList) -> tuple[Step, Phase]:
@@ -322,6 +328,7 @@ class ParticipantRound:
         body = ProjectionShare(phase.t2, phase.outcome.total, (value + phase.term) % projection.WORD)
         reply = sign(self.site.identity, self.site.me, body, self.context.header_hash)
         self.phase = Finished(phase.outcome)
+        self._remember(NonceList, reply)
         return Step((), reply)
 
     def _on_aborted(self, message: RoundAborted) -> tuple[Step, Phase]:

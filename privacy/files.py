@@ -94,15 +94,21 @@ def append_durably(path: Path, content: bytes) -> None:
     """Append to a private file, created if need be; on disk when this returns.
 
     Raises:
-        UserError: the disk is full or not writable; a partial line may remain and is cut off by the reader.
+        UserError: the disk is full or not writable; the file is as it was. (After a power cut a partial line may
+            remain; the reader cuts it off.)
     """
     with disk_errors(path):
         created = not path.exists()
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        with os.fdopen(descriptor, "wb", buffering=0) as file:
+            before = os.fstat(descriptor).st_size
+            try:
+                if file.write(content) != len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(descriptor)
+            except OSError:
+                file.truncate(before)  # or the next line would continue this one
+                raise
         if created:
             fsync_directory(path.parent)
 
