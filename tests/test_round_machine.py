@@ -18,14 +18,8 @@ from participant.phases import Checking, Confirmed, Finished, Masking, Projectin
 from privacy.encoding import encode
 from privacy.errors import ProtocolError
 from privacy.secagg.messages import (
-    Inbox,
-    MaskedInput,
     MaskSecretShare,
-    NonceList,
     Offer,
-    Outcome,
-    OutcomeVote,
-    ProjectionShare,
     SelfMaskShare,
     Shares,
     UnmaskShares,
@@ -35,7 +29,6 @@ from privacy.secagg.threshold import threshold
 from tests.simulation import Member, Simulation, make_member
 
 #: Answers that take the vector or the total; the shell makes them once and sends the stored bytes again.
-MADE_BY_THE_SHELL: dict[type, type] = {Inbox: MaskedInput, Outcome: OutcomeVote, NonceList: ProjectionShare}
 OVER = (phases.Released, phases.Aborted)
 WHO = st.integers(0, 7)
 
@@ -76,9 +69,6 @@ class RoundMachine(RuleBasedStateMachine):
             self.said[i].append(reply)
             self.outbox[i].append(reply)
 
-    def last(self, i: int, kind: type) -> Any:
-        return next((m for m in reversed(self.said[i]) if isinstance(body_of(m), kind)), None)
-
     def join(self, i: int, offer: Offer) -> None:
         if i not in self.members:
             simulation = self.simulation
@@ -98,17 +88,15 @@ class RoundMachine(RuleBasedStateMachine):
             assert member.machine.phase is before
             assert key not in self.replies, "a message was taken once and refused when it was repeated"
             return
-        found = encode(step.reply) if step.reply is not None else b""
-        assert self.replies.setdefault(key, found) == found, "a repeat got other bytes"
         reply = member.keep(step)
-        if type(message) in MADE_BY_THE_SHELL and member.machine.phase is before:
-            reply = self.last(i, MADE_BY_THE_SHELL[type(message)])
         if isinstance(member.machine.phase, Masking):
             reply = member.mask()
         elif isinstance(member.machine.phase, Checking):
             reply = member.keep(member.machine.confirm(()))
         elif isinstance(member.machine.phase, Projecting):
             reply = member.keep(member.machine.project(project(member.machine.phase.key, member.vector)))
+        found = encode(reply) if reply is not None else b""
+        assert self.replies.setdefault(key, found) == found, "a repeat got other bytes"
         self.speak(i, reply)
 
     # --- the network ---------------------------------------------------------------------------------------------
