@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from privacy.errors import UserError
+from privacy.files import fsync_directory
 from privacy.plan import Adapter
 
 FROZEN_A_LABEL = b"veilsum/1/frozen-a\0"
@@ -262,7 +263,7 @@ def save_peft(directory: Path, tensors: Mapping[str, NDArray[np.float32]], *, ad
     try:
         for name, content in files.items():
             _write_synced(staging / name, content)
-        _sync_directory(staging)
+        fsync_directory(staging)
         _swap_in(staging, directory)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -299,14 +300,6 @@ def _write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _swap_in(staging: Path, directory: Path) -> None:
     """Rename ``staging`` to ``directory``; an older directory steps aside first, since rename needs an empty target."""
     if directory.exists():
@@ -316,4 +309,4 @@ def _swap_in(staging: Path, directory: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
     else:
         staging.rename(directory)
-    _sync_directory(directory.parent)
+    fsync_directory(directory.parent)
