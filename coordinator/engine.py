@@ -16,7 +16,7 @@ from coordinator import phases
 from coordinator.config import Home
 from coordinator.proofs import OfferEntry, OfferTable, open_bond, proofs_for
 from coordinator.publish import CohortTotal, publish
-from coordinator.round import CoordinatorRound
+from coordinator.round import CoordinatorRound, outcome_of
 from coordinator.running import Running, keep_accusations, names_in, phase_seconds, replay
 from coordinator.stage import next_cohort
 from coordinator.store import Event, PlanRow, RoundRow, Store
@@ -103,14 +103,15 @@ class Engine:
 
     def done(self, digest: bytes, stage: int) -> set[int]:
         """Members that a released round of this stage contains."""
-        return {m for cohort in self.released(digest, stage) for m in cohort.survivors}
+        found = (r.machine.phase for r in self._stage_rounds(digest, stage))
+        return {m for phase in found if isinstance(phase, phases.HasTotal) for m in phase.closed.survivors}
 
     def released(self, digest: bytes, stage: int) -> list[CohortTotal]:
         """The released rounds of a stage, in order."""
         found = []
         for running in self._stage_rounds(digest, stage):
             phase = running.machine.phase
-            if isinstance(phase, phases.Confirming | phases.Projecting | phases.Released):
+            if isinstance(phase, phases.HasTotal):
                 row = running.row
                 shares = phase.shares if not isinstance(phase, phases.Confirming) else {}
                 everybody = len(shares) == len(phase.closed.survivors)
@@ -131,7 +132,7 @@ class Engine:
         """
         running = self.running(round_id)
         phase, quantizer = running.machine.phase, running.job.quantizer
-        released = isinstance(phase, phases.Confirming | phases.Projecting | phases.Released)
+        released = isinstance(phase, phases.HasTotal)
         if not released or member not in phase.closed.survivors:  # type: ignore[union-attr]
             raise Refusal(f"round {running.row.number} shows no upload of member {member}")
         return read_block(self.store.upload(round_id, member), quantizer.total_size, quantizer.bits, block)
@@ -211,8 +212,8 @@ class Engine:
         self, digest: bytes, stage: int, earlier: list[CoordinatorRound]
     ) -> dict[int, tuple[RetryProof, ...]]:
         """Members that are ready, with the proofs they need about earlier rounds."""
-        ready = self.store.ready(digest, stage)
-        found = {m: proofs_for(earlier, m) for m in ready if m not in self.done(digest, stage)}
+        ready, done = self.store.ready(digest, stage), self.done(digest, stage)
+        found = {m: proofs_for(earlier, m) for m in ready if m not in done}
         return {m: proofs for m, proofs in found.items() if proofs is not None}
 
     def _cohort(
@@ -251,8 +252,9 @@ class Engine:
             return
         if isinstance(phase, phases.Aborted):
             self._finish(running, "aborted", phase.reason, phase.culprit)
+            # Its members say again that they are ready, those of U2 with a statement that the round stays shut.
             self.store.drop_ready(row.plan, row.stage, row.invited)
-        elif isinstance(phase, phases.Confirming | phases.Projecting | phases.Released):
+        elif isinstance(phase, phases.HasTotal):
             self._finish(running, "released")
             self.store.drop_ready(row.plan, row.stage, phase.closed.survivors)
             if any(p.digest == row.plan and p.state == "open" for p in self.store.plans()):
@@ -274,7 +276,6 @@ class Engine:
         if isinstance(phase, phases.Aborted) and running.row.state != "aborted":
             running.log.warning("round aborted", reason=phase.reason)
             keep_accusations(running, self.store.round_directory(running.row.id))
-            # Its members say again that they are ready, those of U2 with a statement that the round stays shut.
         self._settle(running)
         running.unpublished_votes = isinstance(phase, phases.Released)
 
@@ -326,6 +327,7 @@ class Engine:
             else:
                 self._publish_votes(running)
         except (ProtocolError, UserError) as error:
+            running.log.error("not published", reason=str(error))
             with self.lock:
                 self._abort(running, str(error))
         self.changed()
@@ -346,11 +348,7 @@ class Engine:
         row, total = running.row, self.store.total(running.row.id)
         root = unmask(self.store.running_sum(row.id), total, phase.streams, size, bits)
         with self.lock:
-            trial = CoordinatorRound(running.machine.context, row.invited)
-            trial.phase = phase
-            trial.publish(root)
-            assert isinstance(trial.phase, phases.Confirming)
-            cohort = CohortTotal(row.number, row.id, Evidence(trial.phase.outcome, (), ()), total)
+            cohort = CohortTotal(row.number, row.id, Evidence(outcome_of(phase, root), (), ()), total)
             self._write_release(row, [*self.released(row.plan, row.stage), cohort])
             self.store.add_event(row.id, Event("publish", root), self.clock())
             running.machine.publish(root)
@@ -369,5 +367,5 @@ class Engine:
         """Write the manifest again when the members have confirmed the total."""
         with self.lock:
             row = running.row
+            running.unpublished_votes = False  # tried once: a full disk must not make a busy loop of this
             self._write_release(row, self.released(row.plan, row.stage))
-            running.unpublished_votes = False

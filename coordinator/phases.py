@@ -174,6 +174,9 @@ Phase = (
     | Aborted
 )
 
+#: The phases in which the total stands.
+HasTotal = Confirming | Projecting | Released
+
 #: Which phase takes which body from a member.
 ACCEPTS: dict[type, tuple[type, ...]] = {
     Joining: (Advertise,),

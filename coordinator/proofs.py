@@ -50,7 +50,7 @@ def _list_proof(machine: CoordinatorRound, closed: phases.Closed, votes: tuple[S
 def certified_list(machine: CoordinatorRound) -> ListProof | None:
     """The certified survivor list of a round that is over, if there is one."""
     phase = machine.phase
-    if isinstance(phase, phases.Confirming | phases.Projecting | phases.Released):
+    if isinstance(phase, phases.HasTotal):
         return _list_proof(machine, phase.closed, phase.outcome.transcript.votes)
     closed = phase.closed if isinstance(phase, phases.Aborted) else None
     if closed is None or len(phase.votes) < closed.cohort.threshold:  # type: ignore[union-attr]

@@ -62,7 +62,7 @@ def _round(engine: Engine, running: Running) -> dict[str, object]:
     }
     named = names_in(running, engine.store.round_directory(row.id))
     found["named"] = [{k: v for k, v in entry.items() if k != "evidence"} for entry in named]
-    if isinstance(phase, phases.Confirming | phases.Projecting | phases.Released):
+    if isinstance(phase, phases.HasTotal):
         found["survivors"] = [name(m) for m in phase.closed.survivors]
         found["confirmed_by"] = [name(m) for m in sorted(phase.votes)]
         found["total"] = phase.outcome.total.hex()

@@ -71,6 +71,11 @@ def sender_of(message: FromMember) -> int:
     return message.root.sender if isinstance(message, Shares) else message.sender
 
 
+def outcome_of(phase: Publishing, root: bytes) -> Outcome:
+    """M10 for a total with this Merkle root over its packed blocks."""
+    return Outcome(transcript.total_hash(phase.closed.t2, root), root, phase.transcript)
+
+
 class CoordinatorRound:
     """The state machine of one round."""
 
@@ -356,9 +361,7 @@ class CoordinatorRound:
         """The total is durable and has this Merkle root over its packed blocks: M10 may leave."""
         if not isinstance(self.phase, Publishing):
             raise RuntimeError("publish() belongs to phase Publishing")
-        closed = self.phase.closed
-        outcome = Outcome(transcript.total_hash(closed.t2, root), root, self.phase.transcript)
-        self.phase = Confirming(closed, outcome)
+        self.phase = Confirming(self.phase.closed, outcome_of(self.phase, root))
 
     # --- what members are told -------------------------------------------------------------------------------------
 

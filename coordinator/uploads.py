@@ -73,6 +73,7 @@ class Uploads:
         with self._lock:
             key = (round_id, message.sender)
             if key not in self._running:
+                self._forget_closed()
                 if len(self._running) >= self._most:
                     raise Refusal(f"expected at most {self._most} uploads at once, all are taken: try again shortly")
                 part = self._engine.store.upload(round_id, message.sender).with_suffix(".part")
@@ -81,6 +82,12 @@ class Uploads:
             if self._running[key].input.body != message.body:
                 raise ProtocolError(f"member {message.sender} begins a second, different upload")
             return self._running[key].prefix
+
+    def _forget_closed(self) -> None:
+        """Uploads of rounds that take none any more give their places back."""
+        for key in list(self._running):
+            if not isinstance(self._engine.running(key[0]).machine.phase, phases.Uploading):
+                self._running.pop(key).part.unlink(missing_ok=True)
 
     def _counted(self, running: Running, message: Signed[MaskedInput]) -> bool:
         """Is this very upload in the round already, with or without its receipt?

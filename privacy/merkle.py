@@ -22,11 +22,6 @@ def _node(left: bytes, right: bytes) -> bytes:
     return hashlib.sha256(b"\1" + left + right).digest()
 
 
-def _split(count: int) -> int:
-    """Largest power of two below ``count`` (RFC 6962: k < n <= 2k)."""
-    return 1 << (count - 1).bit_length() - 1
-
-
 def root(hashes: Sequence[bytes]) -> bytes:
     """Root over leaf hashes, 32 bytes; linear time, also for trees that are not full."""
     if not hashes:

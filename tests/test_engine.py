@@ -339,3 +339,14 @@ def test_a_stopped_machine_of_a_refused_outcome_says_nothing_more(world: OnDisk)
     total.write_bytes(whole)
     world.say(0, *world.message_for(0))
     assert len(world.sent(0)) == said
+
+
+def test_an_upload_that_was_never_finished_gives_its_place_back(world: OnDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or members that vanish in mid-upload would in the end leave no place for anybody."""
+    round_id, message, _ = held_back(world, monkeypatch)
+    world.uploads.begin(round_id, message)
+    world.uploads._forget_closed()
+    assert len(world.uploads._running) == 1
+    world.engine.cancel_plan("toy", "over")
+    world.uploads._forget_closed()
+    assert not world.uploads._running
