@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from privacy.errors import UserError
-from privacy.files import fsync_directory
+from privacy.files import fsync_directory, fsync_file, rename, replace_durably
 from privacy.plan import Adapter
 
 FROZEN_A_LABEL = b"veilsum/1/frozen-a\0"
@@ -297,16 +296,15 @@ def _write_synced(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
+        fsync_file(file.fileno(), path)
 
 
 def _swap_in(staging: Path, directory: Path) -> None:
     """Rename ``staging`` to ``directory``; an older directory steps aside first, since rename needs an empty target."""
     if directory.exists():
         aside = staging.with_name(staging.name + "-old")
-        directory.rename(aside)
-        staging.rename(directory)
+        rename(directory, aside)
+        replace_durably(staging, directory)
         shutil.rmtree(aside, ignore_errors=True)
     else:
-        staging.rename(directory)
-    fsync_directory(directory.parent)
+        replace_durably(staging, directory)
