@@ -124,7 +124,7 @@ def apply_in_threads(
     start: int = 0,
     workers: int = 2,
 ) -> None:
-    """Mask a long piece of a vector from coordinate ``start`` (a multiple of 8) on, in place, a range for each thread."""
+    """Mask a long piece of a vector from coordinate ``start`` (a multiple of 8) on, in place, each thread a range."""
     share = -(-len(vector) // (workers * TILE)) * TILE
 
     def work(low: int) -> None:
@@ -222,7 +222,7 @@ def masked_blocks(
         if len(room) < len(tile):
             room = np.empty(len(tile), np.uint32)
         masked = room[: len(tile)]
-        masked[:] = tile.view(np.uint32)  # two's complement: negative q are themselves mod 2**32
+        masked[:] = tile  # two's complement: negative q are themselves mod 2**32
         streams.apply(masked)
         for low in range(0, len(masked), BLOCK):
             yield pack(masked[low : low + BLOCK], bits)
