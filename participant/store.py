@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from privacy import merkle
 from privacy.encoding import decode, encode
 from privacy.errors import ProtocolError, UserError
 from privacy.files import append_durably, disk_errors, fsync_directory, make_private_directory, write_durably
-from privacy.secagg.masking import TILE, masked_blocks, tiles_of
+from privacy.secagg.masking import TILE, engine_for, masked_blocks, tiles_of
 from privacy.secagg.messages import Header
 from privacy.secagg.transcript import Streams
 
@@ -49,6 +49,10 @@ class Quantised:
     """
 
     path: Path
+
+    def __len__(self) -> int:
+        """Coordinates in the file, d + extras if it is whole."""
+        return self.path.stat().st_size // 4
 
     def __iter__(self) -> Iterator[NDArray[np.int32]]:
         buffer = np.empty(TILE, "<i4")
@@ -185,9 +189,11 @@ class Store:
     ) -> bytes:
         """Mask, pack and write block by block; durable when this returns. The Merkle root over its blocks."""
         hashes: list[bytes] = []
+        size = len(vector) if isinstance(vector, Sized) else 0
+        engine = engine_for(size, len(streams.plus) + len(streams.minus), bits)
 
         def blocks() -> Iterator[bytes]:
-            for block in masked_blocks(vector, streams.plus, streams.minus, bits):
+            for block in masked_blocks(vector, streams.plus, streams.minus, bits, engine):
                 hashes.append(merkle.leaf_hash(block))
                 yield block
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TypeVar
 
 import numpy as np
@@ -28,6 +29,8 @@ BLOCK = 1 << 16  # coordinates
 #: interpreter's lock at once.
 TILE = 2 * BLOCK
 WIDTHS = (16, 20, 24, 32)
+#: Bytes of keystream from which the fastest engine is looked for; with less, loading it costs more CPU than it saves.
+FAST_FROM = 8 << 30
 
 Number = TypeVar("Number", np.int32, np.int64, np.float32)
 #: Adds the next len(tile) words of some streams to a tile (at most TILE coordinates, uint32), in place.
@@ -101,6 +104,30 @@ def pyca(plus: Sequence[bytes], minus: Sequence[bytes], bits: int, start: int) -
     return apply
 
 
+@cache
+def best_engine() -> tuple[Engine, str]:
+    """The fastest engine that works on this machine, and in words which and why. Loading it takes about a second, once.
+
+    The kernel of the extra ``fast`` is taken if it can be imported, the processor has what it needs, and it agrees with
+    pyca's cipher; pyca's cipher otherwise.
+    """
+    try:
+        from privacy.secagg import fast
+
+        objection = fast.objection()
+    except Exception as error:  # whatever is wrong with an optional compiler must not stop a round
+        objection = f"its extra cannot be loaded: {error}"
+    if objection:
+        return pyca, f"pyca/cryptography; no VAES kernel: {objection}"
+    return fast.vaes, "VAES kernel, checked against pyca/cryptography"
+
+
+def engine_for(coordinates: int, streams: int, bits: int) -> Engine:
+    """The engine for a job of this size: the kernel's loading time has to be repaid."""
+    work = coordinates * streams * word_bytes(bits)
+    return best_engine()[0] if work >= FAST_FROM else pyca
+
+
 class MaskStreams:
     """All streams of one vector from coordinate ``start`` (a multiple of 8) on, applied tile by tile."""
 
@@ -123,12 +150,13 @@ def apply_in_threads(
     *,
     start: int = 0,
     workers: int = 2,
+    engine: Engine = pyca,
 ) -> None:
     """Mask a long piece of a vector from coordinate ``start`` (a multiple of 8) on, in place, each thread a range."""
     share = -(-len(vector) // (workers * TILE)) * TILE
 
     def work(low: int) -> None:
-        MaskStreams(plus, minus, bits, start + low).apply(vector[low : low + share])
+        MaskStreams(plus, minus, bits, start + low, engine).apply(vector[low : low + share])
 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(work, range(0, len(vector), share or 1)))
@@ -213,10 +241,14 @@ def unpack(data: bytes | memoryview, count: int, bits: int) -> NDArray[np.uint32
 
 
 def masked_blocks(
-    vector: NDArray[np.int32] | Iterable[NDArray[np.int32]], plus: Sequence[bytes], minus: Sequence[bytes], bits: int
+    vector: NDArray[np.int32] | Iterable[NDArray[np.int32]],
+    plus: Sequence[bytes],
+    minus: Sequence[bytes],
+    bits: int,
+    engine: Engine = pyca,
 ) -> Iterator[bytes]:
     """Mask a quantised vector (d + extras,) and pack it, block by block: extra memory is one tile."""
-    streams = MaskStreams(plus, minus, bits)
+    streams = MaskStreams(plus, minus, bits, engine=engine)
     room = np.empty(0, np.uint32)
     for tile in tiles_of(vector):
         if len(room) < len(tile):
