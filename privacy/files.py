@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from privacy import faults
 from privacy.errors import UserError
 
 
@@ -54,13 +55,67 @@ def only_one(directory: Path, what: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+def fsync_file(descriptor: int, path: Path | str) -> None:
+    """Make what was written to an open file durable; ``path`` names the fault points around it."""
+    faults.point("before-fsync", path)
+    os.fsync(descriptor)
+    faults.point("after-fsync", path)
+
+
 def fsync_directory(path: Path) -> None:
     """Make created, renamed and deleted names in a directory durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        fsync_file(descriptor, f"{path.name}/")
     finally:
         os.close(descriptor)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename a file, or a directory to a new name; not durable before :func:`fsync_directory` of the parent."""
+    faults.point("before-rename", target)
+    source.replace(target)
+    faults.point("after-rename", target)
+
+
+def replace_durably(staging: Path, path: Path) -> None:
+    """Give a file (fsynced by the caller) or a directory its final name; durable when this returns."""
+    rename(staging, path)
+    fsync_directory(path.parent)
+
+
+def cut_durably(path: Path, size: int) -> None:
+    """Cut a file to its first ``size`` bytes; durable when this returns.
+
+    Raises:
+        UserError: the disk is read-only or not ours.
+    """
+    with disk_errors(path), path.open("rb+") as file:
+        faults.point("before-truncate", path)
+        file.truncate(size)
+        fsync_file(file.fileno(), path)
+
+
+def reserve(path: Path, length: int) -> None:
+    """A private file of ``length`` bytes whose space is taken now, so that a full disk shows here and not half-way.
+
+    What the file holds already stays.
+
+    Raises:
+        UserError: the disk is too full, or not writable.
+    """
+    with disk_errors(path):
+        created = not path.exists()
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            faults.point("before-reserve", path)
+            os.posix_fallocate(descriptor, 0, length)
+        except OSError:
+            if created:
+                path.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(descriptor)
 
 
 def make_private_directory(path: Path) -> Path:
@@ -81,13 +136,13 @@ def write_durably(path: Path, content: bytes, *, private: bool = True) -> None:
         try:
             descriptor = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o644)
             with os.fdopen(descriptor, "wb") as file:
+                faults.point("before-write", path)
                 file.write(content)
                 file.flush()
-                os.fsync(file.fileno())
-            staging.replace(path)
+                fsync_file(descriptor, path)
+            replace_durably(staging, path)
         finally:
             staging.unlink(missing_ok=True)
-        fsync_directory(path.parent)
 
 
 def append_durably(path: Path, content: bytes) -> None:
@@ -103,9 +158,10 @@ def append_durably(path: Path, content: bytes) -> None:
         with os.fdopen(descriptor, "wb", buffering=0) as file:
             before = os.fstat(descriptor).st_size
             try:
+                faults.point("before-write", path)
                 if file.write(content) != len(content):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fsync(descriptor)
+                fsync_file(descriptor, path)
             except OSError:
                 file.truncate(before)  # or the next line would continue this one
                 raise

@@ -218,7 +218,7 @@ def test_a_failed_save_leaves_the_old_adapter(tmp_path: Path, monkeypatch: pytes
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("privacy.adapter.os.fsync", full)
+    monkeypatch.setattr("privacy.files.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         save_peft(target, random_tensors(1), adapter=ADAPTER, base_name="tiny")
     assert start_digest(load_peft(target)) == start_digest(random_tensors(0))

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from privacy import merkle
 from privacy.encoding import digest, label
 from privacy.errors import UserError
-from privacy.files import append_durably, make_private_directory
+from privacy.files import append_durably, cut_durably, make_private_directory
 from privacy.secagg.keys import identity_public, verify_signature
 
 GENESIS = bytes(32)
@@ -43,8 +43,7 @@ class Ledger:
     def _load(self, content: bytes) -> None:
         whole, _, partial = content.rpartition(b"\n")
         if partial:  # a crash in mid-append: the line was never acknowledged, nothing depended on it
-            with self.path.open("rb+") as file:
-                file.truncate(len(content) - len(partial))
+            cut_durably(self.path, len(content) - len(partial))
         for number, line in enumerate(whole.split(b"\n") if whole else []):
             self._check(number, line)
             self._lines.append(line)

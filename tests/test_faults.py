@@ -1,0 +1,84 @@
+"""Fault points: off unless a variable asks, and then at exactly the pass that was asked for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from privacy.faults import Fault, name_of, parse_fault
+
+SAVE_TWICE = """
+import sys
+from pathlib import Path
+from privacy.errors import UserError
+from privacy.files import append_durably
+for line in (b"one\\n", b"two\\n", b"three\\n"):
+    try:
+        append_durably(Path(sys.argv[1]), line)
+    except UserError as error:
+        print(error)
+"""
+
+
+def save(path: Path, fault: str = "", trace: str = "") -> subprocess.CompletedProcess[str]:
+    """Append three lines in a process of its own."""
+    environment = {**os.environ, "VEILSUM_FAULT": fault, "VEILSUM_FAULT_TRACE": trace, "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-c", SAVE_TWICE, str(path)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("", None),
+        ("before-M5", Fault("before-M5")),
+        ("before-fsync:records.jsonl@3", Fault("before-fsync:records.jsonl", 3)),
+        ("x@2@full", Fault("x", 2, full=True)),
+        ("x@2@full@3", Fault("x", 2, full=True, times=3)),
+    ],
+)
+def test_a_fault_is_read_from_its_variable(text: str, fault: Fault | None) -> None:
+    assert parse_fault(text) == fault
+
+
+@pytest.mark.parametrize("text", ["x@", "x@y", "x@1@empty", "x@1@full@2@3"])
+def test_another_fault_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"VEILSUM_FAULT|invalid literal"):
+        parse_fault(text)
+
+
+def test_a_name_is_the_same_in_every_run() -> None:
+    assert name_of("before-M5") == "before-M5"
+    assert name_of("after-fsync", Path("/a/b-1/upload-3.bin")) == "after-fsync:upload-#.bin"
+    assert name_of("after-fsync", Path(f"/a/.adapter-{'0a' * 8}-old")) == "after-fsync:.adapter-#-old"
+    assert name_of("before-fsync", "site-7/") == "before-fsync:site-#/"
+
+
+def test_a_process_dies_at_the_pass_that_was_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    assert save(path, "before-write:records.jsonl@2").returncode == -signal.SIGKILL
+    assert path.read_bytes() == b"one\n"
+    assert save(path).returncode == 0
+    assert path.read_bytes() == b"one\none\ntwo\nthree\n"
+
+
+def test_a_full_disk_takes_back_what_was_not_confirmed(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    done = save(path, "before-fsync:records.jsonl@1@full@2")
+    assert done.returncode == 0
+    assert done.stdout.count("No space left on device") == 2
+    assert path.read_bytes() == b"three\n"
+
+
+def test_a_trace_names_every_point_in_order(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    save(tmp_path / "records.jsonl", trace=str(trace))
+    line = [f"{action}:records.jsonl" for action in ("before-write", "before-fsync", "after-fsync")]
+    names = trace.read_text().splitlines()
+    assert [name for name in names if name.endswith("records.jsonl")] == line * 3
+    assert len(names) == len(line) * 3 + 2  # the directory once, around its fsync
