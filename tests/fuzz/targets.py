@@ -44,7 +44,7 @@ from privacy.secagg.signed import Signed, sign
 from privacy.secagg.transcript import RoundContext
 from privacy.settings import parse_toml
 from privacy.wire.convert import parse, to_wire
-from privacy.wire.transport import CHUNK_BYTES, put_chunk, read_chunk
+from privacy.wire.transport import MOST_CHUNK_BYTES, chunk_reply, put_chunk, read_chunk, read_chunk_reply
 from tests.fuzz import seeds
 from tests.simulation import identity
 
@@ -184,12 +184,16 @@ def _vector_file(data: bytes) -> None:
 
 
 def _chunk(data: bytes) -> None:
+    if data[:1] == b"r":
+        assert chunk_reply(read_chunk_reply(data[1:])) == data[1:]
+        return
     round_id, offset, payload = read_chunk(data)
     assert put_chunk(round_id, offset, bytes(payload)) == data
 
 
 def _chunk_seeds() -> list[bytes]:
-    return [put_chunk(bytes(32), offset, b"payload") for offset in (0, CHUNK_BYTES, 1, 2**64 - 1)]
+    whole = [put_chunk(bytes(32), offset, b"payload") for offset in (0, MOST_CHUNK_BYTES, 1, 2**64 - 1)]
+    return [*whole, b"r" + chunk_reply(4)]
 
 
 # --- files that people or peers write ------------------------------------------------------------------------------
