@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from privacy.encoding import digest, label, number
 from privacy.secagg.keys import hkdf
-from privacy.secagg.masking import BLOCK, Number, tiles_of
+from privacy.secagg.masking import BLOCK, tiles_of
 
 WORD = 1 << 64
 
@@ -48,7 +48,7 @@ def challenge(nonces: Mapping[int, bytes], total: bytes) -> bytes:
     return digest("projection", total, *(part for i in sorted(nonces) for part in (number(i), nonces[i])))
 
 
-def project(key: bytes, vector: NDArray[Number] | Iterable[NDArray[Number]]) -> int:
+def project(key: bytes, vector: NDArray[np.int32] | NDArray[np.int64] | Iterable[NDArray[np.int32]]) -> int:
     """<r, x> mod 2**64 of signed integers (d + extras,), r the AES-CTR stream of ``key`` in 64-bit words.
 
     The vector may come tile by tile; extra memory is some blocks.

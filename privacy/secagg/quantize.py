@@ -175,7 +175,8 @@ class Quantizer:
         if total.shape != (self.total_size,):
             raise ProtocolError(f"expected a total of {self.total_size} coordinates, found {total.shape}")
         lifted = self.lift(total)
-        if np.abs(lifted).max(initial=0) > survivors * self.qmax or (lifted[self.size :] < 0).any():
+        largest = max(int(lifted.max(initial=0)), -int(lifted.min(initial=0)))
+        if largest > survivors * self.qmax or (lifted[self.size :] < 0).any():
             raise ProtocolError(f"garbled total: a coordinate lies beyond |U3| * Qmax = {survivors * self.qmax}")
         return lifted
 
@@ -198,8 +199,12 @@ class Quantizer:
         if not survivors <= weight <= survivors * self.max_weight:
             raise ProtocolError(f"garbled total: {survivors} members cannot have a total weight of {weight}")
         # Elementwise float64 operations only, which IEEE 754 fixes: every site computes the same bits.
-        mean = lifted[: self.size] * (self.clip * self.max_weight) / (self.qmax * float(weight))
-        return Decoded(mean.astype(np.float32), weight, extras)
+        mean = np.empty(self.size, np.float32)
+        for low in range(0, self.size, TILE):
+            part = lifted[low : min(low + TILE, self.size)] * (self.clip * self.max_weight)
+            part /= self.qmax * float(weight)
+            mean[low : low + TILE] = part
+        return Decoded(mean, weight, extras)
 
 
 @dataclass(frozen=True)
