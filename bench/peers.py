@@ -56,7 +56,15 @@ def participant_mask(scale: Scale) -> list[Row]:
     note = "quantise, mask, pack into a spool file; reference: client functions of Flower's SecAgg+ (flwr 1.42.0)"
     sizes = {"n": n, "d": scale.size}
     return [
-        row("participant_mask", ours["cpu_s"], "CPU s", reference=theirs["cpu_s"], bar=Bar("ratio", most=1 / 8), note=note, **sizes),
+        row(
+            "participant_mask",
+            ours["cpu_s"],
+            "CPU s",
+            reference=theirs["cpu_s"],
+            bar=Bar("ratio", most=1 / 8),
+            note=note,
+            **sizes,
+        ),
         row(
             "participant_mask_memory",
             ours["extra_bytes"] / 2**20,
@@ -77,9 +85,7 @@ def coordinator_unmask(scale: Scale) -> list[Row]:
     note = "open seeds, take masks off, hash, write durably, decode; reference: Flower's unmasking stage (flwr 1.42.0)"
     spent = ours["cpu_s"] + ours["opening_s"]
     bar = Bar("ratio", most=1 / 15)
-    return [
-        row("coordinator_unmask", spent, "CPU s", reference=theirs["cpu_s"], n=n, d=scale.size, bar=bar, note=note)
-    ]
+    return [row("coordinator_unmask", spent, "CPU s", reference=theirs["cpu_s"], n=n, d=scale.size, bar=bar, note=note)]
 
 
 def upload_bytes(scale: Scale) -> list[Row]:
