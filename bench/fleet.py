@@ -24,6 +24,7 @@ from coordinator.config import load_home as load_coordinator
 from demo.federation import Federation
 from participant.client import Client, seen_hash
 from participant.config import load_home as load_site
+from participant.patience import patiently
 from participant.phases import Finished, Stopped
 from participant.running import RoundRun, join
 from participant.site import Site
@@ -233,8 +234,8 @@ class Fleet:
         address = f"localhost:{port}" if port else site.home.settings.coordinator
         client = Client(site.home.directory, address, site.roster, site.me)
         try:
-            client.hello()
-            client.ready(job.plan_file.digest, STAGE)
+            patiently(client.hello)
+            patiently(lambda: client.ready(job.plan_file.digest, STAGE))
             self._listen(site, client, job, pace)
         finally:
             client.close()
@@ -245,16 +246,17 @@ class Fleet:
         while run is None or not isinstance(run.machine.phase, Finished):
             if time.monotonic() > deadline or (run is not None and isinstance(run.machine.phase, Stopped)):
                 raise RuntimeError(f"{site.home.settings.member}: the round came to no end")
-            found = client.next(job.plan_file.digest, STAGE, seen)
+            found = patiently(lambda: client.next(job.plan_file.digest, STAGE, seen))  # noqa: B023
             if found is None:
                 continue
-            seen = seen_hash(found[1])
-            if isinstance(found[1], RoundAborted):
-                raise RuntimeError(f"the round was aborted: {found[1].reason}")
-            if isinstance(found[1], Offer):
-                run = PacedRun(**vars(join(site, client, job, STAGE, *found)), pace=pace)
+            round_id, message = found
+            seen = seen_hash(message)
+            if isinstance(message, RoundAborted):
+                raise RuntimeError(f"the round was aborted: {message.reason}")
+            if isinstance(message, Offer):
+                run = PacedRun(**vars(join(site, client, job, STAGE, round_id, message)), pace=pace)
             elif run is not None:
-                run.handle(found[1])
+                run.handle(message)
 
     def spool(self, plan: str) -> Path:
         """The bytes that the first member uploaded."""

@@ -1,4 +1,7 @@
-"""CPU seconds and peak memory of one call, in this process. Standard library only: the peers' environment runs it too."""
+"""CPU seconds and peak memory of one call, in this process.
+
+Standard library only: the environment of the peers runs it too.
+"""
 
 from __future__ import annotations
 

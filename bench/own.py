@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bench.costs import Driver
 from bench.masking import keys
 from bench.meter import answer, as_reply, measure
 from coordinator import phases
+from coordinator.executor import Threads
 from coordinator.unmask import unmask
-from privacy.secagg.masking import masked_blocks, packed_length
+from privacy.outcome import Total
+from privacy.secagg.masking import engine_for, masked_blocks, packed_length
 from privacy.secagg.quantize import Extra, Quantizer
 from privacy.secagg.transcript import Streams
 from privacy.vectors import read_total
-from privacy.wire.transport import CHUNK_BYTES, CHUNK_HEADER
+from privacy.wire.transport import CHUNK_HEADER, chunk_bytes
 
 BITS = 24
 CLIP = 0.05
@@ -57,8 +60,9 @@ def participant(vector: Path, n: int, repeats: int) -> dict[str, Any]:
 
         def spool_one() -> None:
             spool.seek(0)
-            quantised = quantizer.quantize(delta, WEIGHT, {"weight": WEIGHT})
-            for block in masked_blocks(quantised, plus, minus, BITS):
+            tiles = quantizer.tiles(delta, WEIGHT, {"weight": WEIGHT})
+            engine = engine_for(len(delta), n, BITS)
+            for block in masked_blocks(tiles, plus, minus, BITS, engine):
                 spool.write(block)
 
         cost = measure(spool_one, repeats)
@@ -81,13 +85,26 @@ def coordinator(size: int, n: int, repeats: int, directory: Path) -> dict[str, A
     running_sum.write_bytes(_unplaned(masked, quantizer.total_size))
 
     def unmask_and_decode() -> None:
-        unmask(running_sum, total, streams, quantizer.total_size, BITS)
-        decoded = quantizer.decode(read_total(total, quantizer.total_size, BITS), survivors)
-        if decoded.weight != weight or decoded.mean.any():
+        total.unlink(missing_ok=True)
+        unmask(running_sum, total, streams, quantizer.total_size, BITS, Threads(), {}, lambda _first, _hashes: None)
+        mean, summed = decode(Total(total, quantizer), survivors)
+        if summed != weight or mean.any():
             raise RuntimeError("the unmasked total is not the sum that was masked")
 
     cost = measure(unmask_and_decode, repeats)
     return as_reply(cost, opening_s=driver.costs.opening_ms / 1e3)
+
+
+def decode(sums: Total, survivors: int) -> tuple[NDArray[np.float32], int]:
+    """The mean delta (d,) and the weight in a total of one cohort, tile by tile as a release is computed."""
+    quantizer = sums.quantizer
+    weight = quantizer.decode_extras(sums.extras(), survivors)["weight"]
+    mean, low = np.empty(quantizer.size, np.float32), 0
+    for lifted in sums.tiles():
+        part = lifted[: quantizer.size - low]
+        mean[low : low + len(part)] = quantizer.decode_part(part, weight)
+        low += len(part)
+    return mean, weight
 
 
 def _unplaned(packed: bytes, size: int) -> bytes:
@@ -103,7 +120,7 @@ def upload(size: int, n: int) -> dict[str, Any]:
     costs = RoundDriver(n).run()
     messages = sum(costs.row(name)["bytes"] for name in costs.size if int(name[1:]) % 2)
     length = packed_length(quantizer_of(size, n).total_size, BITS)
-    headers = -(-length // CHUNK_BYTES) * CHUNK_HEADER
+    headers = -(-length // chunk_bytes(BITS)) * CHUNK_HEADER
     return {"bytes": length + headers + messages, "messages": messages}
 
 

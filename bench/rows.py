@@ -68,6 +68,16 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
+def describe(r: Row) -> str:
+    """A row in one line for the terminal."""
+    parts = [f"{r.name}: {_number(r.value)} {r.unit}, n = {r.n}, d = {r.d:,}"]
+    if r.reference is not None:
+        parts.append(f"reference {_number(r.reference)}, ratio {_number(r.ratio)}")
+    if r.bar:
+        parts.append(f"bar {r.bar}: {'holds' if r.holds else 'DOES NOT HOLD'}")
+    return "; ".join(parts)
+
+
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
