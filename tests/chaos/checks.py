@@ -204,9 +204,7 @@ def commits_wrong(world: World, plan: PlanFile, report: Report) -> Iterator[str]
                 yield f"{name}: the coordinator lost its receipt of round {number}"
 
 
-def unmet(
-    world: World, plan: PlanFile, report: Report, kept: dict[str, list[Record]], excused: bool
-) -> Iterator[str]:
+def unmet(world: World, plan: PlanFile, report: Report, kept: dict[str, list[Record]], excused: bool) -> Iterator[str]:
     """Every round that lost at most n - t members, and kept min_survivors, completed; every plan was released.
 
     n is U1, from the members' records of M2. A member counts as lost in the round it joined last when it died, when its

@@ -1,4 +1,4 @@
-"""What lies on the disks, read while the processes run and never written: a site's records, the coordinator's events."""
+"""What lies on the disks, read while the processes run and never written: records of sites, events of the coordinator."""
 
 from __future__ import annotations
 
@@ -45,4 +45,4 @@ def messages(database: Path) -> list[tuple[bytes, FromMember]]:
             connection.close()
     except sqlite3.Error:
         return []
-    return [(bytes(round_id), decode(FromMember, payload)) for round_id, payload in rows]  # type: ignore[misc]
+    return [(bytes(round_id), decode(FromMember, payload)) for round_id, payload in rows]  # type: ignore[arg-type]

@@ -39,6 +39,7 @@ class Echo(threading.Thread):
         self._world, self._name = world, name
         self._rng = random.Random(seed)
         self._stopped = threading.Event()
+        self._told: set[str] = set()
         site = world.federation.site(name)
         credentials = grpc.ssl_channel_credentials(
             *((site / file).read_bytes() for file in (AUTHORITY, TLS_KEY, TLS_CERTIFICATE))
@@ -72,7 +73,7 @@ class Echo(threading.Thread):
             request = pb.SendRequest(round=round_id, message=to_wire(message, FromMember))
             answered += self._try(lambda: self._stub.Send(request, timeout=TIMEOUT_S))  # noqa: B023
         if answered:
-            self._world.count("messages repeated, in another order")
+            self._count("messages of a site repeated, in another order")
 
     def _repeat_upload(self) -> None:
         """The chunks of this site's newest spool, shuffled, some twice; before, while or after it uploads itself."""
@@ -99,7 +100,13 @@ class Echo(threading.Thread):
             taken += self._try(lambda: self._chunk(chunk, timeout=TIMEOUT_S))  # noqa: B023
         taken += self._try(lambda: self._stub.FinishUpload(request, timeout=TIMEOUT_S))
         if taken:
-            self._world.count("upload repeated, in another order")
+            self._count("upload of a site repeated, in another order")
+
+    def _count(self, kind: str) -> None:
+        """Once for each plan, however often."""
+        if kind not in self._told:
+            self._told.add(kind)
+            self._world.count(kind)
 
     def _try(self, call: object) -> bool:
         """Was the request taken? A refusal is an answer too; no answer at all is none."""
@@ -115,4 +122,3 @@ def is_input(message: FromMember) -> bool:
 
 def sender_of(message: FromMember) -> int:
     return message.root.sender if isinstance(message, Shares) else message.sender
-

@@ -106,7 +106,7 @@ def settle(world: World, plan: PlanFile, report: Report) -> None:
     world.cancel(plan)
     for name in world.shape.names:
         if note(world, name, plan) != "released":
-            world.kill(name, "kill of a member at a random time")
+            world.kill(name, "kill of a member that waits")
 
 
 def note(world: World, name: str, plan: PlanFile) -> str:
@@ -134,7 +134,9 @@ def run_plan(world: World, plan: PlanFile, schedule: Schedule, seed: int) -> Res
     settle(world, plan, report)
     final = world.report(plan.plan.name) or report
     excused = bool(schedule.full_at_s) or "@full" in schedule.coordinator
-    verdict = check_plan(world, plan, {**final, "state": report["state"], "reason": report["reason"]}, receipts, excused)
+    verdict = check_plan(
+        world, plan, {**final, "state": report["state"], "reason": report["reason"]}, receipts, excused
+    )
     result = Result(
         plan.plan.name,
         repr(schedule),

@@ -88,7 +88,8 @@ class Shape:
 def toy_plan(name: str, shape: Shape, size: str, bits: int = 24) -> PlanFile:
     """A plan with a correct start digest; nothing is trained, so no base model is needed."""
     rows = ROWS[size]
-    modules, head = {"encoder.query": (6, 8)}, {"classifier.weight": (rows, 8)}
+    modules: dict[str, tuple[int, int]] = {"encoder.query": (6, 8)}
+    head: dict[str, tuple[int, ...]] = {"classifier.weight": (rows, 8)}
     adapter = Adapter(rank=2, alpha=4.0, seed=ZERO, digest=ZERO, modules=modules, head=head)
     text = PLAN.format(
         name=name,

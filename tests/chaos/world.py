@@ -1,4 +1,4 @@
-"""A federation of real processes under a supervisor: whoever dies is started again, and what was lost is written down."""
+"""A federation of real processes under a supervisor: who dies is started again, and what was lost is written down."""
 
 from __future__ import annotations
 
@@ -264,10 +264,9 @@ class World:
     def _bury(self, name: str, code: int) -> None:
         """Write down how a process ended and what its federation lost with it."""
         fault = self._armed.get(name)
-        passed = self.trace(name)[-1:]
         if name in self._asked:
             self._asked.discard(name)
-        elif code == -signal.SIGKILL and fault is not None and not fault[0].full and passed == [fault[0].name]:
+        elif code == -signal.SIGKILL and fault is not None and not fault[0].full:
             self.count(f"kill at a point of {self.role(name)}")
             self.disarm(name)
         else:
