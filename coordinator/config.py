@@ -20,6 +20,8 @@ class Settings(Section):
     listen: Annotated[str, Field(pattern=r"^.+:\d{1,5}$")] = "127.0.0.1:7443"
     #: Uploads taken at the same time; others are told to come back.
     max_uploads: Annotated[int, Field(ge=1, le=1024)] = 16
+    #: Keep masked uploads after the outcome is certified, for an auditor who recomputes sums (``--uploads``).
+    keep_uploads: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,21 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import Callable
+from contextlib import suppress
 
 import grpc
 import structlog
 
 from coordinator.config import Home
 from coordinator.engine import Engine
+from coordinator.gate import Gate
 from coordinator.report import report
 from coordinator.service import FederationService, OperatorService, add_federation, add_operator
 from coordinator.store import Store
 from coordinator.uploads import Uploads
-from privacy.errors import UserError
+from coordinator.work import Worker
+from privacy.errors import UserError, VeilsumError
 from privacy.files import make_private_directory, read_file, read_private
 from privacy.identity import load_identity
 from privacy.secagg.keys import identity_public
@@ -29,6 +33,8 @@ log = structlog.get_logger()
 
 TICK_S = 0.2
 GRACE_S = 2.0
+#: Calls in flight of everybody together, a long poll of each member among them.
+MOST_CALLS = 2048
 #: Longest path of a socket file on Linux.
 SOCKET_PATH_BYTES = 107
 
@@ -73,7 +79,7 @@ async def _start_operator(home: Home, engine: Engine) -> grpc.aio.Server:
 
 
 async def _start_federation(home: Home, engine: Engine) -> grpc.aio.Server:
-    server = grpc.aio.server(options=SERVER_OPTIONS)
+    server = grpc.aio.server(interceptors=[Gate()], options=SERVER_OPTIONS, maximum_concurrent_rpcs=MOST_CALLS)
     add_federation(server, FederationService(engine, Uploads(engine, home.settings.max_uploads)))
     try:
         server.add_secure_port(home.settings.listen, _credentials(home))
@@ -86,16 +92,17 @@ async def _start_federation(home: Home, engine: Engine) -> grpc.aio.Server:
     return server
 
 
-async def _loop(engine: Engine, stop: asyncio.Event) -> None:
-    """Deadlines, folding and unmasking, until told to stop."""
+async def _repeat(step: Callable[[], bool], stop: asyncio.Event) -> None:
+    """Run ``step`` in a thread again and again, at once while it finds something to do, until told to stop."""
     while not stop.is_set():
-        await asyncio.to_thread(engine.tick)
-        while await asyncio.to_thread(engine.work):
-            pass
         try:
+            if await asyncio.to_thread(step):
+                continue
+        except VeilsumError as error:  # the disk is full: what was not written is tried again
+            log.error("waiting for the disk", reason=str(error), hint=getattr(error, "hint", ""))
+            await asyncio.sleep(TICK_S)
+        with suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), TICK_S)
-        except TimeoutError:
-            continue
 
 
 async def serve(home: Home) -> None:
@@ -107,8 +114,9 @@ async def serve(home: Home) -> None:
     federation = await _start_federation(home, engine)
     operator = await _start_operator(home, engine)
     log.info("listening", address=home.settings.listen, federation=engine.roster.roster.federation)
+    worker = Worker(engine)
     try:
-        await _loop(engine, stop)
+        await asyncio.gather(_repeat(engine.tick, stop), _repeat(worker.work, stop))
     finally:
         await asyncio.gather(federation.stop(GRACE_S), operator.stop(GRACE_S))
         engine.store.close()

@@ -1,7 +1,7 @@
 """The coordinator's work on one plan after another: opens rounds, feeds the pure machines, keeps everything first.
 
 No gRPC here and no clock of its own: the service calls in, ``tick`` is called with the time. Everything is serialised
-by one lock; what takes long (folding, unmasking) runs in :meth:`work`, outside of it.
+by one lock; what takes long (folding, unmasking, publishing) is in ``coordinator/work.py``, outside of it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from coordinator import phases
 from coordinator.config import Home
 from coordinator.proofs import OfferEntry, OfferTable, open_bond, proofs_for
-from coordinator.publish import CohortTotal, publish
-from coordinator.round import CoordinatorRound, outcome_of
-from coordinator.running import Running, keep_accusations, names_in, phase_seconds, replay
+from coordinator.publish import CohortTotal
+from coordinator.round import CoordinatorRound
+from coordinator.running import Running, keep_accusations, phase_seconds, replay
+from coordinator.space import missing_space
 from coordinator.stage import next_cohort
 from coordinator.store import Event, PlanRow, RoundRow, Store
-from coordinator.unmask import fold, unmask
 from privacy.encoding import decode, encode
-from privacy.errors import ProtocolError, Refusal, UserError, VeilsumError
+from privacy.errors import Refusal, UserError, VeilsumError
 from privacy.job import Job
 from privacy.plan import parse_plan
 from privacy.roster import RosterFile, load_roster
@@ -45,11 +45,15 @@ class Engine:
         self.lock = threading.RLock()
         self.jobs: dict[bytes, Job] = {}
         self.rounds: dict[bytes, Running] = {}
+        #: Why no round of a plan can open for now: bytes missing on the disk.
+        self.no_space: dict[bytes, str] = {}
         #: Called whenever a member may have something new to hear.
         self.changed: Callable[[], None] = lambda: None
         for plan in store.plans():
             self.jobs[plan.digest] = Job.of(parse_plan(plan.toml, plan.name), self.roster)
         for row in store.rounds():
+            if row.state == "running":
+                store.recover(row.id)
             self._restore(row)
 
     # --- plans -------------------------------------------------------------------------------------------------------
@@ -73,7 +77,7 @@ class Engine:
                 known = ", ".join(p.name for p in self.store.plans()) or "none"
                 raise UserError(f"expected the name of a plan, found '{name}'; known: {known}")
             for running in [r for r in self.rounds.values() if r.row.plan == plan.digest]:
-                self._abort(running, f"plan cancelled: {reason}")
+                self.abort(running, f"plan cancelled: {reason}")
             if plan.state in ("open", "released"):
                 self.store.set_plan_state(plan.digest, "cancelled", reason)
         self.changed()
@@ -103,13 +107,13 @@ class Engine:
 
     def done(self, digest: bytes, stage: int) -> set[int]:
         """Members that a released round of this stage contains."""
-        found = (r.machine.phase for r in self._stage_rounds(digest, stage))
+        found = (r.machine.phase for r in self.stage_rounds(digest, stage))
         return {m for phase in found if isinstance(phase, phases.HasTotal) for m in phase.closed.survivors}
 
     def released(self, digest: bytes, stage: int) -> list[CohortTotal]:
         """The released rounds of a stage, in order."""
         found = []
-        for running in self._stage_rounds(digest, stage):
+        for running in self.stage_rounds(digest, stage):
             phase = running.machine.phase
             if isinstance(phase, phases.HasTotal):
                 row = running.row
@@ -120,7 +124,7 @@ class Engine:
                 found.append(CohortTotal(row.number, row.id, evidence, self.store.total(row.id)))
         return found
 
-    def _stage_rounds(self, digest: bytes, stage: int) -> list[Running]:
+    def stage_rounds(self, digest: bytes, stage: int) -> list[Running]:
         """All rounds of a stage, oldest first."""
         return [self.rounds[r.id] for r in self.store.rounds(digest) if r.stage == stage and r.id in self.rounds]
 
@@ -135,7 +139,10 @@ class Engine:
         released = isinstance(phase, phases.HasTotal)
         if not released or member not in phase.closed.survivors:  # type: ignore[union-attr]
             raise Refusal(f"round {running.row.number} shows no upload of member {member}")
-        return read_block(self.store.upload(round_id, member), quantizer.total_size, quantizer.bits, block)
+        try:
+            return read_block(self.store.upload(round_id, member), quantizer.total_size, quantizer.bits, block)
+        except FileNotFoundError as error:
+            raise Refusal(f"round {running.row.number} is certified: its uploads were deleted") from error
 
     def message_for(self, digest: bytes, stage: int, member: int) -> tuple[bytes, ToMember] | None:
         """(round id, message) for a member: of the latest round of the stage that invites it."""
@@ -164,7 +171,7 @@ class Engine:
                 keep_accusations(running, self.store.round_directory(running.row.id))
             if fresh:
                 self._keep(running, Event("message", encode(message, FromMember)))
-                self._after_change(running)
+                self.after_change(running)
         self.changed()
         return fresh
 
@@ -186,7 +193,7 @@ class Engine:
 
     def _open_round(self, digest: bytes, stage: int) -> None:
         """Open the next round of a stage, if there is a cohort for it."""
-        job, rounds = self.jobs[digest], self._stage_rounds(digest, stage)
+        job, rounds = self.jobs[digest], self.stage_rounds(digest, stage)
         if any(r.row.state == "running" for r in rounds):
             return
         aborted = [r for r in rounds if r.row.state == "aborted"]
@@ -198,6 +205,9 @@ class Engine:
         proofs = self._eligible(digest, stage, [r.machine for r in rounds])
         cohort = self._cohort(digest, stage, [r.machine for r in rounds], proofs)
         if cohort is None:
+            return
+        self.no_space[digest] = missing_space(job, len(cohort), self.store.directory)
+        if self.no_space[digest]:
             return
         number = max((r.row.number for r in rounds), default=0) + 1
         header = job.header(stage, number, bytes.fromhex(job.plan.adapter.digest))
@@ -244,6 +254,7 @@ class Engine:
         )
         self.rounds[row.id] = running
         self._settle(running)
+        running.unfinished = isinstance(machine.phase, phases.Released | phases.Aborted)
 
     def _settle(self, running: Running) -> None:
         """The events say how a round ended; a power cut may have come before its row and its plan said so too."""
@@ -251,23 +262,20 @@ class Engine:
         if row.state != "running":
             return
         if isinstance(phase, phases.Aborted):
-            self._finish(running, "aborted", phase.reason, phase.culprit)
             # Its members say again that they are ready, those of U2 with a statement that the round stays shut.
-            self.store.drop_ready(row.plan, row.stage, row.invited)
+            running.row = self.store.end_round(row, "aborted", phase.reason, phase.culprit, row.invited)
         elif isinstance(phase, phases.HasTotal):
-            self._finish(running, "released")
-            self.store.drop_ready(row.plan, row.stage, phase.closed.survivors)
-            if any(p.digest == row.plan and p.state == "open" for p in self.store.plans()):
-                self.store.set_plan_state(row.plan, "released")
+            running.row = self.store.end_round(row, "released", "", None, phase.closed.survivors)
 
-    def _abort(self, running: Running, reason: str) -> None:
+    def abort(self, running: Running, reason: str) -> None:
+        """End a round without a total; a released one stays released."""
         if isinstance(running.machine.phase, phases.Released | phases.Aborted):
             return
         self.store.add_event(running.row.id, Event("abort", reason.encode()), self.clock())
         running.machine.abort(reason)
-        self._after_change(running)
+        self.after_change(running)
 
-    def _after_change(self, running: Running) -> None:
+    def after_change(self, running: Running) -> None:
         """Bookkeeping when a phase may have ended."""
         phase = running.machine.phase
         if type(phase) is not running.timed:
@@ -277,18 +285,15 @@ class Engine:
             running.log.warning("round aborted", reason=phase.reason)
             keep_accusations(running, self.store.round_directory(running.row.id))
         self._settle(running)
-        running.unpublished_votes = isinstance(phase, phases.Released)
+        running.unfinished = isinstance(phase, phases.Released | phases.Aborted)
 
-    def _finish(self, running: Running, state: str, reason: str = "", culprit: int | None = None) -> None:
-        self.store.set_round_state(running.row.id, state, reason, culprit)
-        running.row = next(r for r in self.store.rounds(running.row.plan) if r.id == running.row.id)
-
-    def tick(self) -> None:
-        """Let deadlines pass: phases close, cohorts that waited long enough open."""
+    def tick(self) -> bool:
+        """Let deadlines pass: phases close, cohorts that waited long enough open. Never has more to do at once."""
         with self.lock:
             now = self.clock()
             for running in list(self.rounds.values()):
                 phase = running.machine.phase
+                self._settle(running)  # a full disk may have come between an event and its row
                 if isinstance(phase, phases.Released | phases.Aborted | phases.Folding | phases.Publishing):
                     continue
                 if now >= running.deadline:
@@ -299,73 +304,10 @@ class Engine:
                     )
                     self.store.add_event(running.row.id, Event("close", b""), now)
                     running.machine.close_phase()
-                    self._after_change(running)
+                    self.after_change(running)
                     self.changed()
             for plan in self.store.plans():
                 if plan.state in ("open", "released"):
                     self._open_round(plan.digest, 1)
-
-    # --- what takes long ---------------------------------------------------------------------------------------------
-
-    def work(self) -> bool:
-        """Fold or unmask one round that waits for it; was there one? Called from a worker thread."""
-        with self.lock:
-            waiting = [
-                r
-                for r in self.rounds.values()
-                if isinstance(r.machine.phase, phases.Folding | phases.Publishing) or r.unpublished_votes
-            ]
-        if not waiting:
-            return False
-        running = waiting[0]
-        phase = running.machine.phase
-        try:
-            if isinstance(phase, phases.Folding):
-                self._fold(running, phase)
-            elif isinstance(phase, phases.Publishing):
-                self._publish(running, phase)
-            else:
-                self._publish_votes(running)
-        except (ProtocolError, UserError) as error:
-            running.log.error("not published", reason=str(error))
-            with self.lock:
-                self._abort(running, str(error))
-        self.changed()
-        return True
-
-    def _fold(self, running: Running, phase: phases.Folding) -> None:
-        size, bits = running.job.quantizer.total_size, running.job.rules.bits
-        uploads = [self.store.upload(running.row.id, m) for m in phase.closed.survivors]
-        fold(uploads, self.store.running_sum(running.row.id), size, bits)
-        with self.lock:
-            self.store.add_event(running.row.id, Event("sum", b""), self.clock())
-            running.machine.sum_saved()
-            self._after_change(running)
-        running.log.info("survivors fixed", survivors=[running.job.roster.name(m) for m in phase.closed.survivors])
-
-    def _publish(self, running: Running, phase: phases.Publishing) -> None:
-        size, bits = running.job.quantizer.total_size, running.job.rules.bits
-        row, total = running.row, self.store.total(running.row.id)
-        root = unmask(self.store.running_sum(row.id), total, phase.streams, size, bits)
-        with self.lock:
-            cohort = CohortTotal(row.number, row.id, Evidence(outcome_of(phase, root), (), ()), total)
-            self._write_release(row, [*self.released(row.plan, row.stage), cohort])
-            self.store.add_event(row.id, Event("publish", root), self.clock())
-            running.machine.publish(root)
-            self._after_change(running)
-        running.log.info("released", survivors=len(cohort.survivors))
-
-    def _write_release(self, row: RoundRow, cohorts: list[CohortTotal]) -> None:
-        names = [
-            e
-            for r in self._stage_rounds(row.plan, row.stage)
-            for e in names_in(r, self.store.round_directory(r.row.id))
-        ]
-        publish(self.jobs[row.plan], row.stage, cohorts, self.home.releases, names)
-
-    def _publish_votes(self, running: Running) -> None:
-        """Write the manifest again when the members have confirmed the total."""
-        with self.lock:
-            row = running.row
-            running.unpublished_votes = False  # tried once: a full disk must not make a busy loop of this
-            self._write_release(row, self.released(row.plan, row.stage))
+        self.store.flush_traffic()
+        return False

@@ -9,18 +9,23 @@ releases/PLAN/stage-K/
 
 from __future__ import annotations
 
+import hashlib
 import json
+import secrets
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from privacy.adapter import save_peft, start_adapter, start_digest
+from privacy.encoding import encode
 from privacy.evidence import TOTAL_FILE, write_evidence
-from privacy.files import write_durably
+from privacy.files import disk_errors, fsync_file, replace_durably, write_durably
 from privacy.job import Job
 from privacy.outcome import Facts, combine, manifest, verify_cohort
 from privacy.secagg.messages import Evidence, Outcome
+
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -48,23 +53,65 @@ def publish(job: Job, stage: int, cohorts: Sequence[CohortTotal], releases: Path
         ProtocolError: a garbled total; nothing is published.
         UserError: the disk is full; the release before stands.
     """
+    directory = _directory(job, stage, releases)
+    with disk_errors(directory):
+        return _publish(job, stage, cohorts, directory, named)
+
+
+def _directory(job: Job, stage: int, releases: Path) -> Path:
+    return releases / job.plan.name / f"stage-{stage}"
+
+
+def withdraw(job: Job, stage: int, releases: Path) -> None:
+    """Delete a release that was written while its plan was cancelled."""
+    shutil.rmtree(_directory(job, stage, releases), ignore_errors=True)
+
+
+def _publish(job: Job, stage: int, cohorts: Sequence[CohortTotal], directory: Path, named: Sequence[Facts]) -> Facts:
     start = start_digest(start_adapter(job.plan.adapter))
     verified = [verify_cohort(job, stage, start, cohort.evidence, cohort.total) for cohort in cohorts]
-    decoded, tensors = combine(job, verified)
-    directory = releases / job.plan.name / f"stage-{stage}"
+    combined = combine(job, verified)
     for cohort in cohorts:
         evidence = directory / "rounds" / str(cohort.number)
         evidence.mkdir(parents=True, exist_ok=True)
+        _copy_total(cohort.total, evidence / TOTAL_FILE)
         write_evidence(evidence, cohort.evidence)
-        shutil.copyfile(cohort.total, evidence / TOTAL_FILE)
     write_durably(directory / "plan.toml", job.plan_file.raw, private=False)
     write_durably(directory / "roster.toml", job.roster_file.raw, private=False)
-    save_peft(directory / "adapter", tensors, adapter=job.plan.adapter, base_name=job.plan.base.name)
-    facts = manifest(job, stage, verified, decoded, tensors) | {"adapter": str(directory / "adapter")}
+    save_peft(directory / "adapter", combined.tensors, adapter=job.plan.adapter, base_name=job.plan.base.name)
+    facts = manifest(job, stage, verified, combined) | {"adapter": str(directory / "adapter")}
     for entry, cohort in zip(facts["cohorts"], cohorts, strict=True):
         entry["id"] = cohort.round_id.hex()
         entry["joined"] = [job.roster.name(k.sender) for k in cohort.outcome.transcript.keys]
+        entry["evidence_sha256"] = _evidence_hash(cohort)
         entry["confirmed_by"] = [job.roster.name(v.sender) for v in cohort.evidence.votes]
     facts["named"] = list(named)
-    write_durably(directory / "manifest.json", json.dumps(facts, indent=2).encode() + b"\n", private=False)
+    write_durably(directory / MANIFEST, json.dumps(facts, indent=2).encode() + b"\n", private=False)
     return facts
+
+
+def _copy_total(total: Path, target: Path) -> None:
+    """Copy a total beside its evidence, unless an earlier run did; a crash leaves no half of it under its name."""
+    if target.exists():
+        return
+    staging = target.with_name(f".{target.name}-{secrets.token_hex(6)}")
+    try:
+        shutil.copyfile(total, staging)
+        with staging.open("rb+") as file:
+            fsync_file(file.fileno(), target)
+        replace_durably(staging, target)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def is_published(job: Job, stage: int, cohorts: Sequence[CohortTotal], releases: Path) -> bool:
+    """Does the release hold these cohorts with this very evidence already? Its manifest, written last, says so."""
+    path = _directory(job, stage, releases) / MANIFEST
+    if not path.exists():
+        return False
+    listed = [(c["round"], c["evidence_sha256"]) for c in json.loads(path.read_bytes())["cohorts"]]
+    return listed == [(c.number, _evidence_hash(c)) for c in cohorts]
+
+
+def _evidence_hash(cohort: CohortTotal) -> str:
+    return hashlib.sha256(encode(cohort.evidence)).hexdigest()

@@ -31,8 +31,12 @@ class Running:
     deadline: float
     #: Phase that the deadline belongs to.
     timed: type | None = None
-    #: The last M11 is in and not yet in the manifest.
-    unpublished_votes: bool = False
+    #: The round is over, and signatures may be missing in its release, or files lie there that nobody needs.
+    unfinished: bool = False
+    #: Work on it failed for want of space; tried again then.
+    try_again: float = 0.0
+    #: Shards of the total that are done, of how many; while it is unmasked.
+    shards: tuple[int, int] = (0, 0)
     cache: dict[int, tuple[object, ToMember | None]] = field(default_factory=dict)
 
     @property

@@ -26,7 +26,7 @@ from privacy.secagg.signed import Signed
 from privacy.wire import federation_pb2 as pb
 from privacy.wire import federation_pb2_grpc
 from privacy.wire.convert import from_wire, to_wire
-from privacy.wire.transport import CHUNK_BYTES, PUT_CHUNK, SERVICE, read_chunk
+from privacy.wire.transport import MOST_CHUNK_BYTES, PUT_CHUNK, SERVICE, chunk_reply, read_chunk
 
 log = structlog.get_logger()
 
@@ -157,19 +157,20 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         member = await self._member(context)
         work = asyncio.to_thread(lambda: self._uploads.begin(request.round, self._input(request, member)))
         received = await guarded(context, work, member=self._name(member))
-        return pb.UploadState(received=received, finished=self._uploads.receipt(request.round, member) is not None)
+        finished = self._uploads.receipt(request.round, member) is not None
+        return pb.UploadState(received=received, finished=finished, window=self._uploads.window())
 
     async def put_chunk(self, request: bytes, context: Call) -> bytes:
-        """Raw bytes in, nothing out: no protobuf around the payload."""
+        """Raw bytes in, one byte out: no protobuf around the payload."""
         member = await self._member(context)
 
-        def put() -> None:
+        def put() -> bytes:
             round_id, offset, payload = read_chunk(request)
-            self._uploads.put(round_id, member, offset, payload)
+            window = self._uploads.put(round_id, member, offset, payload)
             self._count(round_id, member, sent=len(request), chunks=len(request))
+            return chunk_reply(window)
 
-        await guarded(context, asyncio.to_thread(put), member=self._name(member))
-        return b""
+        return await guarded(context, asyncio.to_thread(put), member=self._name(member))
 
     async def FinishUpload(self, request: pb.UploadRequest, context: Call) -> pb.Receipt:
         member = await self._member(context)
@@ -191,12 +192,12 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         member = await self._member(context)
 
         def read() -> pb.TotalChunk:
-            if not any(r.id == request.round and r.state == "released" for r in self._engine.store.rounds()):
+            if self._engine.running(request.round).row.state != "released":
                 raise Refusal(f"round {request.round.hex()[:16]}… has no total")
             path = self._engine.store.total(request.round)
             with path.open("rb") as file:
                 file.seek(request.offset)
-                return pb.TotalChunk(data=file.read(CHUNK_BYTES), length=path.stat().st_size)
+                return pb.TotalChunk(data=file.read(MOST_CHUNK_BYTES), length=path.stat().st_size)
 
         chunk = await guarded(context, asyncio.to_thread(read), member=self._name(member))
         self._count(request.round, member, received=chunk.ByteSize())

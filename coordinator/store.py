@@ -2,7 +2,8 @@
 
 Every accepted message is an event, stored before it is acknowledged; a round is the replay of its events. One
 connection writes and checkpoints (SQLite before 3.51.3 can corrupt a WAL that two connections reset), and no upload
-ever goes into the database.
+ever goes into the database. The running sum of a round is a file that is never changed: folding writes the next
+generation beside it, and one transaction names the new file and the members it contains.
 """
 
 from __future__ import annotations
@@ -10,17 +11,21 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from privacy import faults
 from privacy.errors import UserError
 from privacy.files import disk_errors, make_private_directory
 from privacy.vectors import round_name, upload_name
 
-SCHEMA_VERSION = 1
-SCHEMA = """
+#: One entry a version; ``pragma user_version`` says how many of them a database has.
+SCHEMA = (
+    """
 create table plans (digest blob primary key, name text unique not null, toml blob not null, state text not null,
                     reason text not null, submitted real not null);
 create table ready (plan blob not null, stage integer not null, member integer not null, since real not null,
@@ -34,7 +39,14 @@ create table receipts (round blob not null, member integer not null, root blob n
                        signature blob not null, primary key (round, member));
 create table traffic (round blob not null, member integer not null, sent integer not null, received integer not null,
                       chunks integer not null, primary key (round, member));
-"""
+""",
+    """
+create table uploads (round blob not null, member integer not null, input blob not null, durable integer not null,
+                      primary key (round, member));
+create table sums (round blob primary key, generation integer not null, members text not null);
+create table shards (round blob not null, first integer not null, hashes blob not null, primary key (round, first));
+""",
+)
 
 
 @dataclass(frozen=True)
@@ -67,13 +79,22 @@ class Event:
     payload: bytes
 
 
+@dataclass(frozen=True)
+class SumRow:
+    """The generation of a round's running sum that counts, and the members whose uploads are in it."""
+
+    generation: int
+    members: frozenset[int]
+
+
 class Store:
     """All reads and writes of the coordinator's state."""
 
     def __init__(self, database: Path, rounds: Path) -> None:
         make_private_directory(rounds)
-        self._rounds = rounds
+        self.directory = rounds
         self._lock = threading.Lock()
+        self._traffic: dict[tuple[bytes, int], list[int]] = defaultdict(lambda: [0, 0, 0])
         with disk_errors(database):
             try:
                 database.touch(mode=0o600)
@@ -86,23 +107,44 @@ class Store:
 
     def _migrate(self) -> None:
         version = self._db.execute("pragma user_version").fetchone()[0]
-        if version == 0:
-            self._db.executescript(f"begin; {SCHEMA} pragma user_version={SCHEMA_VERSION}; commit;")
-        elif version != SCHEMA_VERSION:
+        if not 0 <= version <= len(SCHEMA):
             raise UserError(
-                f"expected a database of version {SCHEMA_VERSION}, found {version}",
+                f"expected a database of version {len(SCHEMA)} or older, found {version}",
                 hint="run the version of veilsum that wrote it",
             )
+        for number, statements in enumerate(SCHEMA[version:], version + 1):
+            self._db.executescript(f"begin; {statements} pragma user_version={number}; commit;")
 
     def close(self) -> None:
+        self.flush_traffic()
         self._db.close()
 
-    def _write(self, statement: str, *values: object) -> None:
+    @contextmanager
+    def _transaction(self, what: str) -> Iterator[sqlite3.Connection]:
+        """All statements inside, or none of them; durable when it ends.
+
+        Raises:
+            UserError: the disk is full or not writable.
+        """
         with self._lock:
             try:
-                self._db.execute(statement, values)
-            except sqlite3.OperationalError as error:
-                raise UserError(f"state.db: expected to write, found: {error}", hint="is the disk full?") from error
+                self._db.execute("begin immediate")
+                yield self._db
+                faults.point("before-commit", what)
+                self._db.execute("commit")
+                faults.point("after-commit", what)
+            except (sqlite3.OperationalError, OSError) as error:
+                raise UserError(
+                    f"state.db: expected to write, found: {error}",
+                    hint="free space on this file system; nothing that was confirmed is lost",
+                ) from error
+            finally:
+                if self._db.in_transaction:
+                    self._db.execute("rollback")
+
+    def _write(self, what: str, statement: str, *values: object) -> None:
+        with self._transaction(what) as db:
+            db.execute(statement, values)
 
     def _read(self, statement: str, *values: object) -> list[Any]:
         with self._lock:
@@ -112,7 +154,7 @@ class Store:
 
     def add_plan(self, digest: bytes, name: str, toml: bytes, at: float) -> None:
         try:
-            self._write("insert into plans values (?, ?, ?, 'open', '', ?)", digest, name, toml, at)
+            self._write("plans", "insert into plans values (?, ?, ?, 'open', '', ?)", digest, name, toml, at)
         except sqlite3.IntegrityError as error:
             raise UserError(
                 f"expected a new plan name, found '{name}' again", hint="a changed plan needs a name of its own"
@@ -122,16 +164,12 @@ class Store:
         return [PlanRow(*row) for row in self._read("select * from plans order by submitted")]
 
     def set_plan_state(self, digest: bytes, state: str, reason: str = "") -> None:
-        self._write("update plans set state = ?, reason = ? where digest = ?", state, reason, digest)
+        self._write("plans", "update plans set state = ?, reason = ? where digest = ?", state, reason, digest)
 
     # --- who is ready ----------------------------------------------------------------------------------------------
 
     def set_ready(self, plan: bytes, stage: int, member: int, since: float) -> None:
-        self._write("insert or ignore into ready values (?, ?, ?, ?)", plan, stage, member, since)
-
-    def drop_ready(self, plan: bytes, stage: int, members: tuple[int, ...]) -> None:
-        for member in members:
-            self._write("delete from ready where plan = ? and stage = ? and member = ?", plan, stage, member)
+        self._write("ready", "insert or ignore into ready values (?, ?, ?, ?)", plan, stage, member, since)
 
     def ready(self, plan: bytes, stage: int) -> dict[int, float]:
         rows = self._read("select member, since from ready where plan = ? and stage = ?", plan, stage)
@@ -141,6 +179,7 @@ class Store:
 
     def add_round(self, row: RoundRow) -> None:
         self._write(
+            "rounds",
             "insert into rounds values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             *(row.id, row.plan, row.stage, row.number, row.header, json.dumps(row.invited)),
             *(row.opened, row.state, row.reason, row.culprit),
@@ -152,13 +191,27 @@ class Store:
         rows = self._read(f"select * from rounds {where} order by plan, stage, number", *values)
         return [RoundRow(r[0], r[1], r[2], r[3], r[4], tuple(json.loads(r[5])), r[6], r[7], r[8], r[9]) for r in rows]
 
-    def set_round_state(self, round_id: bytes, state: str, reason: str = "", culprit: int | None = None) -> None:
-        self._write(
-            "update rounds set state = ?, reason = ?, culprit = ? where id = ?", state, reason, culprit, round_id
-        )
+    def end_round(
+        self, row: RoundRow, state: str, reason: str, culprit: int | None, unready: tuple[int, ...]
+    ) -> RoundRow:
+        """A round is over: its state, who must say again that it is ready, and the plan's release, in one transaction.
+
+        Returns:
+            The row as it is now.
+        """
+        with self._transaction("rounds") as db:
+            statement = "update rounds set state = ?, reason = ?, culprit = ? where id = ?"
+            db.execute(statement, (state, reason, culprit, row.id))
+            for member in unready:
+                gone = (row.plan, row.stage, member)
+                db.execute("delete from ready where plan = ? and stage = ? and member = ?", gone)
+            if state == "released":
+                db.execute("update plans set state = 'released' where digest = ? and state = 'open'", (row.plan,))
+        return replace(row, state=state, reason=reason, culprit=culprit)
 
     def add_event(self, round_id: bytes, event: Event, at: float) -> None:
         self._write(
+            "events",
             "insert into events select ?, coalesce(max(seq) + 1, 0), ?, ?, ? from events where round = ?",
             *(round_id, event.kind, event.payload, at, round_id),
         )
@@ -167,26 +220,103 @@ class Store:
         rows = self._read("select kind, payload from events where round = ? order by seq", round_id)
         return (Event(str(kind), bytes(payload)) for kind, payload in rows)
 
-    # --- receipts and traffic ----------------------------------------------------------------------------------------
+    # --- uploads -----------------------------------------------------------------------------------------------------
+
+    def set_upload(self, round_id: bytes, member: int, encoded: bytes, durable: int) -> None:
+        """An upload is on its way: its signed M5, and how many bytes of it are on disk without a gap."""
+        statement = (
+            "insert into uploads values (?, ?, ?, ?) on conflict (round, member) do update set "
+            "input = excluded.input, durable = excluded.durable"
+        )
+        self._write("uploads", statement, round_id, member, encoded, durable)
+
+    def uploads(self, round_id: bytes) -> dict[int, tuple[bytes, int]]:
+        """member -> (signed M5, durable bytes) of the uploads on their way."""
+        rows = self._read("select member, input, durable from uploads where round = ?", round_id)
+        return {r[0]: (r[1], r[2]) for r in rows}
+
+    def drop_upload(self, round_id: bytes, member: int) -> None:
+        self._write("uploads", "delete from uploads where round = ? and member = ?", round_id, member)
 
     def add_receipt(self, round_id: bytes, member: int, root: bytes, length: int, signature: bytes) -> None:
-        self._write("insert or ignore into receipts values (?, ?, ?, ?, ?)", round_id, member, root, length, signature)
+        with self._transaction("receipts") as db:
+            values = (round_id, member, root, length, signature)
+            db.execute("insert or ignore into receipts values (?, ?, ?, ?, ?)", values)
+            db.execute("delete from uploads where round = ? and member = ?", (round_id, member))
 
     def receipts(self, round_id: bytes) -> dict[int, tuple[bytes, int, bytes]]:
         """member -> (root, length, signature) of its one upload."""
         rows = self._read("select member, root, length, signature from receipts where round = ?", round_id)
         return {r[0]: (r[1], r[2], r[3]) for r in rows}
 
+    # --- the running sum, and its way to the total --------------------------------------------------------------------
+
+    def sum_row(self, round_id: bytes) -> SumRow:
+        """Which generation counts; generation 0 is the empty sum and has no file."""
+        rows = self._read("select generation, members from sums where round = ?", round_id)
+        return SumRow(rows[0][0], frozenset(json.loads(rows[0][1]))) if rows else SumRow(0, frozenset())
+
+    def name_sum(self, round_id: bytes, generation: int, members: Iterable[int]) -> None:
+        """From here on this generation, whose file is durable, is the running sum, over these members."""
+        statement = "insert or replace into sums values (?, ?, ?)"
+        self._write("sums", statement, round_id, generation, json.dumps(sorted(members)))
+
+    def add_shard(self, round_id: bytes, first: int, hashes: bytes) -> None:
+        """The blocks of the total from ``first`` on are durable and have these leaf hashes."""
+        self._write("shards", "insert or replace into shards values (?, ?, ?)", round_id, first, hashes)
+
+    def shards(self, round_id: bytes) -> dict[int, bytes]:
+        """first block -> leaf hashes, of the shards of the total that are done."""
+        return dict(self._read("select first, hashes from shards where round = ?", round_id))
+
+    def sweep(self, round_id: bytes, *, uploads: bool) -> None:
+        """Delete the files of a round that is over, but not its total; with ``uploads`` its uploads too."""
+        patterns = ("*.part", "*.tmp", "sum-*.u32", *(["upload-*.bin"] if uploads else []))
+        found = [path for pattern in patterns for path in self.round_directory(round_id).glob(pattern)]
+        if found:
+            with self._transaction("sums") as db:
+                for table in ("uploads", "sums", "shards"):
+                    db.execute(f"delete from {table} where round = ?", (round_id,))
+        for path in found:
+            path.unlink(missing_ok=True)
+
+    def recover(self, round_id: bytes) -> None:
+        """Delete the sum files of a running round that no transaction names: a crash came while they were written."""
+        named = self.sum_file(round_id, self.sum_row(round_id).generation)
+        for pattern in ("sum-*.tmp", "sum-*.u32"):
+            for path in self.round_directory(round_id).glob(pattern):
+                if path != named:
+                    path.unlink(missing_ok=True)
+
+    # --- traffic -----------------------------------------------------------------------------------------------------
+
     def count_traffic(self, round_id: bytes, member: int, *, sent: int = 0, received: int = 0, chunks: int = 0) -> None:
-        """Add to what a member sent and received in a round: bytes of messages and chunks, and upload chunk bytes."""
-        self._write(
-            "insert into traffic values (?, ?, ?, ?, ?) on conflict (round, member) do update set "
-            "sent = sent + excluded.sent, received = received + excluded.received, chunks = chunks + excluded.chunks",
-            *(round_id, member, sent, received, chunks),
-        )
+        """Add to what a member sent and received in a round: bytes of messages and chunks, and upload chunk bytes.
+
+        In memory until :meth:`flush_traffic`: a commit for every chunk would cost more than the chunk, and nothing
+        depends on these numbers.
+        """
+        with self._lock:
+            counts = self._traffic[round_id, member]
+            for place, count in enumerate((sent, received, chunks)):
+                counts[place] += count
+
+    def flush_traffic(self) -> None:
+        """Write the counts down."""
+        with self._lock:
+            counts, self._traffic = self._traffic, defaultdict(lambda: [0, 0, 0])
+        if counts:
+            with self._transaction("traffic") as db:
+                db.executemany(
+                    "insert into traffic values (?, ?, ?, ?, ?) on conflict (round, member) do update set "
+                    "sent = sent + excluded.sent, received = received + excluded.received, "
+                    "chunks = chunks + excluded.chunks",
+                    [(*key, *value) for key, value in counts.items()],
+                )
 
     def traffic(self, round_id: bytes) -> dict[int, tuple[int, int, int]]:
         """member -> (bytes sent, bytes received, bytes of upload chunks with their headers)."""
+        self.flush_traffic()
         rows = self._read("select member, sent, received, chunks from traffic where round = ?", round_id)
         return {r[0]: (r[1], r[2], r[3]) for r in rows}
 
@@ -194,13 +324,17 @@ class Store:
 
     def round_directory(self, round_id: bytes) -> Path:
         """Where uploads, running sum and total of a round lie."""
-        return make_private_directory(self._rounds / round_name(round_id))
+        return make_private_directory(self.directory / round_name(round_id))
 
     def upload(self, round_id: bytes, member: int) -> Path:
         return self.round_directory(round_id) / upload_name(member)
 
-    def running_sum(self, round_id: bytes) -> Path:
-        return self.round_directory(round_id) / "sum.u32"
+    def part(self, round_id: bytes, member: int) -> Path:
+        """An upload on its way."""
+        return self.upload(round_id, member).with_suffix(".part")
+
+    def sum_file(self, round_id: bytes, generation: int) -> Path:
+        return self.round_directory(round_id) / f"sum-{generation}.u32"
 
     def total(self, round_id: bytes) -> Path:
         return self.round_directory(round_id) / "total.bin"

@@ -1,40 +1,85 @@
-"""M5 at the coordinator: chunks into a spool file, and a receipt once the whole upload is verified and durable."""
+"""M5 at the coordinator: chunks into a spool file, and a receipt once the whole upload is verified and durable.
+
+An upload is admitted (a place, and its space on disk), then its chunks may come in any order and any number of times.
+What is on disk without a gap is noted every 32 MiB, so that a restarted coordinator goes on from there. Every block is
+hashed as it comes; the Merkle root must be the signed one before the upload is counted.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from coordinator import phases
 from coordinator.engine import Engine
 from coordinator.running import Running
-from privacy.errors import ProtocolError, Refusal
-from privacy.files import disk_errors, fsync_directory
+from privacy import merkle
+from privacy.encoding import decode, encode
+from privacy.errors import ProtocolError, UserError
+from privacy.files import disk_errors, fsync_file, replace_durably, reserve
 from privacy.receipt import sign_receipt
 from privacy.secagg import transcript
+from privacy.secagg.masking import BLOCK, packed_bytes
 from privacy.secagg.messages import MaskedInput
 from privacy.secagg.signed import Signed
-from privacy.vectors import file_root
-from privacy.wire.transport import CHUNK_BYTES
+from privacy.wire.transport import WINDOW, chunk_bytes
+
+#: Chunks in flight of all uploads together (32 MiB): what bounds the memory for uploads.
+SLOTS = 16
+#: An upload from which nothing came for so long gives its place to whoever waits; what is on disk stays.
+IDLE_S = 30.0
+#: Bytes that a crash of this machine may cost an upload.
+SYNC_BYTES = 32 << 20
+AGAIN = "nothing is lost: begin again shortly, it goes on where it stopped"
 
 
 @dataclass
-class Progress:
-    """One upload on its way: which chunks are in the spool."""
+class Spool:
+    """One admitted upload: its file, and which chunks are in it."""
 
     input: Signed[MaskedInput]
     part: Path
-    received: set[int] = field(default_factory=set)
+    bits: int
+    used: float  # monotonic time of the last chunk
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    #: Chunk number -> leaf hashes of its blocks.
+    hashes: dict[int, tuple[bytes, ...]] = field(default_factory=dict)
+    chunks: int = 0  # without a gap, from the start
+    durable: int = 0
+    syncing: bool = False
+    #: Between its opening and the loss of its place; written only with ``lock`` held, or a late chunk could still
+    #: change a file that a later spool has hashed.
+    opened: bool = False
+
+    @property
+    def length(self) -> int:
+        return self.input.body.length
 
     @property
     def prefix(self) -> int:
         """Bytes received without a gap, from the start."""
-        at = 0
-        while at in self.received:
-            at += CHUNK_BYTES
-        return min(at, self.input.body.length)
+        return min(self.chunks * chunk_bytes(self.bits), self.length)
+
+    def take(self, number: int, hashes: tuple[bytes, ...]) -> None:
+        """A chunk is in the file."""
+        self.hashes[number] = hashes
+        while self.chunks in self.hashes:
+            self.chunks += 1
+
+    def root(self) -> bytes:
+        """Merkle root over the blocks of a whole upload."""
+        return merkle.root([leaf for number in range(self.chunks) for leaf in self.hashes[number]])
+
+
+def block_hashes(payload: bytes | memoryview, bits: int) -> tuple[bytes, ...]:
+    """Leaf hashes of the blocks in one chunk."""
+    step = packed_bytes(BLOCK, bits)
+    return tuple(merkle.leaf_hash(payload[at : at + step]) for at in range(0, len(payload), step))
 
 
 @dataclass(frozen=True)
@@ -49,45 +94,96 @@ class Receipt:
 class Uploads:
     """All uploads in progress; safe for many threads."""
 
-    def __init__(self, engine: Engine, most: int) -> None:
-        self._engine, self._most = engine, most
+    def __init__(self, engine: Engine, most: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._engine, self._store, self._most, self._clock = engine, engine.store, most, clock
         self._lock = threading.Lock()
-        self._running: dict[tuple[bytes, int], Progress] = {}
+        self._running: dict[tuple[bytes, int], Spool] = {}
 
     def receipt(self, round_id: bytes, member: int) -> Receipt | None:
         """The receipt given for a member's upload, if any."""
-        found = self._engine.store.receipts(round_id).get(member)
+        found = self._store.receipts(round_id).get(member)
         return Receipt(*found) if found else None
+
+    def window(self) -> int:
+        """How many chunks each upload may have in flight now."""
+        return max(1, min(WINDOW, SLOTS // max(1, len(self._running))))
+
+    # --- admission ---------------------------------------------------------------------------------------------------
 
     def begin(self, round_id: bytes, message: Signed[MaskedInput]) -> int:
         """Admit an upload, or say how much of it is here; bytes received without a gap.
 
         Raises:
             ProtocolError: the signed root does not fit the round, or another upload was begun.
-            Refusal: too many uploads at once; come back.
+            UserError: all places are taken, or the disk is full; come back.
         """
         running = self._engine.running(round_id)
         if self._counted(running, message):
             return message.body.length
         self._check(running, message)
         with self._lock:
-            key = (round_id, message.sender)
-            if key not in self._running:
-                self._forget_closed()
-                if len(self._running) >= self._most:
-                    raise Refusal(f"expected at most {self._most} uploads at once, all are taken: try again shortly")
-                part = self._engine.store.upload(round_id, message.sender).with_suffix(".part")
-                part.unlink(missing_ok=True)
-                self._running[key] = Progress(message, part)
-            if self._running[key].input.body != message.body:
-                raise ProtocolError(f"member {message.sender} begins a second, different upload")
-            return self._running[key].prefix
+            spool = self._running.get((round_id, message.sender)) or self._admit(running, message)
+        if spool.input.body != message.body:
+            raise ProtocolError(f"member {message.sender} begins a second, different upload")
+        try:
+            with spool.lock:
+                if not spool.opened:
+                    self._open(running, spool)
+        except UserError:
+            self._give_up(round_id, message.sender)
+            raise
+        return spool.prefix
+
+    def _admit(self, running: Running, message: Signed[MaskedInput]) -> Spool:
+        """A place for an upload."""
+        self._forget_closed()
+        if len(self._running) >= self._most and not self._evict():
+            raise UserError(f"expected at most {self._most} uploads at once, all places are taken", hint=AGAIN)
+        part = self._store.part(running.row.id, message.sender)
+        spool = Spool(message, part, running.job.rules.bits, self._clock())
+        self._running[running.row.id, message.sender] = spool
+        return spool
+
+    def _evict(self) -> bool:
+        """Take the place of an upload from which nothing comes; was there one?"""
+        for key, spool in sorted(self._running.items(), key=lambda item: item[1].used):
+            if self._clock() - spool.used < IDLE_S:
+                return False
+            if spool.lock.acquire(blocking=False):  # busy is not idle
+                spool.opened = False
+                spool.lock.release()
+                del self._running[key]
+                return True
+        return False
 
     def _forget_closed(self) -> None:
         """Uploads of rounds that take none any more give their places back."""
         for key in list(self._running):
             if not isinstance(self._engine.running(key[0]).machine.phase, phases.Uploading):
-                self._running.pop(key).part.unlink(missing_ok=True)
+                self._running.pop(key)
+
+    def _give_up(self, round_id: bytes, member: int) -> None:
+        with self._lock:
+            self._running.pop((round_id, member), None)
+
+    def _open(self, running: Running, spool: Spool) -> None:
+        """Take the space, and what an earlier process or an earlier place left of this very upload."""
+        round_id, member = running.row.id, spool.input.sender
+        encoded = encode(spool.input)
+        noted = self._store.uploads(round_id).get(member)
+        final = self._store.upload(round_id, member)
+        durable = 0
+        if noted is not None and decode(Signed[MaskedInput], noted[0]).body == spool.input.body:
+            if final.exists():  # verified and renamed, but a crash came before it was counted
+                replace_durably(final, spool.part)
+            durable = min(noted[1], spool.part.stat().st_size) if spool.part.exists() else 0
+        reserve(spool.part, spool.length)
+        self._store.set_upload(round_id, member, encoded, durable)
+        size = chunk_bytes(spool.bits)
+        with spool.part.open("rb") as file:
+            for number in range(-(-durable // size) if durable == spool.length else durable // size):
+                spool.take(number, block_hashes(file.read(size), spool.bits))
+        spool.durable, spool.opened = spool.prefix, True
 
     def _counted(self, running: Running, message: Signed[MaskedInput]) -> bool:
         """Is this very upload in the round already, with or without its receipt?
@@ -113,62 +209,132 @@ class Uploads:
                 raise ProtocolError(f"M5 of member {message.sender} in phase {type(phase).__name__}: too late")
             transcript.check_input(phase.cohort, phase.sharers, phase.t2, message)
 
-    def put(self, round_id: bytes, member: int, offset: int, payload: memoryview) -> None:
-        """Write one chunk into the spool; a repeat writes the same bytes again."""
-        with self._lock:
-            progress = self._running.get((round_id, member))
-        if progress is None:
-            raise ProtocolError(f"chunk of member {member}: expected BeginUpload first")
-        expected = min(CHUNK_BYTES, progress.input.body.length - offset)
-        if offset >= progress.input.body.length or len(payload) != expected:
-            raise ProtocolError(f"chunk of member {member} at {offset}: expected {max(expected, 0)} bytes")
-        with disk_errors(progress.part):
-            descriptor = os.open(progress.part, os.O_WRONLY | os.O_CREAT, 0o600)
-            try:
-                if os.pwrite(descriptor, payload, offset) != len(payload):
-                    raise OSError(28, "No space left on device")
-            finally:
-                os.close(descriptor)
-        with self._lock:
-            progress.received.add(offset)
+    # --- chunks ------------------------------------------------------------------------------------------------------
 
-    def finish(self, round_id: bytes, message: Signed[MaskedInput]) -> Receipt:
-        """Verify the spool against the signed root, make it durable, count it, and sign the receipt.
+    def put(self, round_id: bytes, member: int, offset: int, payload: memoryview) -> int:
+        """Write one chunk into the spool; the window this upload has from now on.
+
+        The first chunk at an offset stands: a repeat is compared by its hashes and not written again, so that nobody
+        can change bytes that were hashed already.
 
         Raises:
-            ProtocolError: chunks are missing, the root differs, or the phase is over. A repeat gets the same receipt.
+            ProtocolError: not at the start of a chunk, another length, or other bytes than before.
+            UserError: no place (any more), or the disk is full; begin again.
+        """
+        with self._lock:
+            spool = self._running.get((round_id, member))
+            if spool is not None:
+                spool.used = self._clock()
+        if spool is None:
+            raise _begin_first(member)
+        size = chunk_bytes(spool.bits)
+        expected = min(size, spool.length - offset)
+        if offset % size or len(payload) != expected:
+            raise ProtocolError(
+                f"chunk of member {member} at {offset}: expected {max(expected, 0)} bytes at k * {size}"
+            )
+        hashes = block_hashes(payload, spool.bits)
+        with spool.lock:
+            if not spool.opened:
+                raise _begin_first(member)
+            known = spool.hashes.get(offset // size)
+            if known is not None and known != hashes:
+                raise ProtocolError(f"chunk of member {member} at {offset}: expected the same bytes as before")
+            if known is None:
+                _write_chunk(spool.part, offset, payload)
+                spool.take(offset // size, hashes)
+        self._note_progress(round_id, member, spool)
+        return self.window()
+
+    def _note_progress(self, round_id: bytes, member: int, spool: Spool) -> None:
+        """Every 32 MiB without a gap: make them durable, and note that they are."""
+        with spool.lock:
+            prefix = spool.prefix
+            if spool.syncing or prefix - spool.durable < SYNC_BYTES:
+                return
+            spool.syncing = True
+        try:
+            self._sync(round_id, spool)
+            self._store.set_upload(round_id, member, encode(spool.input), prefix)
+            spool.durable = prefix
+        finally:
+            spool.syncing = False
+
+    def _sync(self, round_id: bytes, spool: Spool) -> None:
+        """Make the spool durable; where that fails the system may have dropped what it could not write."""
+        try:
+            with disk_errors(spool.part):
+                descriptor = os.open(spool.part, os.O_RDWR)
+                try:
+                    fsync_file(descriptor, spool.part)
+                finally:
+                    os.close(descriptor)
+        except UserError:
+            with spool.lock:
+                spool.opened = False  # its member begins again, from what was noted
+            self._give_up(round_id, spool.input.sender)
+            raise
+
+    # --- the whole upload --------------------------------------------------------------------------------------------
+
+    def finish(self, round_id: bytes, message: Signed[MaskedInput]) -> Receipt:
+        """Compare the spool with the signed root, make it durable, count it, and sign the receipt.
+
+        Raises:
+            ProtocolError: the root differs, or the phase is over. A repeat gets the same receipt.
+            UserError: chunks are missing, or the disk is full; begin again.
         """
         given = self.receipt(round_id, message.sender)
         if given:
             return given
-        running, key = self._engine.running(round_id), (round_id, message.sender)
-        if not self._counted(running, message):
-            with self._lock:
-                progress = self._running.get(key)
-            if progress is None or progress.prefix != message.body.length:
-                raise ProtocolError(f"upload of member {message.sender}: expected all chunks before FinishUpload")
-            self._verify(running, progress)
-            self._engine.receive(round_id, message)
+        running = self._engine.running(round_id)
+        with self._lock:
+            spool = self._running.get((round_id, message.sender))
+        if spool is None:
+            if not self._counted(running, message):
+                raise _begin_first(message.sender)
+        else:
+            with spool.lock:
+                if not self._counted(running, message):
+                    self._verify(round_id, spool, message)
+                    self._engine.receive(round_id, message)
         root, length = message.body.root, message.body.length
         signature = sign_receipt(self._engine.identity, round_id, message.sender, root, length)
-        self._engine.store.add_receipt(round_id, message.sender, root, length, signature)
-        with self._lock:
-            self._running.pop(key, None)
+        self._store.add_receipt(round_id, message.sender, root, length, signature)
+        self._give_up(round_id, message.sender)
         return Receipt(root, length, signature)
 
-    def _verify(self, running: Running, progress: Progress) -> None:
-        size, bits = running.job.quantizer.total_size, running.job.rules.bits
-        message, final = progress.input, progress.part.with_suffix(".bin")
-        with disk_errors(progress.part):
-            descriptor = os.open(progress.part, os.O_RDWR)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        if file_root(progress.part, size, bits) != message.body.root:
-            progress.part.unlink()
-            with self._lock:
-                self._running.pop((running.row.id, message.sender), None)
+    def _verify(self, round_id: bytes, spool: Spool, message: Signed[MaskedInput]) -> None:
+        if not spool.opened:
+            raise _begin_first(message.sender)
+        if spool.prefix != message.body.length:
+            raise UserError(
+                f"upload of member {message.sender}: expected {message.body.length} bytes, found {spool.prefix}",
+                hint=AGAIN,
+            )
+        if spool.root() != message.body.root:
+            spool.opened = False
+            self._give_up(round_id, message.sender)
+            self._store.drop_upload(round_id, message.sender)
+            spool.part.unlink(missing_ok=True)
             raise ProtocolError(
                 f"upload of member {message.sender} does not have its signed root", culprit=message.sender
             )
-        progress.part.replace(final)
-        fsync_directory(final.parent)
+        if spool.part.exists():  # renamed already where the disk failed after that
+            self._sync(round_id, spool)
+            with disk_errors(spool.part):
+                replace_durably(spool.part, self._store.upload(round_id, message.sender))
+
+
+def _begin_first(member: int) -> UserError:
+    return UserError(f"upload of member {member}: expected BeginUpload first", hint=AGAIN)
+
+
+def _write_chunk(part: Path, offset: int, payload: memoryview) -> None:
+    with disk_errors(part):
+        descriptor = os.open(part, os.O_WRONLY)
+        try:
+            if os.pwrite(descriptor, payload, offset) != len(payload):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)

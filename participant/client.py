@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,12 @@ from privacy.secagg.signed import Signed
 from privacy.wire import federation_pb2 as pb
 from privacy.wire.convert import from_wire, to_wire
 from privacy.wire.federation_pb2_grpc import FederationStub
-from privacy.wire.transport import CHUNK_BYTES, CLIENT_OPTIONS, PUT_CHUNK, put_chunk
+from privacy.wire.transport import CLIENT_OPTIONS, PUT_CHUNK, WINDOW, chunk_bytes, put_chunk, read_chunk_reply
 
 #: A call that takes longer than this is tried again; long polls end before it.
 TIMEOUT_S = 60.0
-#: Chunks in flight: as fast as one stream at 200 ms round trip, and every chunk can be repeated.
-WINDOW = 4
+#: A chunk on a slow line, with others beside it. A dead connection shows sooner: keepalive asks every minute.
+CHUNK_TIMEOUT_S = 900.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,10 @@ class ReleasedCohort:
     round_id: bytes
     stage: int
     evidence: Evidence
+
+
+#: Packed bytes of a block, and its Merkle path.
+Block = tuple[bytes, tuple[bytes, ...]]
 
 
 def seen_hash(message: ToMember) -> bytes:
@@ -94,6 +99,8 @@ class Client:
             read_file(directory / TLS_CERTIFICATE, "this site's TLS certificate", hint),
         )
         self._address, self._roster, self._me = address, roster, me
+        #: Counts what was acknowledged of uploads, so that somebody can see that it goes on.
+        self.progress = 0
         self._channel = grpc.secure_channel(address, credentials, CLIENT_OPTIONS)
         self._stub = FederationStub(self._channel)
         self._chunk: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(PUT_CHUNK)
@@ -147,8 +154,8 @@ class Client:
         """One message of this member; repeating it is harmless."""
         self._call(self._stub.Send, pb.SendRequest(round=round_id, message=to_wire(message, FromMember)))
 
-    def upload(self, round_id: bytes, message: Signed[MaskedInput], spool: Path) -> None:
-        """M5 with its vector: whatever is missing there goes, four chunks in flight; ends with a verified receipt.
+    def upload(self, round_id: bytes, message: Signed[MaskedInput], spool: Path, bits: int) -> None:
+        """M5 with its vector: whatever is missing there goes, some chunks in flight; ends with a verified receipt.
 
         Raises:
             Unreachable: call again later, it goes on where it stopped. ProtocolError: refused, e.g. too late.
@@ -156,24 +163,28 @@ class Client:
         request = pb.UploadRequest(round=round_id, input=to_wire(message, Signed[MaskedInput]))
         state: pb.UploadState = self._call(self._stub.BeginUpload, request)
         if not state.finished:
-            self._send_chunks(round_id, spool, state.received - state.received % CHUNK_BYTES, message.body.length)
+            self._send_chunks(round_id, spool, state, message.body.length, bits)
         receipt: pb.Receipt = self._call(self._stub.FinishUpload, request)
         coordinator, body = bytes.fromhex(self._roster.roster.coordinator), message.body
         if not is_receipt(coordinator, receipt.signature, round_id, self._me, body.root, body.length):
             raise ProtocolError("the coordinator's receipt for the upload does not verify")
 
-    def _send_chunks(self, round_id: bytes, spool: Path, offset: int, length: int) -> None:
+    def _send_chunks(self, round_id: bytes, spool: Path, state: pb.UploadState, length: int, bits: int) -> None:
+        """All chunks from where the coordinator has them, as many in flight as it allows."""
+        size, offset, window = chunk_bytes(bits), state.received, state.window
+        if not 1 <= window <= WINDOW or (offset % size and offset != length):
+            raise ProtocolError(f"BeginUpload: expected a window and whole chunks, found {window} and {offset} bytes")
         flying: deque[Any] = deque()
         with _errors(self._address), spool.open("rb") as file:
             file.seek(offset)
-            while offset < length:
-                payload = file.read(CHUNK_BYTES)
-                flying.append(self._chunk.future(put_chunk(round_id, offset, payload), timeout=TIMEOUT_S))
-                offset += len(payload)
-                if len(flying) == WINDOW:
-                    flying.popleft().result()
-            while flying:
-                flying.popleft().result()
+            while offset < length or flying:
+                while offset < length and len(flying) < window:
+                    payload = file.read(size)
+                    call = self._chunk.future(put_chunk(round_id, offset, payload), timeout=CHUNK_TIMEOUT_S)
+                    flying.append(call)
+                    offset += len(payload)
+                window = read_chunk_reply(flying.popleft().result())
+                self.progress += 1
 
     def releases(self, plan: bytes) -> list[ReleasedCohort]:
         """All released rounds of a plan."""
@@ -181,21 +192,28 @@ class Client:
         return [ReleasedCohort(r.round, r.stage, from_wire(r.evidence, Evidence)) for r in reply.releases]
 
     def fetch_total(self, round_id: bytes, length: int, target: Path) -> None:
-        """Download the packed total of a round; the caller verifies it.
+        """Download the packed total of a round, behind what ``target`` holds of it already; the caller verifies it.
 
         Raises:
             ProtocolError: the coordinator has a total of another length.
         """
-        with target.open("wb") as file:
+        with target.open("ab") as file:
             while file.tell() < length:
                 request = pb.FetchTotalRequest(round=round_id, offset=file.tell())
                 chunk: pb.TotalChunk = self._call(self._stub.FetchTotal, request)
-                if chunk.length != length or not chunk.data:
+                if chunk.length != length or not 0 < len(chunk.data) <= length - file.tell():
                     raise ProtocolError(f"expected a total of {length} bytes, found {chunk.length}")
                 file.write(chunk.data)
+                self.progress += 1
 
-    def fetch_block(self, round_id: bytes, member: int, block: int) -> tuple[bytes, tuple[bytes, ...]]:
-        """One block of a survivor's upload and its Merkle path; the caller verifies it."""
-        request = pb.FetchBlockRequest(round=round_id, member=member, block=block)
-        reply: pb.UploadBlock = self._call(self._stub.FetchBlock, request)
-        return reply.data, tuple(reply.path)
+    def fetch_blocks(self, round_id: bytes, wanted: Sequence[tuple[int, int]]) -> Iterator[Block]:
+        """Blocks (member, block) of survivors' uploads, in that order, some in flight; the caller verifies them."""
+        ahead, flying = iter(wanted), deque[Any]()
+        with _errors(self._address):
+            for _ in wanted:
+                for member, block in islice(ahead, WINDOW - len(flying)):
+                    request = pb.FetchBlockRequest(round=round_id, member=member, block=block)
+                    flying.append(self._stub.FetchBlock.future(request, timeout=TIMEOUT_S))
+                reply: pb.UploadBlock = flying.popleft().result()
+                self.progress += 1
+                yield reply.data, tuple(reply.path)

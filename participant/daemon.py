@@ -10,10 +10,11 @@ import structlog
 
 from participant.client import Client, OfferedPlan, seen_hash
 from participant.fetch import fetch_release
+from participant.patience import patiently
 from participant.phases import Confirmed, Finished, Stopped, Uploading
 from participant.policy import admit
 from participant.prepare import Progress, prepare
-from participant.running import RoundRun, abort_unknown, join, patiently
+from participant.running import RoundRun, abort_unknown, join
 from participant.site import Site
 from privacy.console import Unreachable
 from privacy.errors import ProtocolError, Refusal, UserError, VeilsumError

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from participant.client import Client, ReleasedCohort
+from participant.patience import patiently
 from participant.phases import Checking
 from participant.site import Site
 from privacy.adapter import save_peft
 from privacy.files import make_private_directory, write_durably
 from privacy.job import Job
-from privacy.outcome import check_block, combine, manifest, verify_cohort, verify_total
+from privacy.outcome import Total, check_block, combine, manifest, verify_cohort, verify_total
 from privacy.secagg.masking import block_sizes, packed_length
 from privacy.secagg.messages import Outcome
 from privacy.secagg.projection import dealt_blocks
@@ -27,21 +28,24 @@ SPOT_BLOCKS = 3
 
 def _download(site: Site, client: Client, job: Job, round_id: bytes) -> Path:
     target = make_private_directory(site.home.work / job.plan.name) / f"total-{round_id.hex()[:16]}.bin"
-    client.fetch_total(round_id, packed_length(job.quantizer.total_size, job.rules.bits), target)
+    target.unlink(missing_ok=True)
+    length = packed_length(job.quantizer.total_size, job.rules.bits)
+    patiently(lambda: client.fetch_total(round_id, length, target), lambda: client.progress)
     return target
 
 
-def fetch_total(
+@contextmanager
+def fetched_total(
     site: Site, client: Client, job: Job, round_id: bytes, outcome: Outcome, survivors: int
-) -> NDArray[np.int64]:
-    """The total of a round this site took part in, (d + extras,) signed integers.
+) -> Iterator[Total]:
+    """The total of a round this site took part in, here for as long as it is looked at.
 
     Raises:
         ProtocolError: not what M10 promised, or garbled.
     """
     path = _download(site, client, job, round_id)
     try:
-        return verify_total(job, outcome, survivors, path)
+        yield verify_total(job, outcome, survivors, path)
     finally:
         path.unlink()
 
@@ -61,17 +65,15 @@ def fetch_release(site: Site, client: Client, job: Job, stage: int) -> bool:
     if released_rounds(directory) == sorted(_summary(c) for c in offered):
         return True
     start = bytes.fromhex(job.plan.adapter.digest)
-    cohorts = []
-    for cohort in offered:
-        path = _download(site, client, job, cohort.round_id)
-        try:
+    cohorts, adapter = [], directory / "adapter"
+    with ExitStack() as downloads:
+        for cohort in offered:
+            path = _download(site, client, job, cohort.round_id)
+            downloads.callback(path.unlink)
             cohorts.append(verify_cohort(job, stage, start, cohort.evidence, path))
-        finally:
-            path.unlink()
-    decoded, tensors = combine(job, cohorts)
-    adapter = directory / "adapter"
-    save_peft(adapter, tensors, adapter=job.plan.adapter, base_name=job.plan.base.name)
-    facts = manifest(job, stage, cohorts, decoded, tensors) | {"adapter": str(adapter)}
+        combined = combine(job, cohorts)
+        save_peft(adapter, combined.tensors, adapter=job.plan.adapter, base_name=job.plan.base.name)
+        facts = manifest(job, stage, cohorts, combined) | {"adapter": str(adapter)}
     facts["rounds"] = sorted(_summary(c) for c in offered)
     write_durably(directory / RELEASE_NOTE, json.dumps(facts, indent=2).encode() + b"\n")
     return True
@@ -89,9 +91,7 @@ def released_rounds(directory: Path) -> list[list[int]]:
     return found
 
 
-def audit_blocks(
-    client: Client, job: Job, round_id: bytes, phase: Checking, me: int, total: NDArray[np.int64]
-) -> tuple[int, ...]:
+def audit_blocks(client: Client, job: Job, round_id: bytes, phase: Checking, me: int, total: Total) -> tuple[int, ...]:
     """Recompute this site's blocks of a total, as the plan's audit says; the blocks that hold.
 
     Raises:
@@ -104,7 +104,16 @@ def audit_blocks(
     if job.plan.round.audit == "spot":
         blocks = tuple(sorted({secrets.randbelow(count) for _ in range(SPOT_BLOCKS)}))
     roots = {i.sender: i.body.root for i in phase.outcome.transcript.inputs}
-    for block in blocks:
-        uploads = {member: client.fetch_block(round_id, member, block) for member in verified.survivors}
-        check_block(job, verified, roots, block, uploads, total)
+    held: list[int] = []
+
+    def go_on() -> None:
+        """From the first block that was not looked at: after a broken connection the others stand."""
+        rest = blocks[len(held) :]
+        found = client.fetch_blocks(round_id, [(member, block) for block in rest for member in verified.survivors])
+        for block in rest:
+            uploads = dict(zip(verified.survivors, islice(found, len(verified.survivors)), strict=True))
+            check_block(job, verified, roots, block, uploads, total.block(block))
+            held.append(block)
+
+    patiently(go_on, lambda: client.progress)
     return blocks

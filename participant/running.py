@@ -8,15 +8,13 @@ lines leaves a delta that is unspent, or spent and said so.
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import structlog
 
 from participant.client import Client
-from participant.fetch import audit_blocks, fetch_total
+from participant.fetch import audit_blocks, fetched_total
+from participant.patience import patiently
 from participant.phases import Checking, Masking, Projecting, Stopped
 from participant.prepare import kept_vector
 from participant.records import Joined, Step
@@ -24,7 +22,6 @@ from participant.retry import check_proofs, may_state_abort
 from participant.round import ParticipantRound, abort_step, accept_offer
 from participant.site import Site
 from privacy import faults
-from privacy.console import Unreachable
 from privacy.errors import ProtocolError, Refusal
 from privacy.job import Job
 from privacy.secagg.dialogue import FromMember, ToMember, message_name
@@ -33,23 +30,6 @@ from privacy.secagg.projection import project
 from privacy.secagg.signed import Signed
 
 log = structlog.get_logger()
-
-BACKOFF_S = (0.5, 1, 2, 4, 8, 15, 30)
-
-R = TypeVar("R")
-
-
-def patiently(call: Callable[[], R]) -> R:
-    """Repeat a call until the other end answers; a round's secrets live in this process, so nothing is given up."""
-    attempt = 0
-    while True:
-        try:
-            return call()
-        except Unreachable as error:
-            if attempt == 0:
-                log.warning("no answer, trying again", reason=str(error))
-            time.sleep(BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)])
-            attempt += 1
 
 
 def send(client: Client, job: Job, round_id: bytes, reply: FromMember) -> None:
@@ -153,7 +133,8 @@ class RoundRun:
     def _upload(self, message: Signed[MaskedInput]) -> None:
         spool = self.site.store.spool(self.job.plan.name, self.machine.context.header)
         try:
-            patiently(lambda: self.client.upload(self.round_id, message, spool))
+            bits, client = self.job.rules.bits, self.client
+            patiently(lambda: client.upload(self.round_id, message, spool, bits), lambda: client.progress)
         except (ProtocolError, Refusal) as error:
             log.warning("upload not taken", plan=self.job.plan.name, reason=str(error))
             return
@@ -163,12 +144,15 @@ class RoundRun:
 
     def _confirm(self, phase: Checking) -> None:
         """The total has the promised root and decodes, this site's blocks of it hold; then M11."""
-        site, job, survivors = self.site, self.job, len(phase.verified.survivors)
         try:
-            total = patiently(lambda: fetch_total(site, self.client, job, self.round_id, phase.outcome, survivors))
-            blocks = patiently(lambda: audit_blocks(self.client, job, self.round_id, phase, site.me, total))
+            blocks = self._audit(phase)
         except (ProtocolError, Refusal) as error:
-            log.error("the total does not hold", plan=job.plan.name, reason=str(error))
+            log.error("the total does not hold", plan=self.job.plan.name, reason=str(error))
             self.machine.phase = Stopped(str(error))
             return
         self.answer(self.machine.confirm(blocks))
+
+    def _audit(self, phase: Checking) -> tuple[int, ...]:
+        site, job, survivors = self.site, self.job, len(phase.verified.survivors)
+        with fetched_total(site, self.client, job, self.round_id, phase.outcome, survivors) as total:
+            return audit_blocks(self.client, job, self.round_id, phase, site.me, total)

@@ -8,6 +8,7 @@ Coordinator, participants and auditors must agree on all of this bit for bit, so
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 import math
@@ -25,6 +26,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
+from privacy import faults
 from privacy.errors import UserError
 from privacy.files import fsync_directory, fsync_file, rename, replace_durably
 from privacy.plan import Adapter
@@ -34,6 +36,10 @@ START_LABEL = b"veilsum/1/start-adapter\0"
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+FILES = (WEIGHTS_FILE, CONFIG_FILE)
+
+#: Coordinates that are computed at a time, which bounds the extra memory.
+TILE = 1 << 16
 
 Vector = NDArray[np.float32]
 Tensors = dict[str, NDArray[np.float32]]
@@ -116,13 +122,18 @@ def unflatten(vector: Vector, layout: Layout) -> Tensors:
     Raises:
         ValueError: the vector is not (d,) float32.
     """
+    return {name: view.copy() for name, view in _views(vector, layout).items()}
+
+
+def _views(vector: Vector, layout: Layout) -> Tensors:
+    """The trained tensors as views of the vector; raises as :func:`unflatten`."""
     if vector.shape != (layout.size,) or vector.dtype != np.float32:
         raise ValueError(f"adapter: expected float32 ({layout.size},), found {vector.dtype} {vector.shape}")
     tensors: Tensors = {}
     start = 0
     for name, shape in layout.trained:
         end = start + math.prod(shape)
-        tensors[name] = vector[start:end].reshape(shape).copy()
+        tensors[name] = vector[start:end].reshape(shape)
         start = end
     return tensors
 
@@ -193,7 +204,8 @@ def start_digest(tensors: Mapping[str, NDArray[np.float32]]) -> bytes:
     for name in sorted(tensors):
         tensor = tensors[name]
         shape = b"".join(side.to_bytes(8, "big") for side in tensor.shape)
-        for part in (name.encode(), shape, np.ascontiguousarray(tensor, dtype="<f4").tobytes()):
+        content = np.ascontiguousarray(tensor, dtype="<f4").reshape(-1).view(np.uint8).data
+        for part in (name.encode(), shape, content):
             digest.update(len(part).to_bytes(8, "big"))
             digest.update(part)
     return digest.digest()
@@ -209,14 +221,31 @@ def check_start(tensors: Mapping[str, NDArray[np.float32]], adapter: Adapter) ->
         )
 
 
-def release(start: Mapping[str, NDArray[np.float32]], mean_delta: Vector, server_lr: float, layout: Layout) -> Tensors:
+def release(
+    start: Mapping[str, NDArray[np.float32]],
+    mean_delta: Vector,
+    server_lr: float,
+    layout: Layout,
+    *,
+    in_place: bool = False,
+) -> Tensors:
     """start + server_lr * mean of the deltas, on the trained tensors; A stays. The mean, never the sum, is scaled.
 
     Computed in float64 and rounded once, elementwise, so that every member gets the coordinator's bits.
+
+    Args:
+        mean_delta: (d,) float32; with ``in_place`` the trained tensors of the result are views of it, and it is
+            overwritten: one vector of memory less.
     """
-    before = flatten(trained_part(start, layout), layout).astype(np.float64)
-    after = np.add(before, np.multiply(float(server_lr), mean_delta.astype(np.float64))).astype(np.float32)
-    return {name: start[name] for name, _ in layout.frozen} | unflatten(after, layout)
+    after = mean_delta if in_place else mean_delta.copy()
+    tensors = _views(after, layout)
+    for name, tensor in tensors.items():
+        before, part = start[name].reshape(-1), tensor.reshape(-1)
+        for low in range(0, part.size, TILE):
+            piece = part[low : low + TILE]
+            scaled = np.multiply(float(server_lr), piece.astype(np.float64))
+            piece[:] = np.add(before[low : low + TILE].astype(np.float64), scaled)
+    return {name: start[name] for name, _ in layout.frozen} | tensors
 
 
 def peft_config(adapter: Adapter, base_name: str) -> dict[str, object]:
@@ -249,23 +278,31 @@ def save_peft(directory: Path, tensors: Mapping[str, NDArray[np.float32]], *, ad
         OSError: the disk is full or the place not writable; ``directory`` is as it was.
     """
     check_tensors(tensors, layout_of(adapter))
-    files = {
-        # PEFT's own files carry this metadata; loaders outside PEFT ask for it.
-        WEIGHTS_FILE: safetensors.numpy.save(dict(tensors), metadata={"format": "pt"}),
-        CONFIG_FILE: (json.dumps(peft_config(adapter, base_name), indent=2) + "\n").encode(),
-    }
-    if directory.is_dir() and all(_content(directory / name) == content for name, content in files.items()):
-        return
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = directory.with_name(f".{directory.name}-{secrets.token_hex(8)}")
     staging.mkdir()
     try:
-        for name, content in files.items():
-            _write_synced(staging / name, content)
+        # PEFT's own files carry this metadata; loaders outside PEFT ask for it.
+        faults.point("before-write", staging / WEIGHTS_FILE)
+        safetensors.numpy.save_file(dict(tensors), staging / WEIGHTS_FILE, metadata={"format": "pt"})
+        (staging / CONFIG_FILE).write_text(json.dumps(peft_config(adapter, base_name), indent=2) + "\n")
+        if _is_same(staging, directory):
+            return
+        for name in FILES:
+            with (staging / name).open("rb+") as file:
+                fsync_file(file.fileno(), staging / name)
         fsync_directory(staging)
         _swap_in(staging, directory)
+    except SafetensorError as error:  # how its library says that the disk is full
+        raise OSError(f"cannot write {staging / WEIGHTS_FILE}: {error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _is_same(staging: Path, directory: Path) -> bool:
+    """Does ``directory`` hold these very files already?"""
+    pairs = [(staging / name, directory / name) for name in FILES]
+    return all(old.is_file() and filecmp.cmp(new, old, shallow=False) for new, old in pairs)
 
 
 def load_peft(directory: Path) -> Tensors:
@@ -286,17 +323,6 @@ def load_peft(directory: Path) -> Tensors:
         if tensor.dtype != np.float32:
             raise UserError(f"{path}: expected float32, found {tensor.dtype} in tensor {name!r}")
     return tensors
-
-
-def _content(path: Path) -> bytes | None:
-    return path.read_bytes() if path.is_file() else None
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        fsync_file(file.fileno(), path)
 
 
 def _swap_in(staging: Path, directory: Path) -> None:

@@ -65,11 +65,12 @@ def audit_release(directory: Path, roster_hash: bytes | None = None, uploads: Pa
             _recompute(job, evidence.outcome, cohort, uploads)
         confirmed[cohort.number] = [job.roster.name(v.sender) for v in evidence.votes]
         cohorts.append(cohort)
-    decoded, tensors = combine(job, cohorts)
+    combined = combine(job, cohorts)
+    tensors = combined.tensors
     found = load_peft(directory / "adapter")
     if found.keys() != tensors.keys() or not all(np.array_equal(found[k], tensors[k]) for k in tensors):
         raise ProtocolError("the adapter is not the one that the totals give")
-    return ReleaseReport(manifest(job, stage, cohorts, decoded, tensors), confirmed, _named(job, directory))
+    return ReleaseReport(manifest(job, stage, cohorts, combined), confirmed, _named(job, directory))
 
 
 def _recompute(job: Job, outcome: Outcome, cohort: VerifiedCohort, uploads: Path) -> None:
@@ -84,7 +85,7 @@ def _recompute(job: Job, outcome: Outcome, cohort: VerifiedCohort, uploads: Path
             raise UserError(f"{path}: expected an upload, found none", hint="uploads are kept until certified")
     for block in range(len(block_sizes(size))):
         shown = {member: read_block(path, size, bits, block) for member, path in files.items()}
-        check_block(job, verified, roots, block, shown, cohort.lifted)
+        check_block(job, verified, roots, block, shown, cohort.sums.block(block))
 
 
 def _named(job: Job, directory: Path) -> list[dict[str, Any]]:

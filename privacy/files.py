@@ -96,6 +96,28 @@ def cut_durably(path: Path, size: int) -> None:
         fsync_file(file.fileno(), path)
 
 
+def reserve(path: Path, length: int) -> None:
+    """A private file of ``length`` bytes whose space is taken now, so that a full disk shows here and not half-way.
+
+    What the file holds already stays.
+
+    Raises:
+        UserError: the disk is too full, or not writable.
+    """
+    with disk_errors(path):
+        created = not path.exists()
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            faults.point("before-reserve", path)
+            os.posix_fallocate(descriptor, 0, length)
+        except OSError:
+            if created:
+                path.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(descriptor)
+
+
 def make_private_directory(path: Path) -> Path:
     """Create a directory that only this account can enter."""
     with disk_errors(path):

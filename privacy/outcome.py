@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,42 @@ from privacy.adapter import Tensors, release, start_adapter, start_digest
 from privacy.errors import ProtocolError
 from privacy.job import Job
 from privacy.secagg import projection, transcript
-from privacy.secagg.masking import BLOCK, MaskStreams, block_sizes, unpack
-from privacy.secagg.messages import Evidence, Outcome
-from privacy.secagg.quantize import Decoded
+from privacy.secagg.masking import BLOCK, MaskStreams, block_sizes, packed_bytes, unpack
+from privacy.secagg.messages import Evidence, Outcome, OutcomeVote
+from privacy.secagg.quantize import Quantizer, mean_loss
+from privacy.secagg.signed import Signed
 from privacy.secagg.transcript import VerifiedTranscript
-from privacy.vectors import file_root, read_total
+from privacy.vectors import block_start, read_blocks
 
 Facts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Total:
+    """A verified total on this disk, packed; read again tile by tile, so that memory does not grow with it."""
+
+    path: Path
+    quantizer: Quantizer
+
+    def tiles(self) -> Iterator[NDArray[np.int64]]:
+        """Its signed integers, (d + extras,) in all, block by block."""
+        size, bits = self.quantizer.total_size, self.quantizer.bits
+        for block, count in zip(read_blocks(self.path, size, bits), block_sizes(size), strict=True):
+            yield self.quantizer.lift(unpack(block, count, bits))
+
+    def block(self, index: int) -> NDArray[np.int64]:
+        """The signed integers of one block."""
+        bits, count = self.quantizer.bits, block_sizes(self.quantizer.total_size)[index]
+        with self.path.open("rb") as file:
+            file.seek(block_start(index, bits))
+            return self.quantizer.lift(unpack(file.read(packed_bytes(count, bits)), count, bits))
+
+    def extras(self) -> NDArray[np.int64]:
+        """The coordinates behind the delta."""
+        size = self.quantizer.size
+        first = size // BLOCK
+        blocks = [self.block(index) for index in range(first, len(block_sizes(self.quantizer.total_size)))]
+        return np.concatenate(blocks)[size - first * BLOCK :]
 
 
 @dataclass(frozen=True)
@@ -32,23 +61,41 @@ class VerifiedCohort:
     survivors: tuple[int, ...]
     t2: bytes
     total: bytes  # H(total)
-    lifted: NDArray[np.int64]  # (d + extras,)
+    sums: Total
     #: Every block of the total was recomputed by c + 1 signers: an outcome certificate.
     certified: bool = False
     #: The random projection was made by all survivors, and holds.
     projected: bool = False
 
 
-def verify_total(job: Job, outcome: Outcome, survivors: int, path: Path) -> NDArray[np.int64]:
-    """The integer sum in a downloaded total, (d + extras,), checked against the root that M10 names.
+def verify_total(job: Job, outcome: Outcome, survivors: int, path: Path) -> Total:
+    """The integer sum in a downloaded total, checked against the root that M10 names.
 
     Raises:
         ProtocolError: another root, or a garbled total.
     """
-    size, bits = job.quantizer.total_size, job.rules.bits
-    if file_root(path, size, bits) != outcome.root:
+    quantizer, hashes, low = job.quantizer, [], 0
+    size, bits = quantizer.total_size, job.rules.bits
+    garbled: ProtocolError | None = None
+    for block, count in zip(read_blocks(path, size, bits), block_sizes(size), strict=True):
+        hashes.append(merkle.leaf_hash(block))
+        try:
+            quantizer.check_part(quantizer.lift(unpack(block, count, bits)), low, survivors)
+        except ProtocolError as error:  # a changed file is garbled too: the root says whose fault it is
+            garbled = garbled or error
+        low += count
+    if merkle.root(hashes) != outcome.root:
         raise ProtocolError("M10: the total fetched does not have the root that the outcome names")
-    return job.quantizer.checked(read_total(path, size, bits), survivors)
+    if garbled:
+        raise garbled
+    return Total(path, quantizer)
+
+
+def is_certified(job: Job, votes: Iterable[Signed[OutcomeVote]]) -> bool:
+    """Did c + 1 signers of one outcome recompute every block? (The signatures are checked elsewhere.)"""
+    checked = {vote.sender: vote.body.blocks for vote in votes}
+    blocks = len(block_sizes(job.quantizer.total_size))
+    return projection.uncertified(blocks, checked, job.rules.colluders) == 0
 
 
 def verify_cohort(job: Job, stage: int, start: bytes, evidence: Evidence, path: Path) -> VerifiedCohort:
@@ -65,18 +112,15 @@ def verify_cohort(job: Job, stage: int, start: bytes, evidence: Evidence, path: 
     verified = transcript.verify_transcript(context, outcome.transcript)
     if outcome.total != transcript.total_hash(verified.t2, outcome.root):
         raise ProtocolError("M10: the hash of the total does not belong to its Merkle root")
-    lifted = verify_total(job, outcome, len(verified.survivors), path)
+    sums = verify_total(job, outcome, len(verified.survivors), path)
     for vote in evidence.votes:
         transcript.check_outcome_vote(context, verified.survivors, verified.t2, outcome.total, vote)
         transcript.check_nonce(verified.cohort, vote)
-    blocks = len(block_sizes(job.quantizer.total_size))
-    checked = {vote.sender: vote.body.blocks for vote in evidence.votes}
-    certified = projection.uncertified(blocks, checked, job.rules.colluders) == 0
-    projected = _verify_projection(verified, evidence, lifted)
-    return VerifiedCohort(header.round, verified.survivors, verified.t2, outcome.total, lifted, certified, projected)
+    certified, projected = is_certified(job, evidence.votes), _verify_projection(verified, evidence, sums)
+    return VerifiedCohort(header.round, verified.survivors, verified.t2, outcome.total, sums, certified, projected)
 
 
-def _verify_projection(verified: VerifiedTranscript, evidence: Evidence, lifted: NDArray[np.int64]) -> bool:
+def _verify_projection(verified: VerifiedTranscript, evidence: Evidence, sums: Total) -> bool:
     """``False`` where the projection was not made; raises where it was and does not hold."""
     if not evidence.projection:
         return False
@@ -87,13 +131,24 @@ def _verify_projection(verified: VerifiedTranscript, evidence: Evidence, lifted:
     for share in evidence.projection:
         transcript.check_projection(verified.cohort.context, verified.survivors, verified.t2, total, share)
     key = projection.challenge({v.sender: v.body.nonce for v in evidence.votes}, total)
-    if sum(share.body.value for share in evidence.projection) % projection.WORD != projection.project(key, lifted):
+    if sum(share.body.value for share in evidence.projection) % projection.WORD != projection.project(
+        key, sums.tiles()
+    ):
         raise ProtocolError("the random projection of the total is not that of the inputs: the total is wrong")
     return True
 
 
-def combine(job: Job, cohorts: Sequence[VerifiedCohort]) -> tuple[Decoded, Tensors]:
-    """The mean over disjoint cohorts and the adapter it gives: start + server_lr * mean.
+@dataclass(frozen=True)
+class Combined:
+    """The release of a stage: the whole adapter, and what the totals say beside it."""
+
+    tensors: Tensors
+    weight: int
+    loss: float
+
+
+def combine(job: Job, cohorts: Sequence[VerifiedCohort]) -> Combined:
+    """The mean over disjoint cohorts and the adapter it gives: start + server_lr * mean. O(d) memory: the adapter.
 
     Raises:
         ProtocolError: no cohorts, or one member in two of them.
@@ -101,34 +156,51 @@ def combine(job: Job, cohorts: Sequence[VerifiedCohort]) -> tuple[Decoded, Tenso
     members = [m for cohort in cohorts for m in cohort.survivors]
     if not members or len(set(members)) != len(members):
         raise ProtocolError("expected disjoint cohorts in a release, found a member twice or none at all")
-    decoded = job.quantizer.decode_sum(np.sum([c.lifted for c in cohorts], axis=0, dtype=np.int64), len(members))
-    tensors = release(start_adapter(job.plan.adapter), decoded.mean, job.plan.aggregation.server_lr, job.layout)
-    return decoded, tensors
+    weight, loss = _weight_and_loss(job, cohorts)
+    start, mean = start_adapter(job.plan.adapter), _mean(job, cohorts, weight)
+    tensors = release(start, mean, job.plan.aggregation.server_lr, job.layout, in_place=True)
+    return Combined(tensors, weight, loss)
 
 
-def manifest(job: Job, stage: int, cohorts: Sequence[VerifiedCohort], decoded: Decoded, tensors: Tensors) -> Facts:
+def _weight_and_loss(job: Job, cohorts: Sequence[VerifiedCohort]) -> tuple[int, float]:
+    limbs = np.add.reduce([c.sums.extras() for c in cohorts])
+    extras = job.quantizer.decode_extras(limbs, sum(len(c.survivors) for c in cohorts))
+    return extras["weight"], mean_loss(extras)
+
+
+def _mean(job: Job, cohorts: Sequence[VerifiedCohort], weight: int) -> NDArray[np.float32]:
+    """Weighted mean delta (d,) float32 over all cohorts, tile by tile."""
+    mean, low = np.empty(job.quantizer.size, np.float32), 0
+    for tiles in zip(*(c.sums.tiles() for c in cohorts), strict=True):
+        lifted = np.add.reduce(tiles)[: job.quantizer.size - low]
+        mean[low : low + len(lifted)] = job.quantizer.decode_part(lifted, weight)
+        low += len(lifted)
+    return mean
+
+
+def manifest(job: Job, stage: int, cohorts: Sequence[VerifiedCohort], combined: Combined) -> Facts:
     """What a release says about itself, the same at coordinator and sites."""
     return {
         "plan": job.plan.name,
         "plan_digest": job.plan_file.digest.hex(),
         "stage": stage,
         "base": {"name": job.plan.base.name, "digest": job.plan.base.digest},
-        "adapter_digest": start_digest(tensors).hex(),
+        "adapter_digest": start_digest(combined.tensors).hex(),
         "coordinates": job.quantizer.size,
-        "total_weight": decoded.weight,
-        "training_loss": round(decoded.loss, 6),
+        "total_weight": combined.weight,
+        "training_loss": round(combined.loss, 6),
         "cohorts": [_cohort(job, cohort) for cohort in cohorts],
     }
 
 
 def _cohort(job: Job, cohort: VerifiedCohort) -> Facts:
-    alone = job.quantizer.decode_sum(cohort.lifted, len(cohort.survivors))
+    weight, loss = _weight_and_loss(job, [cohort])
     return {
         "round": cohort.number,
         "survivors": [job.roster.name(m) for m in cohort.survivors],
         "total": cohort.total.hex(),
-        "total_weight": alone.weight,
-        "training_loss": round(alone.loss, 6),
+        "total_weight": weight,
+        "training_loss": round(loss, 6),
         "certified": cohort.certified,
         "projection": "holds" if cohort.projected else "inconclusive",
     }
@@ -140,14 +212,14 @@ def check_block(
     roots: Mapping[int, bytes],
     block: int,
     uploads: Mapping[int, tuple[bytes, Sequence[bytes]]],
-    total: NDArray[np.int64],
+    expected: NDArray[np.int64],
 ) -> None:
     """Recompute one block of a total from the uploads that were committed before U3 was signed.
 
     Args:
         roots: survivor -> Merkle root of its M5.
         uploads: survivor -> (packed block, Merkle path).
-        total: (d + extras,) signed integers, already checked against the root of M10.
+        expected: the signed integers of this block, of a total already checked against the root of M10.
 
     Raises:
         ProtocolError: a block is not the committed one, or the sum without its masks is not the total.
@@ -161,5 +233,5 @@ def check_block(
         tile += unpack(data, counts[block], bits)
     off = verified.streams.inverse()
     MaskStreams(off.plus, off.minus, bits, block * BLOCK).apply(tile)
-    if not np.array_equal(job.quantizer.lift(tile), total[block * BLOCK : block * BLOCK + counts[block]]):
+    if not np.array_equal(job.quantizer.lift(tile), expected):
         raise ProtocolError(f"audit: block {block} of the total is not the sum of the uploads")

@@ -24,6 +24,11 @@ def upload_name(member: int) -> str:
     return f"upload-{member}.bin"
 
 
+def block_start(block: int, bits: int) -> int:
+    """Byte at which a block of a packed vector begins."""
+    return block * packed_bytes(BLOCK, bits)
+
+
 def read_blocks(path: Path, size: int, bits: int) -> Iterator[bytes]:
     """The packed blocks of a vector file of ``size`` coordinates.
 
@@ -65,7 +70,7 @@ def read_block(path: Path, size: int, bits: int, block: int) -> tuple[bytes, tup
     if not 0 <= block < len(counts):
         raise Refusal(f"expected a block below {len(counts)}, found {block}")
     with path.open("rb") as file:
-        file.seek(block * packed_bytes(BLOCK, bits))
+        file.seek(block_start(block, bits))
         data = file.read(packed_bytes(counts[block], bits))
     return data, merkle.path(_leaf_hashes(path, size, bits), block)
 

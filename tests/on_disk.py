@@ -7,7 +7,7 @@ opening it again, and cuts the coordinator's power right after an event was stor
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -21,8 +21,9 @@ from coordinator.engine import Engine
 from coordinator.running import Running
 from coordinator.store import Event
 from coordinator.uploads import Uploads
+from coordinator.work import Worker
 from demo.federation import Federation
-from participant.client import Client, seen_hash
+from participant.client import Block, Client, seen_hash
 from participant.daemon import Daemon
 from participant.records import Record
 from participant.running import RoundRun
@@ -36,7 +37,7 @@ from privacy.secagg.dialogue import FromMember, ToMember
 from privacy.secagg.messages import MaskedInput
 from privacy.secagg.signed import Signed
 from privacy.vectors import read_total
-from privacy.wire.transport import CHUNK_BYTES
+from privacy.wire.transport import chunk_bytes
 from tests.test_end_to_end import POLICY, SITE, toy_plan
 
 R = TypeVar("R")
@@ -51,7 +52,7 @@ class Direct(Client):
     """A site's client that calls the engine in this process, and remembers what was sent."""
 
     def __init__(self, world: OnDisk, me: int) -> None:
-        self.world, self.me = world, me
+        self.world, self.me, self.progress = world, me, 0
         self.sent: list[FromMember] = []
 
     def ready(self, plan: bytes, stage: int) -> tuple[int, int]:
@@ -61,15 +62,15 @@ class Direct(Client):
         self.sent.append(message)
         self.world.call(lambda: self.world.engine.receive(round_id, message))
 
-    def upload(self, round_id: bytes, message: Signed[MaskedInput], spool: Path) -> None:
+    def upload(self, round_id: bytes, message: Signed[MaskedInput], spool: Path, bits: int) -> None:  # noqa: ARG002
         self.sent.append(message)
         self.world.call(lambda: self.put(round_id, message, spool.read_bytes()))
 
     def put(self, round_id: bytes, message: Signed[MaskedInput], content: bytes) -> None:
         """M5 with these bytes, whatever its root says."""
-        uploads = self.world.uploads
-        for offset in range(uploads.begin(round_id, message), len(content), CHUNK_BYTES):
-            uploads.put(round_id, self.me, offset, memoryview(content)[offset : offset + CHUNK_BYTES])
+        uploads, size = self.world.uploads, chunk_bytes(self.world.job.rules.bits)
+        for offset in range(uploads.begin(round_id, message), len(content), size):
+            uploads.put(round_id, self.me, offset, memoryview(content)[offset : offset + size])
         uploads.finish(round_id, message)
 
     def fetch_total(self, round_id: bytes, length: int, target: Path) -> None:  # noqa: ARG002
@@ -78,8 +79,8 @@ class Direct(Client):
             raise Refusal("this round has no total")  # as the service says it
         target.write_bytes(store.total(round_id).read_bytes())
 
-    def fetch_block(self, round_id: bytes, member: int, block: int) -> tuple[bytes, tuple[bytes, ...]]:
-        return self.world.engine.upload_block(round_id, member, block)
+    def fetch_blocks(self, round_id: bytes, wanted: Sequence[tuple[int, int]]) -> Iterator[Block]:
+        return (self.world.engine.upload_block(round_id, member, block) for member, block in wanted)
 
 
 @dataclass
@@ -126,7 +127,7 @@ class OnDisk:
             self.engine.store.close()
         self.engine = open_engine(config.load_home(self.federation.coordinator))
         self.engine.clock = lambda: time.time() + self.later
-        self.uploads = Uploads(self.engine, 16)
+        self.uploads, self.worker = Uploads(self.engine, 16), Worker(self.engine)
         write = self.engine.store.add_event
 
         def stored(round_id: bytes, event: Event, at: float) -> None:
@@ -149,7 +150,7 @@ class OnDisk:
     @property
     def rounds(self) -> list[Running]:
         """The rounds of the stage, oldest first."""
-        return self.engine._stage_rounds(self.digest, 1)
+        return self.engine.stage_rounds(self.digest, 1)
 
     @property
     def phase(self) -> phases.Phase:
@@ -220,7 +221,7 @@ class OnDisk:
     def work(self) -> bool:
         """Fold and unmask what waits for it."""
         try:
-            return self.engine.work()
+            return self.worker.work()
         except PowerCut:
             self.open()
             return True

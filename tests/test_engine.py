@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import participant.patience
 import participant.running
 from coordinator import phases
 from coordinator.store import Event
@@ -29,7 +30,7 @@ THREE = {"policy": dict(POLICY) | {"min_cohort": 3}, "plan": toy_plan().replace(
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(participant.running, "BACKOFF_S", (0.0,))
+    monkeypatch.setattr(participant.patience, "BACKOFF_S", (0.0,))
 
 
 @pytest.fixture
@@ -235,15 +236,15 @@ def test_an_upload_with_a_wrong_root_is_refused_and_can_be_sent_again(
 
 def test_an_upload_is_not_finished_before_all_of_it_is_here(world: OnDisk, monkeypatch: pytest.MonkeyPatch) -> None:
     round_id, message, content = held_back(world, monkeypatch)
-    with pytest.raises(ProtocolError, match="expected BeginUpload first"):
+    with pytest.raises(UserError, match="expected BeginUpload first"):
         world.uploads.put(round_id, 4, 0, memoryview(content))
-    with pytest.raises(ProtocolError, match="expected all chunks before FinishUpload"):
+    with pytest.raises(UserError, match="expected BeginUpload first"):
         world.uploads.finish(round_id, message)
     world.uploads.begin(round_id, message)
     for offset, payload in ((0, content[:-1]), (len(content), b"x"), (0, content + b"x")):
         with pytest.raises(ProtocolError, match="chunk of member 4 at"):
             world.uploads.put(round_id, 4, offset, memoryview(payload))
-    with pytest.raises(ProtocolError, match="expected all chunks before FinishUpload"):
+    with pytest.raises(UserError, match=f"expected {len(content)} bytes, found 0"):
         world.uploads.finish(round_id, message)
 
 
@@ -256,7 +257,7 @@ def test_another_upload_after_a_power_cut_does_not_replace_the_one_that_was_coun
     world.run(phases.Uploading)
     world.cut = lambda event: event.kind == "message" and name_of(event) == "M5"
     with monkeypatch.context() as patch:
-        patch.setattr(participant.running, "patiently", lambda call: call())
+        patch.setattr(participant.running, "patiently", lambda call, *_: call())
         with pytest.raises(Unreachable):
             world.tell(4)
     world.cut = lambda _event: False

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from coordinator import phases
 from privacy import merkle
@@ -103,6 +104,11 @@ def finished() -> Finished:
     return Finished(simulation, evidence, verified, lifted)
 
 
+def part(total: NDArray[np.int64], block: int) -> NDArray[np.int64]:
+    """One block of a total."""
+    return total[block * BLOCK : (block + 1) * BLOCK]
+
+
 def job_of_size(size: int) -> Job:
     """A job whose vectors have ``size`` coordinates; only sizes and bits of it are used here."""
     roster = ["federation = 'f'", f"coordinator = '{'9' * 64}'", "[policy]"]
@@ -127,7 +133,7 @@ def roots() -> dict[int, bytes]:
 
 @pytest.mark.parametrize("block", [0, 1, 2])
 def test_a_block_recomputed_from_the_uploads_is_that_of_the_total(block: int) -> None:
-    check_block(job_of_size(SIZE), finished().verified, roots(), block, uploads(block), finished().total)
+    check_block(job_of_size(SIZE), finished().verified, roots(), block, uploads(block), part(finished().total, block))
 
 
 @pytest.mark.parametrize("coordinate", [0, BLOCK, SIZE - 1])
@@ -136,7 +142,7 @@ def test_a_total_with_one_wrong_coordinate_fails_the_audit_of_its_block(coordina
     wrong[coordinate] += 1
     block = coordinate // BLOCK
     with pytest.raises(ProtocolError, match=f"block {block} of the total is not the sum of the uploads"):
-        check_block(job_of_size(SIZE), finished().verified, roots(), block, uploads(block), wrong)
+        check_block(job_of_size(SIZE), finished().verified, roots(), block, uploads(block), part(wrong, block))
 
 
 def test_an_upload_other_than_the_committed_one_fails_the_audit() -> None:
@@ -144,12 +150,12 @@ def test_an_upload_other_than_the_committed_one_fails_the_audit() -> None:
     data, path = shown[0]
     shown[0] = (bytes([data[0] ^ 1]) + data[1:], path)
     with pytest.raises(ProtocolError, match="block 1 is not the one that member 0 committed to"):
-        check_block(job_of_size(SIZE), finished().verified, roots(), 1, shown, finished().total)
+        check_block(job_of_size(SIZE), finished().verified, roots(), 1, shown, part(finished().total, 1))
 
 
 def test_a_block_shown_in_place_of_another_fails_the_audit() -> None:
     with pytest.raises(ProtocolError, match="is not the one that member 0 committed to"):
-        check_block(job_of_size(SIZE), finished().verified, roots(), 0, uploads(1), finished().total)
+        check_block(job_of_size(SIZE), finished().verified, roots(), 0, uploads(1), part(finished().total, 0))
 
 
 # --- verify_cohort on evidence --------------------------------------------------------------------------------------
@@ -197,9 +203,9 @@ def total_file(path: Path) -> Path:
 def verified(evidence: Evidence, path: Path) -> tuple[bool, bool]:
     job, _, _ = small()
     found = verify_cohort(job, 1, bytes.fromhex(job.plan.adapter.digest), evidence, path)
-    decoded, tensors = combine(job, [found])
-    assert decoded.weight == sum(10 + i for i in range(N))
-    assert manifest(job, 1, [found], decoded, tensors)["cohorts"][0]["survivors"] == [f"m{i}" for i in range(N)]
+    combined = combine(job, [found])
+    assert combined.weight == sum(10 + i for i in range(N))
+    assert manifest(job, 1, [found], combined)["cohorts"][0]["survivors"] == [f"m{i}" for i in range(N)]
     return found.certified, found.projected
 
 

@@ -217,7 +217,8 @@ def test_what_the_coordinator_stored_is_there_after_a_restart(tmp_path: Path) ->
     for event in events:
         store.add_event(X, event, 6.0)
     store.add_event(Y, Event("abort", b"another round"), 6.0)
-    store.set_round_state(X, "aborted", "a reason", 3)
+    ended = replace(ROW, state="aborted", reason="a reason", culprit=3)
+    assert store.end_round(ROW, "aborted", "a reason", 3, ()) == ended
     store.count_traffic(X, 2, sent=5)
     store.count_traffic(X, 2, sent=2, received=7, chunks=1)
     store.close()
@@ -226,12 +227,13 @@ def test_what_the_coordinator_stored_is_there_after_a_restart(tmp_path: Path) ->
     assert (plan.digest, plan.name, plan.toml, plan.state, plan.submitted) == (Y, "toy", b"raw", "open", 1.5)
     assert again.ready(Y, 1) == {2: 3.0, 0: 4.0}
     assert again.ready(Y, 2) == {}
-    assert again.rounds() == again.rounds(Y) == [replace(ROW, state="aborted", reason="a reason", culprit=3)]
+    assert again.rounds() == again.rounds(Y) == [ended]
     assert again.rounds(X) == []
     assert list(again.events(X)) == events
     assert again.traffic(X) == {2: (7, 7, 1)}
-    again.drop_ready(Y, 1, (2, 5))
+    again.end_round(ROW, "released", "", None, (2, 5))
     assert again.ready(Y, 1) == {0: 4.0}
+    assert [plan.state for plan in again.plans()] == ["released"]
 
 
 def test_a_receipt_is_given_once_and_never_changes(tmp_path: Path) -> None:
@@ -260,13 +262,13 @@ def test_two_rounds_of_one_number_are_refused(tmp_path: Path) -> None:
         store.add_round(replace(ROW, id=Y))
 
 
-@pytest.mark.parametrize("version", [2, 99, -1])
+@pytest.mark.parametrize("version", [3, 99, -1])
 def test_a_database_of_another_version_is_refused_and_left_alone(tmp_path: Path, version: int) -> None:
     database(tmp_path).close()
     raw = sqlite3.connect(tmp_path / "state.db")
     raw.execute(f"pragma user_version={version}")
     raw.close()
-    with pytest.raises(UserError, match=f"expected a database of version 1, found {version}") as caught:
+    with pytest.raises(UserError, match=f"expected a database of version 2 or older, found {version}") as caught:
         database(tmp_path)
     assert "run the version of veilsum that wrote it" in caught.value.hint
 

@@ -134,9 +134,14 @@ class Quantizer:
         if total.shape != (self.total_size,):
             raise ProtocolError(f"expected a total of {self.total_size} coordinates, found {total.shape}")
         lifted = self.lift(total)
-        if np.abs(lifted).max(initial=0) > survivors * self.qmax or (lifted[self.size :] < 0).any():
-            raise ProtocolError(f"garbled total: a coordinate lies beyond |U3| * Qmax = {survivors * self.qmax}")
+        self.check_part(lifted, 0, survivors)
         return lifted
+
+    def check_part(self, lifted: NDArray[np.int64], low: int, survivors: int) -> None:
+        """Check the part of a lifted total that begins at coordinate ``low``; raises as :meth:`checked`."""
+        largest = max(int(lifted.max(initial=0)), -int(lifted.min(initial=0)))
+        if largest > survivors * self.qmax or (lifted[max(0, self.size - low) :] < 0).any():
+            raise ProtocolError(f"garbled total: a coordinate lies beyond |U3| * Qmax = {survivors * self.qmax}")
 
     def decode(self, total: NDArray[np.uint32], survivors: int) -> Decoded:
         """Mean delta and extras of one unmasked total (d + extras,) uint32, exact; raises as :meth:`checked`."""
@@ -148,17 +153,27 @@ class Quantizer:
         Raises:
             ProtocolError: a total weight that so many members cannot have.
         """
-        extras, at = {}, self.size
+        extras = self.decode_extras(lifted[self.size :], survivors)
+        return Decoded(self.decode_part(lifted[: self.size], extras["weight"]), extras["weight"], extras)
+
+    def decode_extras(self, limbs: NDArray[np.int64], survivors: int) -> dict[str, int]:
+        """The summed extras from the last coordinates of checked totals, ``weight`` among them; raises as
+        :meth:`decode_sum`."""
+        extras, at = {}, 0
         for extra in self.extras:
             count = self.limbs(extra)
-            extras[extra.name] = sum(int(v) << k * self.limb_bits for k, v in enumerate(lifted[at : at + count]))
+            extras[extra.name] = sum(int(v) << k * self.limb_bits for k, v in enumerate(limbs[at : at + count]))
             at += count
-        weight = extras.get("weight", 0)
+        weight = extras.setdefault("weight", 0)
         if not survivors <= weight <= survivors * self.max_weight:
             raise ProtocolError(f"garbled total: {survivors} members cannot have a total weight of {weight}")
+        return extras
+
+    def decode_part(self, lifted: NDArray[np.int64], weight: int) -> NDArray[np.float32]:
+        """The weighted mean over any part of the delta's coordinates in a sum of checked totals."""
         # Elementwise float64 operations only, which IEEE 754 fixes: every site computes the same bits.
-        mean = lifted[: self.size] * (self.clip * self.max_weight) / (self.qmax * float(weight))
-        return Decoded(mean.astype(np.float32), weight, extras)
+        mean = lifted * (self.clip * self.max_weight) / (self.qmax * float(weight))
+        return mean.astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -172,7 +187,12 @@ class Decoded:
     @property
     def loss(self) -> float:
         """Weighted mean training loss of the cohort, nats per example."""
-        return self.extras["loss"] / LOSS_SCALE / self.weight
+        return mean_loss(self.extras)
+
+
+def mean_loss(extras: Mapping[str, int]) -> float:
+    """Weighted mean training loss in summed extras, nats per example."""
+    return extras["loss"] / LOSS_SCALE / extras["weight"]
 
 
 def quantizer_for(plan: Plan, size: int) -> Quantizer:

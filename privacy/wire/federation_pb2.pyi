@@ -261,16 +261,20 @@ class UploadState(google.protobuf.message.Message):
 
     RECEIVED_FIELD_NUMBER: builtins.int
     FINISHED_FIELD_NUMBER: builtins.int
+    WINDOW_FIELD_NUMBER: builtins.int
     received: builtins.int
     """bytes durable, from the start"""
     finished: builtins.bool
+    window: builtins.int
+    """chunks that may be in flight"""
     def __init__(
         self,
         *,
         received: builtins.int = ...,
         finished: builtins.bool = ...,
+        window: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["finished", b"finished", "received", b"received"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["finished", b"finished", "received", b"received", "window", b"window"]) -> None: ...
 
 Global___UploadState: typing_extensions.TypeAlias = UploadState
 

@@ -129,7 +129,8 @@ class FederationServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def FinishUpload(self, request, context):
-        """Raw bytes: round id (32), offset (8, big-endian), payload. Idempotent; the reply is empty.
+        """Raw bytes: round id (32), offset (8, big-endian), payload: whole blocks, at most 2 MiB. Idempotent. The reply is one
+        byte: how many chunks this upload may have in flight from now on.
         rpc PutChunk(bytes) returns (bytes) -- registered beside these, without protobuf around the payload.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from privacy.errors import ProtocolError
+from privacy.secagg.masking import BLOCK, packed_bytes
 
 SERVICE = "veilsum.v1.Federation"
 PUT_CHUNK = f"/{SERVICE}/PutChunk"
 
-#: Payload of one chunk; with its header it stays below the 8 MiB that either end receives.
-CHUNK_BYTES = 4 << 20
+#: Payload of one chunk at most: whole packed blocks that come near to it, so that each chunk can be hashed alone.
+MOST_CHUNK_BYTES = 2 << 20
 CHUNK_HEADER = 32 + 8  # round id, offset
-MAX_REQUEST = 8 << 20
+#: Chunks in flight of one upload at most: 16 MiB, as fast as one stream at 200 ms round trip.
+WINDOW = 8
+MAX_REQUEST = 4 << 20
 #: What a member takes from the coordinator in one message: M10 of a cohort of 128 with many dropouts is about 20 MiB.
 MAX_REPLY = 64 << 20
 
@@ -36,20 +39,40 @@ CLIENT_OPTIONS = (
 )
 
 
+def chunk_bytes(bits: int) -> int:
+    """Payload of every chunk but the last, in bytes: a number of whole blocks."""
+    return MOST_CHUNK_BYTES // packed_bytes(BLOCK, bits) * packed_bytes(BLOCK, bits)
+
+
 def put_chunk(round_id: bytes, offset: int, payload: bytes) -> bytes:
     """One upload chunk on the wire."""
     return round_id + offset.to_bytes(8, "big") + payload
 
 
 def read_chunk(data: bytes) -> tuple[bytes, int, memoryview]:
-    """(round id, offset, payload) of a chunk.
+    """(round id, offset, payload) of a chunk; where chunks begin depends on the round and is checked there.
 
     Raises:
-        ProtocolError: too short, too long, or not at a multiple of the chunk size.
+        ProtocolError: too short or too long.
     """
-    if not CHUNK_HEADER < len(data) <= CHUNK_HEADER + CHUNK_BYTES:
-        raise ProtocolError(f"expected a chunk of at most {CHUNK_BYTES} bytes behind its header, found {len(data)}")
-    offset = int.from_bytes(data[32:CHUNK_HEADER], "big")
-    if offset % CHUNK_BYTES:
-        raise ProtocolError(f"expected a chunk at a multiple of {CHUNK_BYTES}, found offset {offset}")
-    return data[:32], offset, memoryview(data)[CHUNK_HEADER:]
+    if not CHUNK_HEADER < len(data) <= CHUNK_HEADER + MOST_CHUNK_BYTES:
+        raise ProtocolError(
+            f"expected a chunk of 1 to {MOST_CHUNK_BYTES} bytes behind its header of {CHUNK_HEADER}, found {len(data)}"
+        )
+    return data[:32], int.from_bytes(data[32:CHUNK_HEADER], "big"), memoryview(data)[CHUNK_HEADER:]
+
+
+def chunk_reply(window: int) -> bytes:
+    """What answers a chunk: how many chunks this upload may have in flight from now on."""
+    return bytes([window])
+
+
+def read_chunk_reply(data: bytes) -> int:
+    """The window in the reply to a chunk.
+
+    Raises:
+        ProtocolError: not one byte from 1 to the largest window.
+    """
+    if len(data) != 1 or not 1 <= data[0] <= WINDOW:
+        raise ProtocolError(f"expected a window of 1 to {WINDOW} in answer to a chunk, found {data[:8].hex()!r}")
+    return data[0]

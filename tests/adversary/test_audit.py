@@ -30,7 +30,7 @@ from privacy.secagg.transcript import VerifiedTranscript
 from tests.adversary.world import signed_by
 from tests.on_disk import OnDisk
 from tests.simulation import Simulation
-from tests.test_outcome import job_of_size, quantised, small
+from tests.test_outcome import job_of_size, part, quantised, small
 
 N, C, COLLUDER, DROPOUT = 5, 1, 4, 3
 BLOCKS = 4
@@ -72,7 +72,7 @@ class Ended:
         return {i.sender: i.body.root for i in self.outcome.transcript.inputs}
 
     def audit(self, block: int, total: NDArray[np.int64]) -> None:
-        check_block(job_of_size(SIZE), self.verified, self.roots(), block, self.shown(block), total)
+        check_block(job_of_size(SIZE), self.verified, self.roots(), block, self.shown(block), part(total, block))
 
     def dealt(self, member: int) -> tuple[int, ...]:
         return projection.dealt_blocks(BLOCKS, self.verified.survivors, member, C)
@@ -247,10 +247,10 @@ def test_two_blocks_swapped_in_every_upload_fail_the_audit() -> None:
     round_ = shared()
     job, shown = job_of_size(SIZE), round_.shown(1)
     with pytest.raises(ProtocolError, match="block 0 is not the one that member 0 committed to"):
-        check_block(job, round_.verified, round_.roots(), 0, shown, round_.total)
+        check_block(job, round_.verified, round_.roots(), 0, shown, part(round_.total, 0))
     paths = {m: (shown[m][0], round_.shown(0)[m][1]) for m in shown}
     with pytest.raises(ProtocolError, match="block 0 is not the one that member 0 committed to"):
-        check_block(job, round_.verified, round_.roots(), 0, paths, round_.total)
+        check_block(job, round_.verified, round_.roots(), 0, paths, part(round_.total, 0))
 
 
 def test_the_uploads_of_two_members_swapped_fail_the_audit() -> None:
@@ -259,7 +259,7 @@ def test_the_uploads_of_two_members_swapped_fail_the_audit() -> None:
     shown = round_.shown(2)
     shown[0], shown[1] = shown[1], shown[0]
     with pytest.raises(ProtocolError, match="block 2 is not the one that member 0 committed to"):
-        check_block(job_of_size(SIZE), round_.verified, round_.roots(), 2, shown, round_.total)
+        check_block(job_of_size(SIZE), round_.verified, round_.roots(), 2, shown, part(round_.total, 2))
 
 
 def test_an_upload_made_to_fit_an_invented_total_fails_the_audit() -> None:
@@ -269,7 +269,7 @@ def test_an_upload_made_to_fit_an_invented_total_fails_the_audit() -> None:
     data, path = shown[COLLUDER]
     shown[COLLUDER] = (bytes([(data[0] + 1) % 256]) + data[1:], path)
     with pytest.raises(ProtocolError, match=f"block 0 is not the one that member {COLLUDER} committed to"):
-        check_block(job_of_size(SIZE), round_.verified, round_.roots(), 0, shown, invented(0))
+        check_block(job_of_size(SIZE), round_.verified, round_.roots(), 0, shown, part(invented(0), 0))
 
 
 @pytest.fixture(scope="module")
