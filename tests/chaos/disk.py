@@ -1,4 +1,4 @@
-"""What lies on the disks, read while the processes run and never written: records of sites, events of the coordinator."""
+"""What lies on the disks, read while the processes run, never written: records of sites, events of the coordinator."""
 
 from __future__ import annotations
 

@@ -16,13 +16,14 @@ import grpc
 from participant.enrol import AUTHORITY, TLS_CERTIFICATE, TLS_KEY
 from participant.records import Spent
 from privacy.identity import load_identity
+from privacy.plan import Plan
 from privacy.secagg.dialogue import FromMember
 from privacy.secagg.messages import MaskedInput, Shares
 from privacy.secagg.signed import Signed, sign
 from privacy.wire import federation_pb2 as pb
 from privacy.wire.convert import to_wire
 from privacy.wire.federation_pb2_grpc import FederationStub
-from privacy.wire.transport import CHUNK_BYTES, CLIENT_OPTIONS, PUT_CHUNK, put_chunk
+from privacy.wire.transport import CLIENT_OPTIONS, PUT_CHUNK, chunk_bytes, put_chunk
 from tests.chaos.disk import messages, records
 from tests.chaos.world import World
 
@@ -34,9 +35,9 @@ BURST = 8
 class Echo(threading.Thread):
     """Repeats what one site said, until stopped."""
 
-    def __init__(self, world: World, name: str, seed: int) -> None:
+    def __init__(self, world: World, name: str, plan: Plan, seed: int) -> None:
         super().__init__(daemon=True)
-        self._world, self._name = world, name
+        self._world, self._plan, self._bits = world, plan.name, plan.round.bits
         self._rng = random.Random(seed)
         self._stopped = threading.Event()
         self._told: set[str] = set()
@@ -77,7 +78,7 @@ class Echo(threading.Thread):
 
     def _repeat_upload(self) -> None:
         """The chunks of this site's newest spool, shuffled, some twice; before, while or after it uploads itself."""
-        spent = [r for r in records(self._site) if isinstance(r, Spent)]
+        spent = [r for r in records(self._site) if isinstance(r, Spent) and r.plan == self._plan]
         if not spent:
             return
         header = spent[-1].header
@@ -91,12 +92,13 @@ class Echo(threading.Thread):
         request = pb.UploadRequest(round=header.hash(), input=to_wire(message, Signed[MaskedInput]))
         if not self._try(lambda: self._stub.BeginUpload(request, timeout=TIMEOUT_S)):
             return
-        offsets = list(range(0, len(packed), CHUNK_BYTES))
+        size = chunk_bytes(self._bits)
+        offsets = list(range(0, len(packed), size))
         again = offsets + self._rng.sample(offsets, len(offsets) // 2)
         self._rng.shuffle(again)
         taken = 0
         for offset in again:
-            chunk = put_chunk(header.hash(), offset, packed[offset : offset + CHUNK_BYTES])
+            chunk = put_chunk(header.hash(), offset, packed[offset : offset + size])
             taken += self._try(lambda: self._chunk(chunk, timeout=TIMEOUT_S))  # noqa: B023
         taken += self._try(lambda: self._stub.FinishUpload(request, timeout=TIMEOUT_S))
         if taken:

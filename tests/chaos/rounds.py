@@ -122,7 +122,7 @@ def run_plan(world: World, plan: PlanFile, schedule: Schedule, seed: int) -> Res
     receipts = Receipts(repeated={schedule.echo} if schedule.echo else set())
     world.forget_traces()
     world.failures.clear()
-    echo = Echo(world, schedule.echo, seed) if schedule.echo else None
+    echo = Echo(world, schedule.echo, plan.plan, seed) if schedule.echo else None
     begin(world, schedule)
     world.submit(plan)
     if echo is not None:
@@ -158,7 +158,7 @@ def run_batch(batch: Batch, seed: int, done: Callable[[Result], None]) -> None:
         for i, schedule in enumerate(batch.plans, 1)
     ]
     with tempfile.TemporaryDirectory(prefix="chaos-") as directory:
-        world = World(Path(directory), batch.shape, plans, seed, batch.disk_mb)
+        world = World(Path(directory), batch.shape, plans, seed, batch.disk_mb, keep_uploads=batch.number % 2 == 1)
         try:
             world.start()
             for number, (plan, schedule) in enumerate(zip(plans, batch.plans, strict=True)):

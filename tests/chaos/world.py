@@ -50,7 +50,14 @@ class World:
     """One coordinator, its sites behind proxies, and what happened to them."""
 
     def __init__(
-        self, directory: Path, shape: Shape, plans: list[PlanFile], seed: int, disk_mb: int | None = None
+        self,
+        directory: Path,
+        shape: Shape,
+        plans: list[PlanFile],
+        seed: int,
+        disk_mb: int | None = None,
+        *,
+        keep_uploads: bool = False,
     ) -> None:
         self.directory, self.shape = directory, shape
         self.faults: Counter[str] = Counter()
@@ -63,6 +70,9 @@ class World:
         self.small_disk = disk_mb is not None and mount_small(self.federation.coordinator, disk_mb)
         self.federation.create()
         self.port = self._port()
+        if keep_uploads:
+            with (self.federation.coordinator / "coordinator.toml").open("a") as file:
+                file.write("keep_uploads = true\n")
         self.proxies = Proxies(self.port, shape.names, self.count)
         for name in shape.names:
             self._redirect(name)
@@ -86,7 +96,7 @@ class World:
 
     def _port(self) -> int:
         text = (self.federation.coordinator / "coordinator.toml").read_text()
-        return int(text.rpartition(":")[2].strip().strip('"'))
+        return int(text.rpartition(":")[2].partition('"')[0])
 
     def _redirect(self, name: str) -> None:
         path = self.federation.site(name) / "participant.toml"
