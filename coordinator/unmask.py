@@ -1,9 +1,9 @@
 """Folding uploads into the running sum, and taking the opened masks off it; both block by block, O(block) memory.
 
 A packed vector is a file of blocks (``privacy/secagg/masking.py``); a running sum is a file of little-endian uint32
-that never changes once it has its name. The total is made in shards of some blocks that depend on nothing but the sum and
-the seeds: they run side by side, on whatever :class:`coordinator.executor.Executor` offers, and one that was cut short
-is simply done again.
+that never changes once it has its name. The total is made in shards of some blocks that depend on nothing but the sum
+and the seeds: they run side by side, on whatever :class:`coordinator.executor.Executor` offers, and one that was cut
+short is simply done again.
 """
 
 from __future__ import annotations
@@ -18,8 +18,19 @@ import numpy as np
 
 from coordinator.executor import Executor
 from privacy import merkle
+from privacy.errors import ProtocolError
 from privacy.files import disk_errors, fsync_file, replace_durably, reserve
-from privacy.secagg.masking import BLOCK, MaskStreams, block_sizes, pack, packed_length, unpack
+from privacy.secagg.masking import (
+    BLOCK,
+    TILE,
+    Engine,
+    MaskStreams,
+    block_sizes,
+    engine_for,
+    pack,
+    packed_length,
+    unpack_add,
+)
 from privacy.secagg.transcript import Streams
 from privacy.vectors import block_start, read_blocks
 
@@ -47,7 +58,7 @@ def fold(base: Path | None, uploads: Sequence[Path], target: Path, size: int, bi
                 if before:
                     tile += np.frombuffer(before.read(4 * count), "<u4")
                 for reader in readers:
-                    tile += unpack(next(reader), count, bits)
+                    unpack_add(next(reader), tile, bits)
                 file.write(tile.astype("<u4", copy=False).data)
             file.flush()
             fsync_file(file.fileno(), target)
@@ -71,22 +82,25 @@ class Shard:
     last: int
     plus: tuple[bytes, ...] = field(repr=False)
     minus: tuple[bytes, ...] = field(repr=False)
+    engine: Engine
 
 
 def unmask_shard(shard: Shard) -> bytes:
     """Take the streams off one shard and write its packed blocks in place; their leaf hashes, durable on return."""
     hashes = []
-    counts = block_sizes(shard.size)[shard.first : shard.last]
-    masks = MaskStreams(shard.plus, shard.minus, shard.bits, shard.first * BLOCK)
+    masks = MaskStreams(shard.plus, shard.minus, shard.bits, shard.first * BLOCK, shard.engine)
     with disk_errors(shard.target), shard.running_sum.open("rb") as source, shard.target.open("rb+") as file:
         source.seek(4 * shard.first * BLOCK)
         file.seek(block_start(shard.first, shard.bits))
-        for count in counts:
-            tile = np.frombuffer(source.read(4 * count), "<u4").astype(np.uint32)
+        for low in range(shard.first * BLOCK, min(shard.last * BLOCK, shard.size), TILE):
+            tile = np.empty(min(TILE, shard.last * BLOCK - low, shard.size - low), "<u4")
+            if source.readinto(tile.data.cast("B")) != tile.nbytes:
+                raise ProtocolError(f"{shard.running_sum.name}: expected {shard.size} coordinates, the file ends early")
             masks.apply(tile)
-            block = pack(tile, shard.bits)
-            hashes.append(merkle.leaf_hash(block))
-            file.write(block)
+            for at in range(0, len(tile), BLOCK):
+                block = pack(tile[at : at + BLOCK], shard.bits)
+                hashes.append(merkle.leaf_hash(block))
+                file.write(block)
         file.flush()
         fsync_file(file.fileno(), shard.target)
     return b"".join(hashes)
@@ -116,8 +130,11 @@ def unmask(
     blocks = len(block_sizes(size))
     if not target.exists():
         reserve(staging, packed_length(size, bits))
+        engine = engine_for(size, len(off.plus) + len(off.minus), bits)
         shards = [
-            Shard(running_sum, staging, size, bits, first, min(first + SHARD_BLOCKS, blocks), off.plus, off.minus)
+            Shard(
+                running_sum, staging, size, bits, first, min(first + SHARD_BLOCKS, blocks), off.plus, off.minus, engine
+            )
             for first in range(0, blocks, SHARD_BLOCKS)
             if first not in hashes
         ]

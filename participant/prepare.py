@@ -9,10 +9,11 @@ import structlog
 from numpy.typing import NDArray
 
 from participant.site import Site
-from participant.store import Trained
+from participant.store import Quantised, Trained
 from privacy.adapter import check_start, release, save_peft, start_adapter
 from privacy.errors import Refusal, UserError
 from privacy.job import Job
+from privacy.secagg.masking import tiles_of
 from privacy.secagg.quantize import weighted_loss
 
 log = structlog.get_logger()
@@ -77,29 +78,32 @@ def _weight(job: Job, examples: int) -> int:
 
 
 def _keep(site: Site, job: Job, stage: int, delta: NDArray[np.float32], trained: Trained) -> None:
-    clipped = float(np.mean(np.abs(delta) > job.quantizer.clip))
+    clip = job.quantizer.clip
+    clipped = sum(int(np.count_nonzero(np.abs(tile) > clip)) for tile in tiles_of(delta)) / len(delta)
     if clipped > 0.001:
-        log.warning("clipping", plan=job.plan.name, share=round(clipped, 4), clip=job.quantizer.clip)
+        log.warning("clipping", plan=job.plan.name, share=round(clipped, 4), clip=clip)
     extras = {"weight": trained.weight, "loss": weighted_loss(trained.loss, trained.weight)}
     try:
-        vector = job.quantizer.quantize(delta, trained.weight, extras)
+        tiles = job.quantizer.tiles(delta, trained.weight, extras)
     except ValueError as error:
         raise UserError(f"plan '{job.plan.name}': {error}", hint="a lower learning rate may help") from error
-    site.store.keep_trained(job.plan.name, stage, vector, trained)
+    site.store.keep_trained(job.plan.name, stage, tiles, trained)
     if site.home.settings.keep_plain_vector:
-        np.save(site.store.directory(job.plan.name, stage) / PLAIN_VECTOR, vector)
+        kept = site.store.quantised(job.plan.name, stage)
+        np.save(kept.path.with_name(PLAIN_VECTOR), np.memmap(kept.path, "<i4", "r"))
 
 
-def kept_vector(site: Site, job: Job, stage: int) -> NDArray[np.int32]:
-    """The quantised vector that training kept, (d + extras,) int32.
+def kept_vector(site: Site, job: Job, stage: int) -> Quantised:
+    """The quantised vector that training kept, (d + extras,) int32 in a file, checked tile by tile.
 
     Raises:
         UserError: the file was damaged.
     """
-    vector = site.store.quantised(job.plan.name, stage)
-    if (
-        vector.shape != (job.quantizer.total_size,)
-        or int(np.abs(vector.astype(np.int64)).max(initial=0)) > job.quantizer.qmax
-    ):
-        raise UserError(f"{job.plan.name}: expected {job.quantizer.total_size} quantised coordinates, found others")
+    vector, wanted, qmax = site.store.quantised(job.plan.name, stage), job.quantizer.total_size, job.quantizer.qmax
+    found = vector.path.stat().st_size if vector.path.exists() else 0
+    if found != 4 * wanted or any(tile.max() > qmax or tile.min() < -qmax for tile in vector):
+        raise UserError(
+            f"{vector.path}: expected {wanted} quantised coordinates, found others",
+            hint="the file is damaged: restore it, or sit out this stage",
+        )
     return vector

@@ -7,7 +7,6 @@ lines leaves a delta that is unspent, or spent and said so.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import structlog
@@ -51,7 +50,7 @@ def join(site: Site, client: Client, job: Job, stage: int, round_id: bytes, offe
     expected = job.context(job.header(stage, 0, start))
     context = accept_offer(offer, expected, site.store.highest_round(job.plan_file.digest, stage))
     spent, vector = site.spent(job, stage), kept_vector(site, job, stage)
-    digest = hashlib.sha256(vector.tobytes()).digest()
+    digest = vector.digest()
     if any(record.vector != digest for record in spent):
         raise Refusal("the quantised vector is not the one that was spent: a retrained delta is never masked")
     bond = check_proofs(spent, site.store.all_records(), site.me, offer.proofs, context)

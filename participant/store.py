@@ -5,9 +5,10 @@ Records are one JSON object a line, appended and fsynced before the message they
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from privacy import merkle
 from privacy.encoding import decode, encode
 from privacy.errors import ProtocolError, UserError
 from privacy.files import append_durably, disk_errors, fsync_directory, make_private_directory, write_durably
-from privacy.secagg.masking import masked_blocks
+from privacy.secagg.masking import TILE, engine_for, masked_blocks, tiles_of
 from privacy.secagg.messages import Header
 from privacy.secagg.transcript import Streams
 
@@ -38,6 +39,50 @@ class Trained:
     loss: float
     seconds: float
     examples: int
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """The one quantised vector of a stage, (d + extras,) int32 in a file: masked again it is the very same.
+
+    Iterating gives its tiles; the next overwrites the last, so memory is one tile.
+    """
+
+    path: Path
+
+    def __len__(self) -> int:
+        """Coordinates in the file, d + extras if it is whole."""
+        return self.path.stat().st_size // 4
+
+    def __iter__(self) -> Iterator[NDArray[np.int32]]:
+        buffer = np.empty(TILE, "<i4")
+        with self.path.open("rb", buffering=0) as file:
+            while size := file.readinto(buffer.data):
+                yield buffer[: size // 4]
+
+    def digest(self) -> bytes:
+        """SHA-256 of the file, by which the records know the vector."""
+        found = hashlib.sha256()
+        for tile in self:
+            found.update(tile.data)
+        return found.digest()
+
+
+def _write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """Replace a private file by what comes piece by piece, whole or not at all, and on disk when this returns."""
+    staging = path.with_name(f".{path.name}.tmp")  # one process at a time works here; what a crash left is overwritten
+    with disk_errors(path):
+        try:
+            descriptor = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                for piece in pieces:
+                    file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+            staging.replace(path)
+        finally:
+            staging.unlink(missing_ok=True)
+        fsync_directory(path.parent)
 
 
 class Store:
@@ -116,15 +161,22 @@ class Store:
         path = self.directory(plan, stage) / "trained.json"
         return Trained(**json.loads(path.read_bytes())) if path.exists() else None
 
-    def keep_trained(self, plan: str, stage: int, vector: NDArray[np.int32], result: Trained) -> None:
-        """Keep the quantised vector, then the note that it is whole."""
+    def keep_trained(
+        self, plan: str, stage: int, vector: NDArray[np.int32] | Iterable[NDArray[np.int32]], result: Trained
+    ) -> None:
+        """Keep the quantised vector, tile by tile as it comes, then the note that it is whole."""
         directory = self.directory(plan, stage)
-        write_durably(directory / "quantised.i32", vector.astype("<i4").tobytes())
-        write_durably(directory / "trained.json", json.dumps(asdict(result)).encode())
+        note = directory / "trained.json"
+        if note.exists():  # of another file of this plan: it must never stand beside this vector
+            note.unlink()
+            fsync_directory(directory)
+        pieces = (tile.astype("<i4", copy=False).data for tile in tiles_of(vector))
+        _write_pieces(directory / "quantised.i32", pieces)
+        write_durably(note, json.dumps(asdict(result)).encode())
 
-    def quantised(self, plan: str, stage: int) -> NDArray[np.int32]:
-        """The one quantised vector of a stage, (d + extras,) int32; masked again it is the very same."""
-        return np.fromfile(self.directory(plan, stage) / "quantised.i32", "<i4").astype(np.int32)
+    def quantised(self, plan: str, stage: int) -> Quantised:
+        """The quantised vector of a stage that was trained."""
+        return Quantised(self.directory(plan, stage) / "quantised.i32")
 
     # --- the spool ---------------------------------------------------------------------------------------------------
 
@@ -132,16 +184,18 @@ class Store:
         """The masked, packed vector of one round, the only bytes ever sent."""
         return self.directory(plan, header.stage) / f"spool-{header.round}.bin"
 
-    def write_spool(self, path: Path, vector: NDArray[np.int32], streams: Streams, bits: int) -> bytes:
+    def write_spool(
+        self, path: Path, vector: NDArray[np.int32] | Iterable[NDArray[np.int32]], streams: Streams, bits: int
+    ) -> bytes:
         """Mask, pack and write block by block; durable when this returns. The Merkle root over its blocks."""
-        hashes = []
-        with disk_errors(path):
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                for block in masked_blocks(vector, streams.plus, streams.minus, bits):
-                    hashes.append(merkle.leaf_hash(block))
-                    file.write(block)
-                file.flush()
-                os.fsync(file.fileno())
-            fsync_directory(path.parent)
+        hashes: list[bytes] = []
+        size = len(vector) if isinstance(vector, Sized) else 0
+        engine = engine_for(size, len(streams.plus) + len(streams.minus), bits)
+
+        def blocks() -> Iterator[bytes]:
+            for block in masked_blocks(vector, streams.plus, streams.minus, bits, engine):
+                hashes.append(merkle.leaf_hash(block))
+                yield block
+
+        _write_pieces(path, blocks())
         return merkle.root(hashes)

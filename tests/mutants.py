@@ -59,7 +59,19 @@ UNIT = (
     *(
         f"tests/test_{name}.py"
         for name in (
-            *("dealing", "encoding", "keys", "liveness", "masking", "messages", "naming", "outcome", "plan", "policy"),
+            *(
+                "dealing",
+                "encoding",
+                "fast",
+                "keys",
+                "liveness",
+                "masking",
+                "messages",
+                "naming",
+                "outcome",
+                "plan",
+                "policy",
+            ),
             *("quantize", "retry", "roster", "round", "round_machine", "shamir", "stage", "threshold", "transcript"),
             "vectors",
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -12,15 +14,19 @@ from numpy.typing import NDArray
 from privacy.errors import ProtocolError
 from privacy.secagg.masking import (
     BLOCK,
+    TILE,
     WIDTHS,
     MaskStreams,
+    apply_in_threads,
     block_sizes,
     keystream,
     masked_blocks,
     pack,
     packed_bytes,
     packed_length,
+    tiles_of,
     unpack,
+    unpack_add,
     word_bytes,
 )
 
@@ -179,3 +185,67 @@ def test_streams_started_at_a_block_take_the_masks_of_that_block_off() -> None:
     found = unpack(last, 9, 24)
     MaskStreams([bytes(32)], [KEY], 24, start=2 * BLOCK).apply(found)
     assert (found & low_bits(24)).tolist() == vector[2 * BLOCK :].tolist()
+
+
+# --- tiles, threads and memory ---
+
+
+def arange(size: int) -> NDArray[np.uint32]:
+    """Words that use all 32 bits, (size,) uint32."""
+    return np.arange(size, dtype=np.uint32) * np.uint32(2654435761)
+
+
+@given(BITS, VECTORS, st.data())
+def test_adding_a_packed_block_is_unpacking_and_adding(
+    bits: int, vector: NDArray[np.int32], data: st.DataObject
+) -> None:
+    packed = pack(vector.astype(np.uint32), bits)
+    before = data.draw(st.lists(st.integers(0, 2**32 - 1), min_size=len(vector), max_size=len(vector)))
+    tile = np.array(before, np.uint32)
+    unpack_add(memoryview(packed), tile, bits)
+    assert np.array_equal(tile, np.array(before, np.uint32) + (vector.astype(np.uint32) & low_bits(bits)))
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_a_bad_block_leaves_the_tile_as_it_was(bits: int) -> None:
+    tile, good = arange(7), pack(np.zeros(7, np.uint32), bits)
+    bad = [good[:-1], good + b"\0"] + ([good[:-1] + b"\x10"] if bits == 20 else [])
+    for data in bad:
+        with pytest.raises(ProtocolError):
+            unpack_add(data, tile, bits)
+    assert np.array_equal(tile, arange(7))
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_a_tile_of_any_length_is_masked_as_its_blocks_are(bits: int) -> None:
+    size = 2 * TILE + BLOCK + 77
+    whole = arange(size)
+    MaskStreams([KEY], [bytes(32)], bits).apply(whole)
+    for low in range(0, size, BLOCK):
+        block = arange(size)[low : low + BLOCK]
+        MaskStreams([KEY], [bytes(32)], bits, start=low).apply(block)
+        assert np.array_equal(block, whole[low : low + BLOCK])
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("size", [0, 1, TILE, 4 * TILE + 13])
+def test_threads_over_ranges_do_what_one_stream_does(size: int, workers: int) -> None:
+    start, plus, minus = 24, [KEY, b"k" * 32], [bytes(32)]
+    expected, found = arange(size), arange(size)
+    MaskStreams(plus, minus, 24, start).apply(expected)
+    apply_in_threads(found, plus, minus, 24, start=start, workers=workers)
+    assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_a_vector_that_comes_tile_by_tile_is_masked_as_one_in_memory(bits: int) -> None:
+    vector = arange(2 * TILE + 9).view(np.int32)
+    buffer = np.empty(TILE, np.int32)
+
+    def tiles() -> Iterator[NDArray[np.int32]]:
+        for tile in tiles_of(vector):
+            buffer[: len(tile)] = tile  # the next tile overwrites the last
+            yield buffer[: len(tile)]
+
+    assert list(masked_blocks(tiles(), [KEY], [], bits)) == list(masked_blocks(vector, [KEY], [], bits))
+    assert np.array_equal(vector, arange(2 * TILE + 9).view(np.int32)), "the vector itself stays unmasked"

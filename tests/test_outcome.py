@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
 from coordinator import phases
@@ -19,7 +21,7 @@ from privacy.outcome import check_block, combine, manifest, verify_cohort
 from privacy.plan import parse_plan
 from privacy.roster import parse_roster
 from privacy.secagg import projection, transcript
-from privacy.secagg.masking import BLOCK, pack
+from privacy.secagg.masking import BLOCK, pack, tiles_of
 from privacy.secagg.messages import Evidence
 from privacy.secagg.quantize import Quantizer
 from privacy.secagg.signed import Signed, sign
@@ -58,6 +60,15 @@ def test_the_projection_is_linear_and_notices_one_coordinate() -> None:
     changed = one + two
     changed[99_999] += 1
     assert projection.project(key, changed) != found
+
+
+def test_the_projection_is_the_inner_product_with_the_stream_however_the_vector_comes() -> None:
+    key, vector = bytes(range(32)), np.arange(-70000, 70001, dtype=np.int32)
+    stream = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor().update(bytes(8 * len(vector)))
+    words = struct.unpack(f"<{len(vector)}Q", stream)
+    expected = sum(r * x for r, x in zip(words, vector.tolist(), strict=True)) % projection.WORD
+    assert projection.project(key, vector) == projection.project(key, vector.astype(np.int64)) == expected
+    assert projection.project(key, tiles_of(vector)) == expected
 
 
 def test_the_zero_sum_terms_cancel_and_depend_on_r() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,8 +12,8 @@ from numpy.typing import NDArray
 
 from privacy.errors import ProtocolError
 from privacy.plan import Plan
-from privacy.secagg.masking import WIDTHS
-from privacy.secagg.quantize import LOSS_SCALE, MAX_LOSS, TILE, Extra, Quantizer, quantizer_for, weighted_loss
+from privacy.secagg.masking import TILE, WIDTHS, keystream, masked_blocks
+from privacy.secagg.quantize import LOSS_SCALE, MAX_LOSS, STEP, Extra, Quantizer, quantizer_for, weighted_loss
 from privacy.settings import parse_toml
 from tests.simulation import seeded
 from tests.test_plan import PLAN
@@ -112,6 +114,65 @@ def test_random_bytes_decide_the_rounding_and_nothing_else() -> None:
 def test_tiles_do_not_repeat_their_rounding() -> None:
     found = quantized(quantizer(2 * TILE), 0.3)
     assert not np.array_equal(found[:TILE], found[TILE:])
+
+
+def by_the_formula(rule: Quantizer, delta: NDArray[np.float32], weight: int, seed: str) -> NDArray[np.int32]:
+    """docs/protocol.md, section 9, on whole vectors: (d,) int32."""
+    scale, bound = rule.qmax / rule.clip * (weight / rule.max_weight), rule.qmax * (weight / rule.max_weight)
+    uniform, words = keystream(seeded(seed)(32), 32), np.empty(rule.size, np.uint32)
+    for low in range(0, rule.size, STEP):
+        words[low : low + STEP] = uniform(min(STEP, rule.size - low))
+    return np.floor(np.clip(delta.astype(np.float64) * scale, -bound, bound) + words / 2.0**32).astype(np.int32)
+
+
+@pytest.mark.parametrize("size", [1, STEP - 1, STEP + 1, TILE - 2, TILE, 2 * TILE + 5])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_tiles_are_the_formula_bit_for_bit(bits: int, size: int) -> None:
+    rule = Quantizer(size, bits, 5, 0.3, 100, (Extra("weight", 100), Extra("wide", 2**60)))
+    delta = np.random.default_rng(size).normal(0, 0.2, size).astype(np.float32)
+    extras = {"weight": 7, "wide": 2**60 - 12345}
+    tiles = [tile.copy() for tile in rule.tiles(delta, 7, extras, seeded("u"))]
+    assert [len(tile) for tile in tiles[:-1]] == [TILE] * (len(tiles) - 1), (
+        "limbs may begin in one tile, end in the next"
+    )
+    found = np.concatenate(tiles)
+    assert np.array_equal(found[:size], by_the_formula(rule, delta, 7, "u"))
+    assert found[size:].tolist() == rule._encode_extras(extras)
+    assert np.array_equal(found, rule.quantize(delta, 7, extras, seeded("u")))
+
+
+def peak_memory(size: int) -> int:
+    """Bytes that quantising, masking and packing a delta (size,) take at most, beside the delta."""
+    delta = np.zeros(size, np.float32)
+    tracemalloc.start()
+    try:
+        rule = quantizer(size)
+        for _ in masked_blocks(rule.tiles(delta, 1, {"weight": 1}), [bytes(32)], [b"k" * 32], 24):
+            pass
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_quantising_masking_and_packing_takes_memory_for_a_tile_and_not_for_the_vector() -> None:
+    peak_memory(1)
+    small, large = peak_memory(2 * TILE), peak_memory(16 * TILE)
+    assert abs(large - small) < 1 << 16
+    assert large < 4 << 20
+
+
+def test_a_bad_delta_is_refused_before_the_first_tile() -> None:
+    delta = np.zeros(3 * TILE, np.float32)
+    delta[-1] = np.nan
+    with pytest.raises(ValueError, match="finite"):
+        quantizer(3 * TILE).tiles(delta, 1, {"weight": 1})
+
+
+@given(st.sampled_from(WIDTHS), st.lists(st.integers(0, 2**32 - 1), max_size=20))
+def test_lifting_is_the_signed_residue(bits: int, words: list[int]) -> None:
+    half = 1 << bits - 1
+    expected = [(word + half) % (1 << bits) - half for word in words]
+    assert quantizer(bits=bits).lift(np.array(words, np.uint32)).tolist() == expected
 
 
 @settings(max_examples=25, deadline=None)

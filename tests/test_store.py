@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sqlite3
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from coordinator import phases
 from coordinator import store as coordinator_store
 from coordinator.store import Event, RoundRow
 from participant.config import load_home
+from participant.prepare import kept_vector
 from participant.records import Aborted, Joined, PeersSeen, Record, Released, SignedSurvivors, Spent
 from participant.store import Store, Trained
 from privacy import PROTOCOL_VERSION
 from privacy.errors import UserError
-from privacy.secagg.masking import MaskStreams, packed_length, unpack
+from privacy.secagg.masking import TILE, MaskStreams, packed_length, tiles_of, unpack
 from privacy.secagg.messages import Header
 from privacy.secagg.transcript import Streams
 from privacy.vectors import file_root
@@ -99,7 +102,9 @@ def test_the_quantised_vector_comes_back_as_it_was(tmp_path: Path) -> None:
     store.keep_trained("toy", 1, vector, trained)
     again = load(tmp_path)
     assert again.trained("toy", 1) == trained
-    assert np.array_equal(again.quantised("toy", 1), vector)
+    assert np.array_equal(np.concatenate(list(again.quantised("toy", 1))), vector)
+    assert again.quantised("toy", 1).digest() == hashlib.sha256(vector.tobytes()).digest()
+    assert stat.S_IMODE(again.quantised("toy", 1).path.stat().st_mode) == 0o600
     assert again.trained("toy", 2) is None
     assert again.trained("other", 1) is None
 
@@ -119,6 +124,72 @@ def test_a_training_that_was_cut_off_before_its_note_is_not_taken_for_whole(
     with pytest.raises(OSError, match="power cut"):
         store.keep_trained("toy", 1, np.zeros(4, np.int32), Trained("ab" * 32, 1, 0.0, 0.0, 1))
     assert load(tmp_path).trained("toy", 1) is None
+
+
+def test_a_vector_is_kept_as_it_comes_and_read_tile_by_tile(tmp_path: Path) -> None:
+    store, vector = load(tmp_path), np.arange(2 * TILE + 3, dtype=np.int32) - TILE
+    store.keep_trained("toy", 1, tiles_of(vector), Trained("ab" * 32, 1, 0.0, 0.0, 1))
+    kept = store.quantised("toy", 1)
+    tiles = [tile.copy() for tile in kept]
+    assert [len(tile) for tile in tiles] == [TILE, TILE, 3]
+    assert np.array_equal(np.concatenate(tiles), vector)
+    assert kept.digest() == hashlib.sha256(vector.tobytes()).digest()
+    streams = Streams((b"1" * 32,), ())
+    one, two = store.spool("toy", HEADER), store.spool("toy", replace(HEADER, round=9))
+    assert store.write_spool(one, kept, streams, 24) == store.write_spool(two, vector, streams, 24)
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_vector_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
+    def tiles() -> Iterator[NDArray[np.int32]]:
+        yield np.zeros(TILE, np.int32)
+        raise RuntimeError("a quantised coordinate exceeds Qmax")
+
+    store = load(tmp_path)
+    with pytest.raises(RuntimeError, match="exceeds Qmax"):
+        store.keep_trained("toy", 1, tiles(), Trained("ab" * 32, 1, 0.0, 0.0, 1))
+    assert list(store.directory("toy", 1).iterdir()) == []
+
+
+def test_the_note_of_an_earlier_training_never_stands_beside_a_new_vector(tmp_path: Path) -> None:
+    def cut_off() -> Iterator[NDArray[np.int32]]:
+        yield np.ones(4, np.int32)
+        assert store.trained("toy", 1) is None, "the vector is about to be replaced"
+        raise OSError("power cut")
+
+    store = load(tmp_path)
+    store.keep_trained("toy", 1, np.zeros(4, np.int32), Trained("ab" * 32, 1, 0.0, 0.0, 1))
+    with pytest.raises(UserError, match="power cut"):
+        store.keep_trained("toy", 1, cut_off(), Trained("cd" * 32, 2, 0.0, 0.0, 2))
+    assert load(tmp_path).trained("toy", 1) is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-1]), lambda p: p.write_bytes(p.read_bytes() + X)],
+    ids=["missing", "short", "long"],
+)
+def test_a_kept_vector_of_another_length_is_refused(tmp_path: Path, damage: Callable[[Path], object]) -> None:
+    world = OnDisk(tmp_path)
+    site = world.site(0)
+    assert list(map(len, kept_vector(site, world.job, 1))) == [world.job.quantizer.total_size]
+    damage(site.store.quantised(world.job.plan.name, 1).path)
+    with pytest.raises(UserError, match=f"expected {world.job.quantizer.total_size} quantised coordinates"):
+        kept_vector(site, world.job, 1)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_kept_vector_with_a_coordinate_beyond_qmax_is_refused(tmp_path: Path, sign: int) -> None:
+    world = OnDisk(tmp_path)
+    vector = world.vector_of(0)
+    for beyond in (0, 1):
+        vector[-1] = sign * (world.job.quantizer.qmax + beyond)
+        world.put_vector(0, vector)
+        if not beyond:
+            kept_vector(world.site(0), world.job, 1)
+            continue
+        with pytest.raises(UserError, match="quantised coordinates"):
+            kept_vector(world.site(0), world.job, 1)
 
 
 @pytest.mark.parametrize("bits", [16, 20, 24, 32])

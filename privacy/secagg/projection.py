@@ -8,7 +8,7 @@ total pass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from privacy.encoding import digest, label, number
 from privacy.secagg.keys import hkdf
-from privacy.secagg.masking import BLOCK
+from privacy.secagg.masking import BLOCK, tiles_of
 
 WORD = 1 << 64
+
+Integers = NDArray[np.int32] | NDArray[np.int64]
 
 
 def dealt_blocks(blocks: int, survivors: Sequence[int], me: int, colluders: int) -> tuple[int, ...]:
@@ -48,15 +50,22 @@ def challenge(nonces: Mapping[int, bytes], total: bytes) -> bytes:
     return digest("projection", total, *(part for i in sorted(nonces) for part in (number(i), nonces[i])))
 
 
-def project(key: bytes, vector: NDArray[np.int32] | NDArray[np.int64]) -> int:
-    """<r, x> mod 2**64 of signed integers (d + extras,), r the AES-CTR stream of ``key`` in 64-bit words."""
+def project(key: bytes, vector: Integers | Iterable[Integers]) -> int:
+    """<r, x> mod 2**64 of signed integers (d + extras,), r the AES-CTR stream of ``key`` in 64-bit words.
+
+    The vector may come tile by tile; extra memory is some blocks.
+    """
     encryptor = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
+    zeros = memoryview(bytes(8 * BLOCK))
+    r, x = np.empty(BLOCK, "<u8"), np.empty(BLOCK, np.int64)
     found = 0
-    for low in range(0, len(vector), BLOCK):
-        part = vector[low : low + BLOCK].astype(np.int64).view(np.uint64)
-        r = np.frombuffer(encryptor.update(bytes(8 * len(part))), "<u8")
-        found = (found + int(np.sum(r * part, dtype=np.uint64))) % WORD
-    return found
+    for tile in tiles_of(vector):
+        for low in range(0, len(tile), BLOCK):
+            count = min(BLOCK, len(tile) - low)
+            x[:count] = tile[low : low + count]
+            encryptor.update_into(zeros[: 8 * count], r.data.cast("B")[: 8 * count])
+            found += int(np.dot(r[:count], x[:count].view(np.uint64)))  # wraps mod 2**64, as it must
+    return found % WORD
 
 
 def zero_sum_term(me: int, seeds: Mapping[int, bytes], key: bytes) -> int:

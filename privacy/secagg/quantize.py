@@ -7,7 +7,7 @@ coordinates ("extras"), each cut into limbs that are as small as any other coord
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from os import urandom
 
@@ -16,13 +16,16 @@ from numpy.typing import NDArray
 
 from privacy.errors import ProtocolError
 from privacy.plan import Plan
-from privacy.secagg.masking import keystream
+from privacy.secagg.masking import TILE, keystream
 
 #: Losses travel in steps of 2**-16, up to 2**8: times the weight they are an integer sum.
 LOSS_SCALE = 1 << 16
 MAX_LOSS = 1 << 8
-#: Coordinates quantised at a time, which bounds the extra memory.
-TILE = 1 << 16
+#: Coordinates in float64 at a time: all that one step touches stays in cache.
+STEP = 1 << 14
+
+
+Words = Callable[[int], NDArray[np.unsignedinteger]]
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,21 @@ class Quantizer:
         extras: Mapping[str, int],
         rand: Callable[[int], bytes] = urandom,
     ) -> NDArray[np.int32]:
+        """As :meth:`tiles`, the whole vector at once: (d + extras,) int32."""
+        vector = np.empty(self.total_size, np.int32)
+        at = 0
+        for tile in self.tiles(delta, weight, extras, rand):
+            vector[at : at + len(tile)] = tile
+            at += len(tile)
+        return vector
+
+    def tiles(
+        self,
+        delta: NDArray[np.float32],
+        weight: int,
+        extras: Mapping[str, int],
+        rand: Callable[[int], bytes] = urandom,
+    ) -> Iterator[NDArray[np.int32]]:
         """q = floor(Qmax / clip * w / W_max * clipped delta + u), u uniform in [0, 1) from AES-CTR under a fresh key.
 
         Args:
@@ -85,30 +103,52 @@ class Quantizer:
             extras: name -> value for every extra.
 
         Returns:
-            (d + extras,) int32, every |q| <= Qmax, checked.
+            The tiles of a vector (d + extras,) int32, every |q| <= Qmax, checked. The next tile overwrites the last.
 
         Raises:
-            ValueError: not finite, wrong shape, weight or extra out of range. Nothing was sent.
+            ValueError: not finite, wrong shape, weight or extra out of range; raised before the first tile.
         """
         if delta.shape != (self.size,):
             raise ValueError(f"expected a delta of shape ({self.size},), found {delta.shape}")
-        if not np.isfinite(delta).all():
+        if not all(np.isfinite(delta[low : low + TILE]).all() for low in range(0, self.size, TILE)):
             raise ValueError("expected a finite delta, found NaN or infinity: training diverged")
         if not 1 <= weight <= self.max_weight:
             raise ValueError(f"expected a weight from 1 to {self.max_weight}, found {weight}")
+        return self._tiles(delta, weight, np.array(self._encode_extras(extras), np.int32), keystream(rand(32), 32))
+
+    def _tiles(
+        self, delta: NDArray[np.float32], weight: int, limbs: NDArray[np.int32], uniform: Words
+    ) -> Iterator[NDArray[np.int32]]:
+        buffer = np.empty(min(TILE, self.total_size), np.int32)
+        step = self._step(weight, uniform)
+        for low in range(0, self.total_size, TILE):
+            tile = buffer[: min(TILE, self.total_size - low)]
+            part = delta[low : low + len(tile)]
+            for at in range(0, len(part), STEP):
+                step(part[at : at + STEP], tile[at : min(at + STEP, len(part))])
+            first = low + len(part) - self.size  # of the limbs that stand in this tile
+            tile[len(part) :] = limbs[first : first + len(tile) - len(part)]
+            if max(int(tile.max()), -int(tile.min())) > self.qmax:
+                raise RuntimeError("a quantised coordinate exceeds Qmax")
+            yield tile
+
+    def _step(self, weight: int, uniform: Words) -> Callable[[NDArray[np.float32], NDArray[np.int32]], None]:
+        """Quantises up to STEP coordinates of a delta into a part of a tile."""
         scale = self.qmax / self.clip * (weight / self.max_weight)
         bound = self.qmax * (weight / self.max_weight)
-        uniform = keystream(rand(32), 32)
-        vector = np.empty(self.total_size, np.int32)
-        for low in range(0, self.size, TILE):
-            part = delta[low : low + TILE].astype(np.float64)  # float32 has too few bits for Qmax of b = 32
-            u = uniform(len(part)) / 2.0**32
+        scaled, random = np.empty(STEP), np.empty(STEP)  # float32 has too few bits for Qmax of b = 32
+
+        def step(delta: NDArray[np.float32], found: NDArray[np.int32]) -> None:
+            x, u = scaled[: len(delta)], random[: len(delta)]
+            np.multiply(delta, scale, out=x, dtype=np.float64)
             # The product is clipped, not only the delta: clip * scale may round to just above Qmax.
-            vector[low : low + len(part)] = np.floor(np.clip(part * scale, -bound, bound) + u)
-        vector[self.size :] = self._encode_extras(extras)
-        if int(np.abs(vector.astype(np.int64)).max(initial=0)) > self.qmax:
-            raise RuntimeError("a quantised coordinate exceeds Qmax")
-        return vector
+            np.clip(x, -bound, bound, out=x)
+            np.multiply(uniform(len(delta)), 2.0**-32, out=u, dtype=np.float64)
+            np.add(x, u, out=x)
+            np.floor(x, out=x)
+            np.copyto(found, x, casting="unsafe")
+
+        return step
 
     def _encode_extras(self, values: Mapping[str, int]) -> list[int]:
         limbs: list[int] = []
@@ -121,9 +161,10 @@ class Quantizer:
 
     def lift(self, total: NDArray[np.uint32]) -> NDArray[np.int64]:
         """Centre-lift a sum mod 2**b to signed integers, (d + extras,)."""
-        low = total.astype(np.int64) & (1 << self.bits) - 1
-        low -= (low >= 1 << self.bits - 1).astype(np.int64) << self.bits
-        return low
+        unused = np.uint32(32 - self.bits)
+        signed = (total << unused).view(np.int32)
+        signed >>= unused.astype(np.int32)  # an arithmetic shift: it brings the sign down
+        return signed.astype(np.int64)
 
     def checked(self, total: NDArray[np.uint32], survivors: int) -> NDArray[np.int64]:
         """The integer sum in an unmasked total of |U3| = ``survivors`` members, (d + extras,) int64.
@@ -154,7 +195,10 @@ class Quantizer:
             ProtocolError: a total weight that so many members cannot have.
         """
         extras = self.decode_extras(lifted[self.size :], survivors)
-        return Decoded(self.decode_part(lifted[: self.size], extras["weight"]), extras["weight"], extras)
+        mean, weight = np.empty(self.size, np.float32), extras["weight"]
+        for low in range(0, self.size, TILE):
+            mean[low : low + TILE] = self.decode_part(lifted[low : min(low + TILE, self.size)], weight)
+        return Decoded(mean, weight, extras)
 
     def decode_extras(self, limbs: NDArray[np.int64], survivors: int) -> dict[str, int]:
         """The summed extras from the last coordinates of checked totals, ``weight`` among them; raises as
@@ -172,7 +216,8 @@ class Quantizer:
     def decode_part(self, lifted: NDArray[np.int64], weight: int) -> NDArray[np.float32]:
         """The weighted mean over any part of the delta's coordinates in a sum of checked totals."""
         # Elementwise float64 operations only, which IEEE 754 fixes: every site computes the same bits.
-        mean = lifted * (self.clip * self.max_weight) / (self.qmax * float(weight))
+        mean = lifted * (self.clip * self.max_weight)
+        mean /= self.qmax * float(weight)
         return mean.astype(np.float32)
 
 
