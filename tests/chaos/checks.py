@@ -1,7 +1,6 @@
 """What must hold after every plan, read from the disks: exact or aborted, counted once, opened once, nothing lost.
 
-Sites' records are the whole truth about what could be opened: a survivor list needs t signatures, each of them recorded
-before it leaves, and a signature that no record shows would itself be a failure of the product that the totals show.
+Sites' records are the truth about what can be opened: every signature, release and abort is recorded before it leaves.
 """
 
 from __future__ import annotations
@@ -160,18 +159,28 @@ def records_wrong(name: str, found: list[Record]) -> Iterator[str]:
 
 
 def opened_lists(kept: dict[str, list[Record]], names: list[str]) -> dict[int, set[frozenset[str]]]:
-    """Round -> member lists that t members signed: these can be opened, now or later."""
+    """Round -> member lists that can be opened, now or later, even if any c members lie.
+
+    A list needs t signatures and t releases. All but c of the first are in records; a member that recorded an abort
+    never releases, so a round that n + c - t + 1 have aborted stays shut.
+    """
     signed: defaultdict[tuple[int, bytes, tuple[int, ...]], set[str]] = defaultdict(set)
-    sizes: dict[int, tuple[int, int]] = {}
+    aborted: defaultdict[int, set[str]] = defaultdict(set)
+    rounds: dict[int, Spent] = {}
     for name, found in kept.items():
         for record in found:
             if isinstance(record, SignedSurvivors):
                 signed[record.header.round, record.survivors, record.members].add(name)
             elif isinstance(record, Spent):
-                sizes[record.header.round] = (record.threshold, len(record.members))
+                rounds[record.header.round] = record
+            elif isinstance(record, Aborted):
+                aborted[record.header.round].add(name)
     lists: defaultdict[int, set[frozenset[str]]] = defaultdict(set)
     for (number, _, members), signers in signed.items():
-        if len(signers) >= sizes[number][0]:
+        spent = rounds[number]
+        needed = spent.threshold - spent.colluders
+        willing = {names[m] for m in spent.members} - aborted[number]
+        if len(signers) >= needed and len(willing) >= needed:
             lists[number].add(frozenset(names[m] for m in members))
     return lists
 

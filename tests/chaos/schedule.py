@@ -61,10 +61,13 @@ class Batch:
     disk_mb: int | None = None
 
 
-def passes(trace: Sequence[str], most: int = 5) -> list[str]:
-    """``NAME@K`` for every pass of every point in a trace, at most ``most`` of one name."""
-    found = Counter(trace)
-    return [f"{name}@{k}" for name in sorted(found) for k in range(1, min(found[name], most) + 1)]
+def passes(trace: Sequence[str]) -> list[str]:
+    """``NAME@K`` for the passes of every point in a trace: all of them up to five, else twelve over the whole run."""
+    points = []
+    for name, count in sorted(Counter(trace).items()):
+        every = range(1, count + 1) if count <= 5 else sorted({1 + i * (count - 1) // 11 for i in range(12)})
+        points += [f"{name}@{k}" for k in every]
+    return points
 
 
 def tolerated(shape: Shape) -> int:
