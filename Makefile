@@ -1,7 +1,7 @@
 # Every target does its own set-up, and a second run skips what is done. `make help` lists them.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-compare test proofs chaos mutants model check proto clean distclean
+.PHONY: help demo demo-compare test proofs chaos mutants model fuzz check proto clean distclean
 
 PY := .venv/bin/python
 # The set-up is done when this file exists. Its name follows from what the set-up depends on.
@@ -31,6 +31,10 @@ mutants: $(READY) ## disable every refusal in turn; each time a named test must 
 model: $(READY) ## check the bounded model of the round with spin
 	$(PY) -m model.run
 
+SECONDS := 60
+fuzz: $(READY) ## fuzz the parsers with atheris (SECONDS=600 in all, PARSERS="plan roster" chooses some)
+	scripts/fuzz.sh $(SECONDS) $(PARSERS)
+
 check: $(READY) ## formatting, lint, types, and whether the generated code is fresh
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
@@ -45,7 +49,7 @@ clean: ## remove what was built; the environments stay
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove the environments too
-	rm -rf .venv .venv-proto
+	rm -rf .venv .venv-proto .venv-fuzz
 
 $(READY):
 	@scripts/setup.sh $@

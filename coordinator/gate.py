@@ -7,18 +7,21 @@ receive limit, uploads by their places (``coordinator/uploads.py``).
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 import structlog
 
 from privacy.errors import UserError
-from privacy.wire.transport import SERVICE, WINDOW
+from privacy.wire.transport import MAX_REQUEST, SERVICE, WINDOW
+
+Call = grpc.aio.ServicerContext[Any, Any]
 
 log = structlog.get_logger()
 
@@ -26,8 +29,10 @@ log = structlog.get_logger()
 IN_FLIGHT = 2 * WINDOW + 8
 #: Calls of one member a second in the long run, and how many it may save up.
 RATE, BURST = 50.0, 400.0
-#: Seconds between two log lines about one member's flood.
+#: Seconds between two log lines of one kind about one member.
 SAY_S = 10.0
+#: Seconds for the request of a call: a chunk of 2 MiB at 35 kB/s; a client of ours gives up at the same time.
+RECEIVE_S = 60.0
 #: Bounded by what is in flight alone: a large vector takes thousands of these.
 BULK = frozenset(f"/{SERVICE}/{name}" for name in ("PutChunk", "FetchTotal", "FetchBlock"))
 
@@ -39,7 +44,7 @@ class Use:
     tokens: float
     at: float
     flying: int = 0
-    said: float = float("-inf")
+    said: dict[str, float] = field(default_factory=dict)  # kind of refusal -> when a line about it was written
 
 
 class Quotas:
@@ -70,17 +75,22 @@ class Quotas:
         finally:
             use.flying -= 1
 
-    def shall_say(self, caller: bytes) -> bool:
-        """Is a log line about this caller due? A flood of calls must not become a flood of lines."""
+    def shall_say(self, caller: bytes, kind: str) -> bool:
+        """Is a log line of this kind about this caller due? A flood of calls must not become a flood of lines."""
         use, now = self._uses[caller], self._clock()
-        if now - use.said < SAY_S:
+        if now - use.said.get(kind, float("-inf")) < SAY_S:
             return False
-        use.said = now
+        use.said[kind] = now
         return True
 
 
 class Gate(grpc.aio.ServerInterceptor):
-    """Puts every unary call of the federation service through the quotas."""
+    """Puts every unary call of the federation service through the quotas, **before** its request is received.
+
+    gRPC calls the handler of a unary call once the whole request is there. Calls that are begun and never sent would
+    pass the quotas unseen, and one member could take every place there is. So each handler is registered as one of a
+    stream, which on the wire is the same: it runs when the call begins, and takes its one request itself, in time.
+    """
 
     def __init__(self, quotas: Quotas | None = None) -> None:
         self._quotas = quotas or Quotas()
@@ -93,20 +103,44 @@ class Gate(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or handler.unary_unary is None:
             return handler
-        answer, method, quotas = handler.unary_unary, handler_call_details.method, self._quotas
+        answer, parse, method = handler.unary_unary, handler.request_deserializer, handler_call_details.method
 
-        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        async def call(requests: AsyncIterator[bytes], context: Call) -> Any:
             caller = b"/".join(context.auth_context().get("x509_common_name", []))
             try:
-                with quotas.call(caller, method):
-                    return await answer(request, context)  # type: ignore[arg-type]  # stubs know the other context
+                with self._quotas.call(caller, method):
+                    request = await self._received(requests, context, caller, method)
+                    parsed = await self._parsed(parse, request, context, caller, method) if parse else request
+                    return await answer(parsed, context)  # type: ignore[arg-type]  # stubs know the other context
             except UserError as error:
-                if quotas.shall_say(caller):
-                    log.warning("flood", reason=str(error), caller=caller.decode(errors="replace"))
-                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+                await self._refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), caller, method)
 
-        return grpc.unary_unary_rpc_method_handler(
-            call,
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
-        )
+        return grpc.stream_unary_rpc_method_handler(call, response_serializer=handler.response_serializer)
+
+    async def _received(self, requests: AsyncIterator[bytes], context: Call, caller: bytes, method: str) -> bytes:
+        """The one request of a call, in time."""
+        try:
+            async with asyncio.timeout(RECEIVE_S):
+                return await anext(requests)
+        except TimeoutError:
+            text = f"expected the whole request within {RECEIVE_S:g} s"
+            await self._refuse(context, grpc.StatusCode.DEADLINE_EXCEEDED, text, caller, method)
+        except StopAsyncIteration:  # also above the limit, which gRPC tells the client itself: RESOURCE_EXHAUSTED
+            text = f"expected a request of at most {MAX_REQUEST} bytes, found none that is whole"
+            await self._refuse(context, grpc.StatusCode.INVALID_ARGUMENT, text, caller, method)
+        raise AssertionError("abort raises")
+
+    async def _parsed(
+        self, parse: Callable[[bytes], Any], request: bytes, context: Call, caller: bytes, method: str
+    ) -> Any:
+        try:
+            return parse(request)
+        except Exception as error:  # what a protobuf parser raises; protobuf itself is none of this file's business
+            text = f"expected a request of {method}, found other bytes: {error}"
+            await self._refuse(context, grpc.StatusCode.INVALID_ARGUMENT, text, caller, method)
+            raise AssertionError("abort raises") from error
+
+    async def _refuse(self, context: Call, code: grpc.StatusCode, reason: str, caller: bytes, method: str) -> None:
+        if self._quotas.shall_say(caller, code.name):
+            log.warning("refused", reason=reason, caller=caller.decode(errors="replace"), method=method)
+        await context.abort(code, reason)

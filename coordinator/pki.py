@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -133,10 +134,12 @@ def sign_request(directory: Path, request: bytes, member: str) -> bytes:
     """
     try:
         csr = x509.load_pem_x509_csr(request)
-    except ValueError as error:
+        public, signed = csr.public_key(), csr.is_signature_valid
+    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise UserError("expected a certificate request in PEM, found something else") from error
-    public = csr.public_key()
-    if not csr.is_signature_valid or not isinstance(public, ec.EllipticCurvePublicKey):
-        raise UserError("expected a certificate request with a valid ECDSA signature")
+    if not isinstance(public, ec.EllipticCurvePublicKey) or not isinstance(public.curve, ec.SECP256R1):
+        raise UserError("expected a certificate request with an ECDSA key on P-256, found another kind of key")
+    if not signed:
+        raise UserError("expected a certificate request with a valid signature of its own key, found another")
     names = [x509.UniformResourceIdentifier(f"veilsum:member:{member}")]
     return _issue(directory, public, member, ExtendedKeyUsageOID.CLIENT_AUTH, names)

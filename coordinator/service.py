@@ -7,6 +7,7 @@ only waits.
 from __future__ import annotations
 
 import asyncio
+import datetime
 import hashlib
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ import grpc
 import structlog
 
 from coordinator.engine import Engine
+from coordinator.peers import common_name, expired_on
 from coordinator.round import sender_of
 from coordinator.uploads import Uploads
 from privacy import PROTOCOL_VERSION, __version__
@@ -72,13 +74,19 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         self._changed = asyncio.Event()
 
     async def _member(self, context: Call) -> int:
-        names = list(context.auth_context().get("x509_common_name", []))
+        auth = context.auth_context()
+        name, expired = common_name(auth), expired_on(auth, datetime.datetime.now(datetime.UTC))
         try:
-            return self._engine.roster.roster.index(names[0].decode() if names else "")
-        except (Refusal, UnicodeDecodeError) as error:
+            member = self._engine.roster.roster.index(name)
+        except Refusal as error:
             log.warning("refused", reason=str(error), peer=context.peer())
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
             raise AssertionError("abort raises") from error
+        if expired is not None:
+            text = f"the certificate of '{name}' expired on {expired:%Y-%m-%d %H:%M} UTC: ask for another"
+            log.warning("refused", reason=text, peer=context.peer())
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, text)
+        return member
 
     def _name(self, member: int) -> str:
         return self._engine.roster.roster.name(member)
@@ -195,9 +203,12 @@ class FederationService(federation_pb2_grpc.FederationServicer):
             if self._engine.running(request.round).row.state != "released":
                 raise Refusal(f"round {request.round.hex()[:16]}… has no total")
             path = self._engine.store.total(request.round)
+            length = path.stat().st_size
+            if request.offset > length:
+                raise ProtocolError(f"expected an offset of at most {length}, found {request.offset}")
             with path.open("rb") as file:
                 file.seek(request.offset)
-                return pb.TotalChunk(data=file.read(MOST_CHUNK_BYTES), length=path.stat().st_size)
+                return pb.TotalChunk(data=file.read(MOST_CHUNK_BYTES), length=length)
 
         chunk = await guarded(context, asyncio.to_thread(read), member=self._name(member))
         self._count(request.round, member, received=chunk.ByteSize())

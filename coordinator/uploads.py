@@ -21,7 +21,7 @@ from coordinator.running import Running
 from privacy import merkle
 from privacy.encoding import decode, encode
 from privacy.errors import ProtocolError, UserError
-from privacy.files import disk_errors, fsync_file, replace_durably, reserve
+from privacy.files import DiskError, disk_errors, fsync_file, replace_durably, reserve
 from privacy.receipt import sign_receipt
 from privacy.secagg import transcript
 from privacy.secagg.masking import BLOCK, packed_bytes
@@ -129,7 +129,7 @@ class Uploads:
             with spool.lock:
                 if not spool.opened:
                     self._open(running, spool)
-        except UserError:
+        except DiskError:
             self._give_up(round_id, message.sender)
             raise
         return spool.prefix
@@ -269,7 +269,7 @@ class Uploads:
                     fsync_file(descriptor, spool.part)
                 finally:
                     os.close(descriptor)
-        except UserError:
+        except DiskError:
             with spool.lock:
                 spool.opened = False  # its member begins again, from what was noted
             self._give_up(round_id, spool.input.sender)

@@ -45,6 +45,7 @@ class Federation:
         policy: the pinned policy of the roster, as TOML keys.
         site_toml: what each site's file says beyond its address and name; site name -> TOML.
         environment: variables for every process.
+        coordinator_toml: what the coordinator's file says beyond its address.
     """
 
     directory: Path
@@ -53,6 +54,7 @@ class Federation:
     site_toml: Mapping[str, str]
     environment: Mapping[str, str] = field(default_factory=dict)
     name: str = "demo"
+    coordinator_toml: str = ""
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
@@ -72,7 +74,9 @@ class Federation:
         key = identity_public(create_identity(self.coordinator)).hex()
         pki.create_authority(self.coordinator, self.name)
         pki.issue_server(self.coordinator, ["localhost", "127.0.0.1"])
-        write_durably(self.coordinator / "coordinator.toml", f'listen = "127.0.0.1:{port}"\n'.encode())
+        write_durably(
+            self.coordinator / "coordinator.toml", f'listen = "127.0.0.1:{port}"\n{self.coordinator_toml}'.encode()
+        )
         keys = {name: enrol.create_site(self.site(name)) for name in self.names}
         roster = self._roster(key, keys)
         write_durably(self.coordinator / "roster.toml", roster)

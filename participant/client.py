@@ -22,7 +22,7 @@ from privacy import PROTOCOL_VERSION, __version__
 from privacy.console import Unreachable
 from privacy.encoding import encode
 from privacy.errors import ProtocolError, Refusal, UserError
-from privacy.files import read_file, read_private
+from privacy.files import disk_errors, read_file, read_private
 from privacy.receipt import is_receipt
 from privacy.roster import RosterFile
 from privacy.secagg.dialogue import FromMember, ToMember
@@ -195,9 +195,9 @@ class Client:
         """Download the packed total of a round, behind what ``target`` holds of it already; the caller verifies it.
 
         Raises:
-            ProtocolError: the coordinator has a total of another length.
+            ProtocolError: the coordinator has a total of another length. DiskError: the disk is full.
         """
-        with target.open("ab") as file:
+        with disk_errors(target), target.open("ab", buffering=0) as file:
             while file.tell() < length:
                 request = pb.FetchTotalRequest(round=round_id, offset=file.tell())
                 chunk: pb.TotalChunk = self._call(self._stub.FetchTotal, request)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from privacy.errors import UserError
+from privacy.errors import UserError, shown
 
 Format = Literal["csv", "jsonl", "parquet", "folder"]
 
@@ -110,11 +110,15 @@ def _number_of(record: _Record, index: dict[str, int]) -> int:
     return index[label]
 
 
+def _names(columns: Iterable[str]) -> str:
+    return shown(", ".join(map(repr, columns)), 400) or "(none)"
+
+
 def _require_columns(path: Path, found: Sequence[str], text_column: str, label_column: str) -> None:
     for column in (text_column, label_column):
         if column not in found:
             raise UserError(
-                f"{path}: expected a column {column!r}, found the columns {', '.join(map(repr, found)) or '(none)'}",
+                f"{path}: expected a column {column!r}, found the columns {_names(found)}",
                 hint="name the text and label columns in this site's configuration",
             )
 
@@ -166,9 +170,8 @@ def _from_jsonl(path: Path, text_column: str, label_column: str) -> Iterator[_Re
             raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}", hint="one per line")
         for column in (text_column, label_column):
             if column not in row:
-                found = ", ".join(map(repr, row)) or "(none)"
                 raise UserError(
-                    f"{where}: expected a column {column!r}, found the columns {found}",
+                    f"{where}: expected a column {column!r}, found the columns {_names(row)}",
                     hint="name the text and label columns in this site's configuration",
                 )
         yield _Record(where, row[text_column], row[label_column])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from privacy.errors import ProtocolError
 from privacy.secagg.dialogue import FromMember
 from privacy.secagg.messages import Header
 
@@ -43,6 +44,10 @@ class PeersSeen:
     header: Header
     members: tuple[int, ...]
     counts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.members) != len(self.counts):
+            raise ProtocolError(f"expected a count of each of {len(self.members)} members, found {len(self.counts)}")
 
 
 @dataclass(frozen=True)

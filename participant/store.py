@@ -106,7 +106,7 @@ class Store:
             try:
                 entry = json.loads(line)
                 yield decode(KINDS[entry["kind"]], bytes.fromhex(entry["record"]))
-            except (ValueError, KeyError, TypeError, ProtocolError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError, ProtocolError) as error:
                 raise UserError(
                     f"{self.home.records}:{number + 1}: expected a record of this site, found something else",
                     hint="a damaged or foreign file: sit out the running stages and ask the operator",

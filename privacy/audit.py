@@ -14,7 +14,7 @@ import numpy as np
 
 from privacy.adapter import load_peft, start_adapter, start_digest
 from privacy.encoding import decode
-from privacy.errors import ProtocolError, UserError
+from privacy.errors import ProtocolError, UserError, shown
 from privacy.evidence import EVIDENCE_FILE, TOTAL_FILE, read_evidence
 from privacy.files import read_file
 from privacy.job import Job
@@ -91,14 +91,22 @@ def _recompute(job: Job, outcome: Outcome, cohort: VerifiedCohort, uploads: Path
 def _named(job: Job, directory: Path) -> list[dict[str, Any]]:
     """Check every accusation in the manifest; raises ProtocolError for one that proves nothing or another member."""
     found = []
-    listed = json.loads(read_file(directory / "manifest.json", "the manifest of a release")).get("named", [])
-    for entry in listed:
-        accusation = decode(Accusation, bytes.fromhex(entry["evidence"]))
+    for member, kind, evidence in _accusations(directory / "manifest.json"):
+        accusation = decode(Accusation, evidence)
         culprit = job.roster.name(accused(job.context(accusation.header), accusation))
-        if culprit != entry["member"]:
-            raise ProtocolError(f"the manifest names {entry['member']}, its evidence names {culprit}")
-        found.append({"round": accusation.header.round, "member": culprit, "kind": entry["kind"]})
+        if culprit != member:
+            raise ProtocolError(f"the manifest names '{shown(member)}', its evidence names '{culprit}'")
+        found.append({"round": accusation.header.round, "member": culprit, "kind": kind})
     return found
+
+
+def _accusations(path: Path) -> list[tuple[str, str, bytes]]:
+    """(member, kind, evidence) of each entry under ``named`` of a manifest, nothing of it believed yet."""
+    try:
+        listed = json.loads(read_file(path, "the manifest of a release")).get("named", [])
+        return [(str(e["member"]), shown(str(e["kind"])), bytes.fromhex(e["evidence"])) for e in listed]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ProtocolError(f"{path}: expected the manifest of a release, found something else") from error
 
 
 def _stage(directory: Path) -> int:

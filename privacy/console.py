@@ -13,9 +13,12 @@ from typing import NoReturn
 
 import structlog
 import typer
+from structlog.typing import EventDict
 
-from privacy.errors import ProtocolError, Refusal, UserError, VeilsumError
+from privacy.errors import ProtocolError, Refusal, UserError, VeilsumError, shown
 
+#: Longest text that is shown as one line; parts of it may come from the other end.
+MAX_LINE = 2000
 EXIT_USER, EXIT_REFUSED, EXIT_PROTOCOL, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 1, 3, 4, 5, 130
 
 
@@ -34,7 +37,7 @@ def exit_code(error: VeilsumError) -> int:
 
 def fail(error: VeilsumError) -> NoReturn:
     """Print one line and a hint, and leave with the code of the error's kind."""
-    typer.echo(f"error: {error}", err=True)
+    typer.echo(f"error: {shown(str(error), MAX_LINE)}", err=True)
     hint = getattr(error, "hint", "")
     if hint:
         typer.echo(f"  hint: {hint}", err=True)
@@ -52,6 +55,11 @@ def run(app: typer.Typer) -> None:
         raise SystemExit(EXIT_INTERRUPTED) from None
 
 
+def one_line(_logger: object, _method: str, event: EventDict) -> EventDict:
+    """Texts of other parties stay within their line of the log: no line ends, no escape sequences."""
+    return {key: shown(value, MAX_LINE) if isinstance(value, str) else value for key, value in event.items()}
+
+
 def set_up_logs(*, as_json: bool = False) -> None:
     """Structured logs on standard error; call once, before gRPC starts (it deadlocks on a later change)."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
@@ -61,6 +69,7 @@ def set_up_logs(*, as_json: bool = False) -> None:
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
+            one_line,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,

@@ -11,6 +11,16 @@ A bug of ours is none of these: it stays a ``RuntimeError`` or an ``AssertionErr
 from __future__ import annotations
 
 
+def shown(text: str, most: int = 120) -> str:
+    """``text`` that somebody else wrote, fit for one line of a log or a terminal.
+
+    What does not print, line ends and escape sequences among it, is escaped; of more than ``most`` characters the
+    beginning is shown.
+    """
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: most + 1])
+    return line if len(line) <= most else f"{line[:most]}…"
+
+
 class VeilsumError(Exception):
     """Base of the errors whose text is meant for people."""
 

@@ -8,6 +8,7 @@ can weaken the pinned policy of the roster (``privacy/roster.py``) or a site's o
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,7 +18,9 @@ from pydantic import Field, model_validator
 from privacy.errors import UserError
 from privacy.settings import Section, parse_toml
 
-MAX_PLAN_BYTES = 4 << 20
+MAX_PLAN_BYTES = 1 << 20
+#: Numbers in all tensors of an adapter, 4 GiB as float32: no plan can make a site ask for more memory than that.
+MAX_COORDINATES = 1 << 30
 PLAN_LABEL = b"veilsum/1/plan\0"
 
 HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -46,7 +49,21 @@ class Adapter(Section):
     #: Linear module -> [out_features, in_features].
     modules: Annotated[dict[str, tuple[Positive, Positive]], Field(min_length=1)]
     #: Tensors trained beside the adapter -> shape; they start at zero.
-    head: dict[str, tuple[Positive, ...]] = Field(default_factory=dict)
+    head: dict[str, Annotated[tuple[Positive, ...], Field(min_length=1, max_length=8)]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _tensors_are_possible(self) -> Adapter:
+        for module, (_, inputs) in self.modules.items():
+            if self.rank > inputs:
+                raise ValueError(f"modules: expected rank <= {inputs} for '{module}', found {self.rank}")
+            for name in (f"{module}.lora_A.weight", f"{module}.lora_B.weight"):
+                if name in self.head:
+                    raise ValueError(f"head: '{name}' is a tensor of the adapter itself")
+        sizes = [self.rank * (outputs + inputs) for outputs, inputs in self.modules.values()]
+        total = sum(sizes) + sum(map(math.prod, self.head.values()))
+        if total > MAX_COORDINATES:
+            raise ValueError(f"expected an adapter of at most {MAX_COORDINATES} numbers, found {total}")
+        return self
 
 
 class Data(Section):

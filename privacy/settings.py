@@ -9,7 +9,11 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from privacy.errors import UserError
+from privacy.errors import UserError, shown
+
+#: The time of Python's TOML parser grows with the square of the parts of a dotted key: one of 32,000 parts, in a file
+#: of 64 KiB, takes it a quarter of a minute. A key cannot span lines.
+MAX_DOTS = 1000
 
 
 class Section(BaseModel):
@@ -24,14 +28,14 @@ S = TypeVar("S", bound=Section)
 def explain(error: ValidationError) -> str:
     """The first thing wrong, as one line that names the key and what was found."""
     first = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = shown(".".join(str(part) for part in first["loc"]))
     if first["type"] == "extra_forbidden":
         return f"unknown key '{key}'"
     if first["type"] == "missing":
         return f"missing key '{key}'"
     where = f"key '{key}': " if key else ""
-    found = "" if isinstance(first["input"], dict) else f", found {first['input']!r}"
-    return f"{where}{first['msg'].removeprefix('Value error, ')}{found}"
+    found = "" if isinstance(first["input"], dict) else f", found {shown(repr(first['input']))}"
+    return f"{where}{shown(first['msg'].removeprefix('Value error, '), 300)}{found}"
 
 
 def parse_toml(model: type[S], raw: bytes, source: str) -> S:
@@ -41,10 +45,12 @@ def parse_toml(model: type[S], raw: bytes, source: str) -> S:
         UserError: not UTF-8, not TOML, an unknown or missing key, or a value out of range.
     """
     try:
+        if max(line.count(b".") for line in raw.split(b"\n")) > MAX_DOTS:
+            raise ValueError(f"a line with more than {MAX_DOTS} dots")
         table = tomllib.loads(raw.decode("utf-8"))
         text = json.dumps(table)
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, TypeError, RecursionError) as error:
-        raise UserError(f"{source}: expected a TOML file, found: {error}") from error
+    except (ValueError, TypeError, RecursionError) as error:  # also for an integer of more than 4,300 digits
+        raise UserError(f"{source}: expected a TOML file, found: {shown(str(error), 300)}") from error
     try:
         return model.model_validate_json(text)
     except ValidationError as error:

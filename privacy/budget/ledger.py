@@ -54,11 +54,11 @@ class Ledger:
             entry = json.loads(line)
             signature = bytes.fromhex(entry.pop("signature"))
             chained = (entry["seq"], entry["previous"]) == (number, self._previous().hex())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            body = _canonical(entry)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{self.path}:{number + 1}: expected a ledger line, found something else", hint=hint
             ) from error
-        body = _canonical(entry)
         if not chained or not verify_signature(identity_public(self._key), signature, label("ledger", body)):
             raise UserError(f"{self.path}:{number + 1}: expected an unbroken chain of signed lines", hint=hint)
 

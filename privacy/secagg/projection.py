@@ -9,6 +9,7 @@ total pass.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -20,7 +21,7 @@ from privacy.secagg.masking import BLOCK, tiles_of
 
 WORD = 1 << 64
 
-Integers = NDArray[np.int32] | NDArray[np.int64]
+Integer = TypeVar("Integer", np.int32, np.int64)
 
 
 def dealt_blocks(blocks: int, survivors: Sequence[int], me: int, colluders: int) -> tuple[int, ...]:
@@ -50,7 +51,7 @@ def challenge(nonces: Mapping[int, bytes], total: bytes) -> bytes:
     return digest("projection", total, *(part for i in sorted(nonces) for part in (number(i), nonces[i])))
 
 
-def project(key: bytes, vector: Integers | Iterable[Integers]) -> int:
+def project(key: bytes, vector: NDArray[Integer] | Iterable[NDArray[Integer]]) -> int:
     """<r, x> mod 2**64 of signed integers (d + extras,), r the AES-CTR stream of ``key`` in 64-bit words.
 
     The vector may come tile by tile; extra memory is some blocks.

@@ -29,6 +29,9 @@ SERVER_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_REQUEST),
     ("grpc.max_send_message_length", MAX_REPLY),
     ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
+    # Whoever connects and does not say who it is, or says it and then nothing, does not keep a connection for ever.
+    ("grpc.server_handshake_timeout_ms", 20_000),
+    ("grpc.max_connection_idle_ms", 600_000),
 )
 CLIENT_OPTIONS = (
     *KEEPALIVE,
