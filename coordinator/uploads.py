@@ -32,7 +32,7 @@ from privacy.wire.transport import WINDOW, chunk_bytes
 #: Chunks in flight of all uploads together (32 MiB): what bounds the memory for uploads.
 SLOTS = 16
 #: An upload from which nothing came for so long gives its place to whoever waits; what is on disk stays.
-IDLE_S = 30.0
+IDLE_S = 120.0
 #: Bytes that a crash of this machine may cost an upload.
 SYNC_BYTES = 32 << 20
 AGAIN = "nothing is lost: begin again shortly, it goes on where it stopped"

@@ -31,12 +31,10 @@ from privacy.secagg.signed import Signed
 from privacy.wire import federation_pb2 as pb
 from privacy.wire.convert import from_wire, to_wire
 from privacy.wire.federation_pb2_grpc import FederationStub
-from privacy.wire.transport import CLIENT_OPTIONS, PUT_CHUNK, WINDOW, chunk_bytes, put_chunk, read_chunk_reply
+from privacy.wire.transport import CHUNK_S, CLIENT_OPTIONS, PUT_CHUNK, WINDOW, chunk_bytes, put_chunk, read_chunk_reply
 
 #: A call that takes longer than this is tried again; long polls end before it.
 TIMEOUT_S = 60.0
-#: A chunk on a slow line, with others beside it. A dead connection shows sooner: keepalive asks every minute.
-CHUNK_TIMEOUT_S = 900.0
 
 
 @dataclass(frozen=True)
@@ -180,7 +178,7 @@ class Client:
             while offset < length or flying:
                 while offset < length and len(flying) < window:
                     payload = file.read(size)
-                    call = self._chunk.future(put_chunk(round_id, offset, payload), timeout=CHUNK_TIMEOUT_S)
+                    call = self._chunk.future(put_chunk(round_id, offset, payload), timeout=CHUNK_S)
                     flying.append(call)
                     offset += len(payload)
                 window = read_chunk_reply(flying.popleft().result())
