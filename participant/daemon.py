@@ -69,18 +69,11 @@ class Daemon:
             state, reason = ("refused" if isinstance(error, Refusal) else "failed"), str(error)
             if isinstance(error, UserError) and error.hint:
                 reason += f" ({error.hint})"
-        self._note(name, state, reason)
+        self.site.note(name, state, reason)
         if self.said.get(name) != state + reason:
             log.info("plan", plan=name, state=state, reason=reason)
             self.said[name] = state + reason
         return state
-
-    def _note(self, name: str, state: str, reason: str) -> None:
-        """For ``status``; nothing depends on it, so a full disk must not end a round over it."""
-        try:
-            self.site.note(name, state, reason)
-        except UserError as error:
-            log.warning("not noted", plan=name, reason=str(error))
 
     def _work(self, job: Job, offered: OfferedPlan) -> tuple[str, str]:
         stage = 1
@@ -106,7 +99,7 @@ class Daemon:
 
     def _ready(self, job: Job, stage: int) -> None:
         ready, expected = patiently(lambda: self.client.ready(job.plan_file.digest, stage))
-        self._note(job.plan.name, "ready", f"{ready} of {expected} members are ready")
+        self.site.note(job.plan.name, "ready", f"{ready} of {expected} members are ready")
         log.info("ready", plan=job.plan.name, ready=ready, of=expected)
 
     def _take_part(self, job: Job, stage: int) -> None:

@@ -14,7 +14,7 @@ from participant.patience import patiently
 from participant.phases import Checking
 from participant.site import Site
 from privacy.adapter import save_peft
-from privacy.files import disk_errors, make_private_directory, write_durably
+from privacy.files import make_private_directory, write_durably
 from privacy.job import Job
 from privacy.outcome import Total, check_block, combine, manifest, verify_cohort, verify_total
 from privacy.secagg.masking import block_sizes, packed_length
@@ -30,8 +30,7 @@ def _download(site: Site, client: Client, job: Job, round_id: bytes) -> Path:
     target = make_private_directory(site.home.work / job.plan.name) / f"total-{round_id.hex()[:16]}.bin"
     target.unlink(missing_ok=True)
     length = packed_length(job.quantizer.total_size, job.rules.bits)
-    with disk_errors(target):
-        patiently(lambda: client.fetch_total(round_id, length, target), lambda: client.progress)
+    patiently(lambda: client.fetch_total(round_id, length, target), lambda: client.progress)
     return target
 
 
@@ -73,8 +72,7 @@ def fetch_release(site: Site, client: Client, job: Job, stage: int) -> bool:
             downloads.callback(path.unlink)
             cohorts.append(verify_cohort(job, stage, start, cohort.evidence, path))
         combined = combine(job, cohorts)
-        with disk_errors(adapter):
-            save_peft(adapter, combined.tensors, adapter=job.plan.adapter, base_name=job.plan.base.name)
+        save_peft(adapter, combined.tensors, adapter=job.plan.adapter, base_name=job.plan.base.name)
         facts = manifest(job, stage, cohorts, combined) | {"adapter": str(adapter)}
     facts["rounds"] = sorted(_summary(c) for c in offered)
     write_durably(directory / RELEASE_NOTE, json.dumps(facts, indent=2).encode() + b"\n")

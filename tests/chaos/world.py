@@ -294,8 +294,6 @@ class World:
         if self.trace(name).count(fault[0].name) >= fault[0].first:
             self.count(f"full disk of {self.role(name)}")
             del self._armed[name]
-            if name != COORDINATOR:
-                self._lose(name)
 
     @staticmethod
     def role(name: str) -> str:
