@@ -1,4 +1,4 @@
-"""A few seeded rounds of ``make chaos``, and proof that its checks bite and that no write goes past the fault points."""
+"""A few seeded rounds of ``make chaos``; its checks bite, and no write goes past the fault points."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from participant.prepare import PLAIN_VECTOR
-from participant.records import Aborted, Released, SignedSurvivors, Spent
-from participant.store import Store
+from participant.records import Aborted, Record, Released, SignedSurvivors, Spent
 from privacy.plan import PlanFile
 from tests.chaos.checks import (
     Receipts,
@@ -78,9 +77,9 @@ def test_a_few_rounds_with_every_kind_of_fault_lose_nothing(tmp_path: Path) -> N
         world.close()
     for result in results:
         assert problems(result) == [], result.tails
-    assert KINDS <= world.faults.keys()
+    assert KINDS - world.faults.keys() == set()
     assert [r.verdict.completed for r in results] == [1] * len(results)
-    assert results[1].verdict.aborted == 1  # two lost before M9: given up, and done again with the proof of section 6
+    assert results[1].verdict.aborted >= 1  # two lost before M9: given up, and done again with the proof of section 6
 
 
 def problems(result: Result) -> list[str]:
@@ -92,29 +91,30 @@ def check_the_checks(world: World, plan: PlanFile) -> None:
     """Each check, on the disks of a real plan whose first round failed, with one thing made wrong."""
     report = world.report(plan.plan.name)
     assert report is not None
-    first, second = report["rounds"]
+    *_, last = report["rounds"]
     kept = {
         name: [r for r in records(world.federation.site(name)) if r.header.plan == plan.digest]
         for name in world.shape.names
     }
-    assert survivors_wrong([second]) == []
-    assert survivors_wrong([second, second]) == [f"{m} is counted 2 times" for m in second["survivors"]]
+    assert survivors_wrong([last]) == []
+    assert survivors_wrong([last, last]) == [f"{m} is counted 2 times" for m in last["survivors"]]
 
-    assert totals_wrong(world, plan, [second]) == []
+    assert totals_wrong(world, plan, [last]) == []
     path = world.federation.site("site-1") / "work" / plan.plan.name / "stage-1" / PLAIN_VECTOR
     vector = np.load(path)
     np.save(path, vector + (np.arange(len(vector)) == 5))
-    assert "is not the plain sum" in totals_wrong(world, plan, [second])[0]
+    assert "is not the plain sum" in totals_wrong(world, plan, [last])[0]
 
     assert [line for name, found in kept.items() for line in records_wrong(name, found)] == []
     released = next(r for r in kept["site-2"] if isinstance(r, Released))
     assert list(records_wrong("x", [released, Aborted(released.header, "")])) == ["x: released and aborted round 1"]
     spent = [r for r in kept["site-1"] if isinstance(r, Spent)]
-    assert len(spent) == 2
-    assert list(records_wrong("x", [spent[0], replace(spent[1], vector=bytes(32))]))
+    assert len(spent) >= 2
+    other = replace(spent[1], vector=bytes(32))
+    assert list(records_wrong("x", [spent[0], other])) == ["x: two different vectors were spent in one stage"]
 
-    assert list(openings_wrong(kept, world.shape.names)) == []  # one list, opened in the second round only or in both
-    fewer = {name: [without_last(r) for r in found] for name, found in kept.items()}
+    assert list(openings_wrong(kept, world.shape.names)) == []  # in both rounds it is the same list
+    fewer = {name: [without_last(r, last["round"]) for r in found] for name, found in kept.items()}
     assert any("can be opened in round 1 and" in line for line in openings_wrong(fewer, world.shape.names))
 
     assert list(commits_wrong(world, plan, report)) == []
@@ -123,7 +123,7 @@ def check_the_checks(world: World, plan: PlanFile) -> None:
     receipts = Receipts()
     receipts.look(report)
     receipts.look(forgotten)
-    assert len(receipts.wrong) == 2 * len(world.shape.names)
+    assert len(receipts.wrong) == sum(len(row["receipts"]) for row in report["rounds"]) >= 6
 
     over = {**report, "state": "released"}
     assert list(unmet(world, plan, over, kept, excused=False)) == []
@@ -131,9 +131,9 @@ def check_the_checks(world: World, plan: PlanFile) -> None:
     assert "aborted: expected at least 3 members" in next(iter(unmet(world, plan, over, kept, excused=False)))
 
 
-def without_last(record: object) -> object:
-    """The survivor list of the second round, with one member fewer."""
-    if isinstance(record, SignedSurvivors) and record.header.round == 2:
+def without_last(record: Record, number: int) -> Record:
+    """The survivor list of one round, with a member fewer."""
+    if isinstance(record, SignedSurvivors) and record.header.round == number:
         return replace(record, members=record.members[:-1], survivors=bytes(32))
     return record
 

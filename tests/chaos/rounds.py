@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -151,6 +154,19 @@ def run_plan(world: World, plan: PlanFile, schedule: Schedule, seed: int) -> Res
     return result
 
 
+def leave_with_the_driver(world: World) -> None:
+    """If this is a worker and its driver dies, no process of the federation stays behind."""
+    driver = multiprocessing.parent_process()
+
+    def watch_driver() -> None:
+        if driver is not None:
+            driver.join()
+            world.close()
+            os._exit(1)
+
+    threading.Thread(target=watch_driver, daemon=True).start()
+
+
 def run_batch(batch: Batch, seed: int, done: Callable[[Result], None]) -> None:
     """A fresh federation goes through all plans of a batch; ``done`` hears of each."""
     plans = [
@@ -159,6 +175,7 @@ def run_batch(batch: Batch, seed: int, done: Callable[[Result], None]) -> None:
     ]
     with tempfile.TemporaryDirectory(prefix="chaos-") as directory:
         world = World(Path(directory), batch.shape, plans, seed, batch.disk_mb, keep_uploads=batch.number % 2 == 1)
+        leave_with_the_driver(world)
         try:
             world.start()
             for number, (plan, schedule) in enumerate(zip(plans, batch.plans, strict=True)):
