@@ -1,7 +1,7 @@
 # Every target does its own set-up, and a second run skips what is done. `make help` lists them.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-compare test proofs mutants model chaos fuzz bench check proto clean distclean
+.PHONY: help demo demo-compare test proofs chaos mutants model fuzz bench check proto clean distclean
 
 PY := .venv/bin/python
 # The set-up is done when this file exists. Its name follows from what the set-up depends on.
@@ -21,6 +21,9 @@ test: $(READY) ## run the tests (ARGS="-k shamir" chooses some)
 
 proofs: $(READY) ## all dropout patterns of up to six members (about half an hour)
 	$(PY) -m tests.proofs
+
+chaos: $(READY) ## several hundred rounds of real processes, with everything going wrong (about half an hour)
+	$(PY) -m tests.chaos.run $(ARGS)
 
 mutants: $(READY) ## disable every refusal in turn; each time a named test must fail (long)
 	$(PY) -m tests.mutants
