@@ -23,7 +23,7 @@ from participant.records import Aborted, Joined, PeersSeen, Record, Released, Si
 from participant.store import Store, Trained
 from privacy import PROTOCOL_VERSION
 from privacy.errors import UserError
-from privacy.secagg.masking import TILE, MaskStreams, packed_length, tiles_of, unpack
+from privacy.secagg.masking import TILE, Engine, MaskStreams, packed_length, pyca, tiles_of, unpack
 from privacy.secagg.messages import Header
 from privacy.secagg.transcript import Streams
 from privacy.vectors import file_root
@@ -138,6 +138,23 @@ def test_a_vector_is_kept_as_it_comes_and_read_tile_by_tile(tmp_path: Path) -> N
     one, two = store.spool("toy", HEADER), store.spool("toy", replace(HEADER, round=9))
     assert store.write_spool(one, kept, streams, 24) == store.write_spool(two, vector, streams, 24)
     assert one.read_bytes() == two.read_bytes()
+
+
+def test_the_engine_of_a_spool_is_chosen_by_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import participant.store as module
+
+    asked: list[tuple[int, int, int]] = []
+
+    def engine_for(coordinates: int, streams: int, bits: int) -> Engine:
+        asked.append((coordinates, streams, bits))
+        return pyca
+
+    monkeypatch.setattr(module, "engine_for", engine_for)
+    store = load(tmp_path)
+    store.keep_trained("toy", 1, np.zeros(77, np.int32), Trained("ab" * 32, 1, 0.0, 0.0, 1))
+    streams = Streams((X, Y), (b"z" * 32,))
+    store.write_spool(store.spool("toy", HEADER), store.quantised("toy", 1), streams, 24)
+    assert asked == [(77, 3, 24)]
 
 
 def test_a_vector_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
