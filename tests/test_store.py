@@ -183,8 +183,13 @@ def test_the_note_of_an_earlier_training_never_stands_beside_a_new_vector(tmp_pa
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-1]), lambda p: p.write_bytes(p.read_bytes() + X)],
-    ids=["missing", "short", "long"],
+    [
+        lambda p: p.unlink(),
+        lambda p: p.write_bytes(p.read_bytes()[:-1]),
+        lambda p: p.write_bytes(p.read_bytes() + b"\0"),
+        lambda p: p.write_bytes(p.read_bytes() + X),
+    ],
+    ids=["missing", "short", "a byte more", "long"],
 )
 def test_a_kept_vector_of_another_length_is_refused(tmp_path: Path, damage: Callable[[Path], object]) -> None:
     world = OnDisk(tmp_path)
