@@ -23,8 +23,8 @@ from coordinator.service import FederationService, OperatorService, add_federati
 from coordinator.store import Store
 from coordinator.uploads import Uploads
 from coordinator.work import Worker
-from privacy.errors import UserError, VeilsumError
-from privacy.files import make_private_directory, read_file, read_private
+from privacy.errors import UserError
+from privacy.files import DiskError, make_private_directory, read_file, read_private
 from privacy.identity import load_identity
 from privacy.secagg.keys import identity_public
 from privacy.wire.transport import SERVER_OPTIONS
@@ -98,8 +98,8 @@ async def _repeat(step: Callable[[], bool], stop: asyncio.Event) -> None:
         try:
             if await asyncio.to_thread(step):
                 continue
-        except VeilsumError as error:  # the disk is full: what was not written is tried again
-            log.error("waiting for the disk", reason=str(error), hint=getattr(error, "hint", ""))
+        except DiskError as error:  # the disk is full: what was not written is tried again
+            log.error("waiting for the disk", reason=str(error), hint=error.hint)
             await asyncio.sleep(TICK_S)
         with suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), TICK_S)

@@ -19,7 +19,7 @@ import grpc
 import structlog
 
 from privacy.errors import UserError
-from privacy.wire.transport import MAX_REQUEST, SERVICE, WINDOW
+from privacy.wire.transport import CHUNK_S, MAX_REQUEST, PUT_CHUNK, SERVICE, WINDOW
 
 Call = grpc.aio.ServicerContext[Any, Any]
 
@@ -31,7 +31,7 @@ IN_FLIGHT = 2 * WINDOW + 8
 RATE, BURST = 50.0, 400.0
 #: Seconds between two log lines of one kind about one member.
 SAY_S = 10.0
-#: Seconds for the request of a call: a chunk of 2 MiB at 35 kB/s; a client of ours gives up at the same time.
+#: Seconds for the request of a call that is no chunk; a client of ours gives up at the same time.
 RECEIVE_S = 60.0
 #: Bounded by what is in flight alone: a large vector takes thousands of these.
 BULK = frozenset(f"/{SERVICE}/{name}" for name in ("PutChunk", "FetchTotal", "FetchBlock"))
@@ -119,11 +119,12 @@ class Gate(grpc.aio.ServerInterceptor):
 
     async def _received(self, requests: AsyncIterator[bytes], context: Call, caller: bytes, method: str) -> bytes:
         """The one request of a call, in time."""
+        seconds = CHUNK_S if method == PUT_CHUNK else RECEIVE_S
         try:
-            async with asyncio.timeout(RECEIVE_S):
+            async with asyncio.timeout(seconds):
                 return await anext(requests)
         except TimeoutError:
-            text = f"expected the whole request within {RECEIVE_S:g} s"
+            text = f"expected the whole request within {seconds:g} s"
             await self._refuse(context, grpc.StatusCode.DEADLINE_EXCEEDED, text, caller, method)
         except StopAsyncIteration:  # also above the limit, which gRPC tells the client itself: RESOURCE_EXHAUSTED
             text = f"expected a request of at most {MAX_REQUEST} bytes, found none that is whole"

@@ -20,7 +20,7 @@ from typing import Any
 
 from privacy import faults
 from privacy.errors import UserError
-from privacy.files import disk_errors, make_private_directory
+from privacy.files import DiskError, disk_errors, make_private_directory
 from privacy.vectors import round_name, upload_name
 
 #: One entry a version; ``pragma user_version`` says how many of them a database has.
@@ -124,7 +124,7 @@ class Store:
         """All statements inside, or none of them; durable when it ends.
 
         Raises:
-            UserError: the disk is full or not writable.
+            DiskError: the disk is full or not writable.
         """
         with self._lock:
             try:
@@ -134,7 +134,7 @@ class Store:
                 self._db.execute("commit")
                 faults.point("after-commit", what)
             except (sqlite3.OperationalError, OSError) as error:
-                raise UserError(
+                raise DiskError(
                     f"state.db: expected to write, found: {error}",
                     hint="free space on this file system; nothing that was confirmed is lost",
                 ) from error

@@ -21,7 +21,7 @@ from coordinator.running import Running
 from privacy import merkle
 from privacy.encoding import decode, encode
 from privacy.errors import ProtocolError, UserError
-from privacy.files import disk_errors, fsync_file, replace_durably, reserve
+from privacy.files import DiskError, disk_errors, fsync_file, replace_durably, reserve
 from privacy.receipt import sign_receipt
 from privacy.secagg import transcript
 from privacy.secagg.masking import BLOCK, packed_bytes
@@ -32,7 +32,7 @@ from privacy.wire.transport import WINDOW, chunk_bytes
 #: Chunks in flight of all uploads together (32 MiB): what bounds the memory for uploads.
 SLOTS = 16
 #: An upload from which nothing came for so long gives its place to whoever waits; what is on disk stays.
-IDLE_S = 30.0
+IDLE_S = 120.0
 #: Bytes that a crash of this machine may cost an upload.
 SYNC_BYTES = 32 << 20
 AGAIN = "nothing is lost: begin again shortly, it goes on where it stopped"
@@ -129,7 +129,7 @@ class Uploads:
             with spool.lock:
                 if not spool.opened:
                     self._open(running, spool)
-        except UserError:
+        except DiskError:
             self._give_up(round_id, message.sender)
             raise
         return spool.prefix
@@ -269,7 +269,7 @@ class Uploads:
                     fsync_file(descriptor, spool.part)
                 finally:
                     os.close(descriptor)
-        except UserError:
+        except DiskError:
             with spool.lock:
                 spool.opened = False  # its member begins again, from what was noted
             self._give_up(round_id, spool.input.sender)

@@ -17,7 +17,8 @@ from coordinator.round import outcome_of
 from coordinator.running import Running, names_in
 from coordinator.store import Event, RoundRow
 from coordinator.unmask import fold, shard_count, unmask
-from privacy.errors import ProtocolError, UserError
+from privacy.errors import ProtocolError
+from privacy.files import DiskError
 from privacy.outcome import is_certified
 from privacy.secagg.messages import Evidence
 
@@ -46,7 +47,7 @@ class Worker:
             return False
         try:
             self._advance(waiting)
-        except UserError as error:  # shares may be out by now: no reason to give the round up
+        except DiskError as error:  # shares may be out by now: no reason to give the round up
             waiting.log.error("waiting for the disk", reason=str(error), hint=error.hint)
             waiting.try_again = engine.clock() + RETRY_S
         except ProtocolError as error:

@@ -22,7 +22,7 @@ from privacy import PROTOCOL_VERSION, __version__
 from privacy.console import Unreachable
 from privacy.encoding import encode
 from privacy.errors import ProtocolError, Refusal, UserError
-from privacy.files import read_file, read_private
+from privacy.files import disk_errors, read_file, read_private
 from privacy.receipt import is_receipt
 from privacy.roster import RosterFile
 from privacy.secagg.dialogue import FromMember, ToMember
@@ -31,12 +31,10 @@ from privacy.secagg.signed import Signed
 from privacy.wire import federation_pb2 as pb
 from privacy.wire.convert import from_wire, to_wire
 from privacy.wire.federation_pb2_grpc import FederationStub
-from privacy.wire.transport import CLIENT_OPTIONS, PUT_CHUNK, WINDOW, chunk_bytes, put_chunk, read_chunk_reply
+from privacy.wire.transport import CHUNK_S, CLIENT_OPTIONS, PUT_CHUNK, WINDOW, chunk_bytes, put_chunk, read_chunk_reply
 
 #: A call that takes longer than this is tried again; long polls end before it.
 TIMEOUT_S = 60.0
-#: A chunk on a slow line, with others beside it. A dead connection shows sooner: keepalive asks every minute.
-CHUNK_TIMEOUT_S = 900.0
 
 
 @dataclass(frozen=True)
@@ -180,7 +178,7 @@ class Client:
             while offset < length or flying:
                 while offset < length and len(flying) < window:
                     payload = file.read(size)
-                    call = self._chunk.future(put_chunk(round_id, offset, payload), timeout=CHUNK_TIMEOUT_S)
+                    call = self._chunk.future(put_chunk(round_id, offset, payload), timeout=CHUNK_S)
                     flying.append(call)
                     offset += len(payload)
                 window = read_chunk_reply(flying.popleft().result())
@@ -195,9 +193,9 @@ class Client:
         """Download the packed total of a round, behind what ``target`` holds of it already; the caller verifies it.
 
         Raises:
-            ProtocolError: the coordinator has a total of another length.
+            ProtocolError: the coordinator has a total of another length. DiskError: the disk is full.
         """
-        with target.open("ab") as file:
+        with disk_errors(target), target.open("ab", buffering=0) as file:
             while file.tell() < length:
                 request = pb.FetchTotalRequest(round=round_id, offset=file.tell())
                 chunk: pb.TotalChunk = self._call(self._stub.FetchTotal, request)

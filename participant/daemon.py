@@ -14,14 +14,14 @@ from participant.patience import patiently
 from participant.phases import Confirmed, Finished, Stopped, Uploading
 from participant.policy import admit
 from participant.prepare import Progress, prepare
-from participant.running import RoundRun, abort_unknown, join
+from participant.running import RoundRun, abort_unknown, join, resume_upload
 from participant.site import Site
 from privacy.console import Unreachable
 from privacy.errors import ProtocolError, Refusal, UserError, VeilsumError
 from privacy.job import Job
 from privacy.plan import parse_plan
 from privacy.secagg.dialogue import ToMember
-from privacy.secagg.messages import Offer, Outcome, RoundAborted
+from privacy.secagg.messages import Inbox, Offer, Outcome, RoundAborted
 
 log = structlog.get_logger()
 
@@ -139,6 +139,8 @@ class Daemon:
             return None
         if mine and run is not None:
             run.handle(message)
+        elif isinstance(message, Inbox) and run is None:
+            resume_upload(self.site, self.client, job, round_id)
         return run  # what is about another round changes nothing in this one
 
     def _is_over(self, job: Job, stage: int, run: RoundRun | None) -> bool:

@@ -1,4 +1,4 @@
-"""Calls that are repeated until the other end answers: the secrets of a round live in this process only."""
+"""What is repeated until the other end answers or the disk takes it: a round's secrets live in this process only."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TypeVar
 import structlog
 
 from privacy.console import Unreachable
+from privacy.files import DiskError
 
 log = structlog.get_logger()
 
@@ -18,7 +19,7 @@ R = TypeVar("R")
 
 
 def patiently(call: Callable[[], R], progress: Callable[[], object] = lambda: None) -> R:
-    """Repeat a call for as long as it raises :class:`Unreachable`.
+    """Repeat a call for as long as it raises :class:`Unreachable` or :class:`DiskError`.
 
     Args:
         progress: what changes while the call gets on, although it fails in the end: then the pauses are short again.
@@ -27,10 +28,10 @@ def patiently(call: Callable[[], R], progress: Callable[[], object] = lambda: No
     while True:
         try:
             return call()
-        except Unreachable as error:
+        except (Unreachable, DiskError) as error:
             if progress() != before:
                 attempt, before = 0, progress()
             if attempt == 0:
-                log.warning("no answer, trying again", reason=str(error))
+                log.warning("trying again", reason=str(error), hint=error.hint)
             time.sleep(BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)])
             attempt += 1

@@ -8,6 +8,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from participant.patience import patiently
 from participant.site import Site
 from participant.store import Quantised, Trained
 from privacy.adapter import check_start, release, save_peft, start_adapter
@@ -58,9 +59,10 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None) 
         progress=progress,
     )
     local = release(start, result.delta, 1.0, job.layout)
-    save_peft(site.local_directory(name, stage), local, adapter=job.plan.adapter, base_name=job.plan.base.name)
+    place, base_name = site.local_directory(name, stage), job.plan.base.name
+    patiently(lambda: save_peft(place, local, adapter=job.plan.adapter, base_name=base_name))
     trained = Trained(digest, weight, result.loss, result.seconds, result.examples)
-    _keep(site, job, stage, result.delta, trained)
+    patiently(lambda: _keep(site, job, stage, result.delta, trained))
     log.info("trained", plan=name, loss=round(result.loss, 4), seconds=round(result.seconds, 1))
     return trained
 

@@ -16,7 +16,7 @@ from participant.fetch import audit_blocks, fetched_total
 from participant.patience import patiently
 from participant.phases import Checking, Masking, Projecting, Stopped
 from participant.prepare import kept_vector
-from participant.records import Joined, Step
+from participant.records import Aborted, Joined, Record, Spent, Step
 from participant.retry import check_proofs, may_state_abort
 from participant.round import ParticipantRound, abort_step, accept_offer
 from participant.site import Site
@@ -24,9 +24,9 @@ from privacy import faults
 from privacy.errors import ProtocolError, Refusal
 from privacy.job import Job
 from privacy.secagg.dialogue import FromMember, ToMember, message_name
-from privacy.secagg.messages import MaskedInput, Offer, RoundAborted
+from privacy.secagg.messages import Header, MaskedInput, Offer, RoundAborted
 from privacy.secagg.projection import project
-from privacy.secagg.signed import Signed
+from privacy.secagg.signed import Signed, sign
 
 log = structlog.get_logger()
 
@@ -37,6 +37,44 @@ def send(client: Client, job: Job, round_id: bytes, reply: FromMember) -> None:
         patiently(lambda: client.send(round_id, reply))
     except (ProtocolError, Refusal) as error:
         log.warning("not taken", plan=job.plan.name, message=message_name(reply), reason=str(error))
+
+
+def keep(site: Site, record: Record) -> None:
+    """Make a record durable, for as long as the disk takes: the message it allows waits."""
+    patiently(lambda: site.store.keep(record))
+
+
+def enter(site: Site, job: Job, kind: str, **facts: object) -> None:
+    """One more line in the ledger of the job's data set, for as long as the disk takes."""
+    patiently(lambda: site.ledger(job.plan.data.dataset).append(kind, facts))
+
+
+def upload(site: Site, client: Client, job: Job, header: Header, message: Signed[MaskedInput]) -> None:
+    """The spool of a round, the only bytes of it that ever leave, until they are there or come too late."""
+    spool, bits = site.store.spool(job.plan.name, header), job.rules.bits
+    try:
+        patiently(lambda: client.upload(header.hash(), message, spool, bits), lambda: client.progress)
+    except (ProtocolError, Refusal) as error:
+        log.warning("upload not taken", plan=job.plan.name, reason=str(error))
+        return
+    enter(site, job, "COMMIT", plan=job.plan.name, stage=header.stage, round=header.round)
+    log.info("uploaded", plan=job.plan.name, bytes=message.body.length)
+
+
+def resume_upload(site: Site, client: Client, job: Job, round_id: bytes) -> None:
+    """Go on with an upload that a crash cut short: the delta is spent, the spool is what may be sent, and nothing else.
+
+    The same M5 is signed again, byte for byte. The round's secrets are gone, so this site signs no list in it and
+    releases nothing; its input counts all the same, since t others can open its self mask.
+    """
+    records = site.store.all_records()
+    spent = next((r for r in records if isinstance(r, Spent) and r.header.hash() == round_id), None)
+    if spent is None or any(isinstance(r, Aborted) and r.header == spent.header for r in records):
+        return
+    length = job.context(spent.header).upload_length
+    message = sign(site.identity, site.me, MaskedInput(spent.t2, spent.root, length), round_id)
+    log.info("upload goes on", plan=job.plan.name, round=spent.header.round)
+    upload(site, client, job, spent.header, message)
 
 
 def join(site: Site, client: Client, job: Job, stage: int, round_id: bytes, offer: Offer) -> RoundRun:
@@ -70,7 +108,7 @@ def abort_unknown(site: Site, client: Client, job: Job, round_id: bytes, message
         return
     step = abort_step(site.round_site(job, b"", None), header, message.reason)
     for record in step.records:
-        site.store.keep(record)
+        keep(site, record)
     if step.reply is not None:
         send(client, job, round_id, step.reply)
 
@@ -92,7 +130,7 @@ class RoundRun:
         name = message_name(reply) if reply is not None else "nothing"
         faults.point(f"before-{name}")
         for record in step.records:
-            self.site.store.keep(record)
+            keep(self.site, record)
         faults.point(f"saved-{name}")
         if reply is None:
             return
@@ -123,23 +161,14 @@ class RoundRun:
         """Ledger line and spool on disk, then the record that the delta is spent, then the upload."""
         store, header = self.site.store, self.machine.context.header
         vector = kept_vector(self.site, self.job, self.stage)
-        facts = {"plan": self.job.plan.name, "stage": self.stage, "round": header.round, "t2": phase.t2.hex()}
-        self.site.ledger(self.job.plan.data.dataset).append("RELEASE", facts)
-        spool = store.spool(self.job.plan.name, header)
-        root = store.write_spool(spool, vector, phase.streams, self.job.rules.bits)
+        plan = self.job.plan.name
+        enter(self.site, self.job, "RELEASE", plan=plan, stage=self.stage, round=header.round, t2=phase.t2.hex())
+        spool, bits = store.spool(self.job.plan.name, header), self.job.rules.bits
+        root = patiently(lambda: store.write_spool(spool, vector, phase.streams, bits))
         self.answer(self.machine.commit(root))
 
     def _upload(self, message: Signed[MaskedInput]) -> None:
-        spool = self.site.store.spool(self.job.plan.name, self.machine.context.header)
-        try:
-            bits, client = self.job.rules.bits, self.client
-            patiently(lambda: client.upload(self.round_id, message, spool, bits), lambda: client.progress)
-        except (ProtocolError, Refusal) as error:
-            log.warning("upload not taken", plan=self.job.plan.name, reason=str(error))
-            return
-        facts = {"plan": self.job.plan.name, "stage": self.stage, "round": self.machine.context.header.round}
-        self.site.ledger(self.job.plan.data.dataset).append("COMMIT", facts)
-        log.info("uploaded", plan=self.job.plan.name, bytes=message.body.length)
+        upload(self.site, self.client, self.job, self.machine.context.header, message)
 
     def _confirm(self, phase: Checking) -> None:
         """The total has the promised root and decodes, this site's blocks of it hold; then M11."""

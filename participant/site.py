@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from participant import records
@@ -17,11 +18,13 @@ from participant.enrol import ROSTER, ROSTER_PIN
 from participant.store import Store
 from privacy.budget.ledger import Ledger
 from privacy.errors import UserError
-from privacy.files import make_private_directory, read_file, write_durably
+from privacy.files import DiskError, make_private_directory, read_file, write_durably
 from privacy.identity import LOST, load_identity
 from privacy.job import Job
 from privacy.roster import RosterFile, load_roster
 from privacy.secagg.keys import identity_public
+
+log = structlog.get_logger()
 
 NOTES = "plans.json"
 
@@ -89,7 +92,10 @@ class Site:
         entry = {"state": state, "reason": reason}
         if {k: notes.get(plan, {}).get(k) for k in entry} != entry:
             notes[plan] = entry | {"since": round(time.time())}
-            write_durably(self.home.directory / NOTES, json.dumps(notes, indent=2).encode() + b"\n")
+            try:
+                write_durably(self.home.directory / NOTES, json.dumps(notes, indent=2).encode() + b"\n")
+            except DiskError as error:
+                log.warning("note not kept", plan=plan, reason=str(error))
 
     def notes(self) -> dict[str, dict[str, Any]]:
         """Plan -> state, reason, since."""

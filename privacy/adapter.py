@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 
 from privacy import faults
 from privacy.errors import UserError
-from privacy.files import fsync_directory, fsync_file, rename, replace_durably
+from privacy.files import disk_errors, fsync_directory, fsync_file, rename, replace_durably
 from privacy.plan import Adapter
 
 FROZEN_A_LABEL = b"veilsum/1/frozen-a\0"
@@ -275,28 +275,34 @@ def save_peft(directory: Path, tensors: Mapping[str, NDArray[np.float32]], *, ad
 
     Raises:
         ValueError: ``tensors`` are not the plan's adapter.
-        OSError: the disk is full or the place not writable; ``directory`` is as it was.
+        DiskError: the disk is full or the place not writable; ``directory`` is as it was.
     """
     check_tensors(tensors, layout_of(adapter))
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = directory.with_name(f".{directory.name}-{secrets.token_hex(8)}")
-    staging.mkdir()
+    with disk_errors(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        staging = directory.with_name(f".{directory.name}-{secrets.token_hex(8)}")
+        staging.mkdir()
+        try:
+            _write_files(staging, tensors, peft_config(adapter, base_name))
+            if not _is_same(staging, directory):
+                _swap_in(staging, directory)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_files(staging: Path, tensors: Mapping[str, NDArray[np.float32]], config: Mapping[str, object]) -> None:
+    """Both files of an adapter, durable; raises OSError."""
+    faults.point("before-write", staging / WEIGHTS_FILE)
     try:
         # PEFT's own files carry this metadata; loaders outside PEFT ask for it.
-        faults.point("before-write", staging / WEIGHTS_FILE)
         safetensors.numpy.save_file(dict(tensors), staging / WEIGHTS_FILE, metadata={"format": "pt"})
-        (staging / CONFIG_FILE).write_text(json.dumps(peft_config(adapter, base_name), indent=2) + "\n")
-        if _is_same(staging, directory):
-            return
-        for name in FILES:
-            with (staging / name).open("rb+") as file:
-                fsync_file(file.fileno(), staging / name)
-        fsync_directory(staging)
-        _swap_in(staging, directory)
     except SafetensorError as error:  # how its library says that the disk is full
         raise OSError(f"cannot write {staging / WEIGHTS_FILE}: {error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    for name in FILES:
+        with (staging / name).open("rb+") as file:
+            fsync_file(file.fileno(), staging / name)
+    fsync_directory(staging)
 
 
 def _is_same(staging: Path, directory: Path) -> bool:

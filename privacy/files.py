@@ -14,6 +14,10 @@ from privacy import faults
 from privacy.errors import UserError
 
 
+class DiskError(UserError):
+    """A disk did not take what had to be written: full, read-only or not ours. Nothing that was confirmed is lost."""
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn what a disk can do wrong into one line: full, read-only, not permitted."""
@@ -26,7 +30,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             errno.EROFS: "mount the file system writable",
             errno.EACCES: "check owner and mode of the directory",
         }
-        raise UserError(
+        raise DiskError(
             f"{path}: expected to write, found: {error.strerror or error}", hint=hints.get(error.errno or 0, "")
         ) from error
 
@@ -88,7 +92,7 @@ def cut_durably(path: Path, size: int) -> None:
     """Cut a file to its first ``size`` bytes; durable when this returns.
 
     Raises:
-        UserError: the disk is read-only or not ours.
+        DiskError: the disk is read-only or not ours.
     """
     with disk_errors(path), path.open("rb+") as file:
         faults.point("before-truncate", path)
@@ -102,7 +106,7 @@ def reserve(path: Path, length: int) -> None:
     What the file holds already stays.
 
     Raises:
-        UserError: the disk is too full, or not writable.
+        DiskError: the disk is too full, or not writable.
     """
     with disk_errors(path):
         created = not path.exists()
@@ -120,8 +124,10 @@ def reserve(path: Path, length: int) -> None:
 
 def make_private_directory(path: Path) -> Path:
     """Create a directory that only this account can enter."""
-    with disk_errors(path):
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not path.is_dir():
+        with disk_errors(path):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fsync_directory(path.parent)
     return path
 
 
@@ -129,7 +135,7 @@ def write_durably(path: Path, content: bytes, *, private: bool = True) -> None:
     """Replace ``path`` by ``content``, whole or not at all, and on disk when this returns.
 
     Raises:
-        UserError: the disk is full, read-only or not ours; the old file is as it was.
+        DiskError: the disk is full, read-only or not ours; the old file is as it was.
     """
     staging = path.with_name(f".{path.name}-{secrets.token_hex(6)}")
     with disk_errors(path):
@@ -149,7 +155,7 @@ def append_durably(path: Path, content: bytes) -> None:
     """Append to a private file, created if need be; on disk when this returns.
 
     Raises:
-        UserError: the disk is full or not writable; the file is as it was. (After a power cut a partial line may
+        DiskError: the disk is full or not writable; the file is as it was. (After a power cut a partial line may
             remain; the reader cuts it off.)
     """
     with disk_errors(path):

@@ -30,6 +30,7 @@ from privacy.adapter import (
     unflatten,
 )
 from privacy.errors import UserError
+from privacy.files import DiskError
 from privacy.plan import Adapter
 
 SEED = bytes(range(32))
@@ -219,7 +220,7 @@ def test_a_failed_save_leaves_the_old_adapter(tmp_path: Path, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("privacy.files.os.fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DiskError, match="No space left"):
         save_peft(target, random_tensors(1), adapter=ADAPTER, base_name="tiny")
     assert start_digest(load_peft(target)) == start_digest(random_tensors(0))
     assert [path.name for path in tmp_path.iterdir()] == ["released"]

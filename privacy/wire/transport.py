@@ -13,6 +13,8 @@ MOST_CHUNK_BYTES = 2 << 20
 CHUNK_HEADER = 32 + 8  # round id, offset
 #: Chunks in flight of one upload at most: 16 MiB, as fast as one stream at 200 ms round trip.
 WINDOW = 8
+#: Seconds a chunk may take on a slow line, with others beside it (19 kB/s for all of them together).
+CHUNK_S = 900.0
 MAX_REQUEST = 4 << 20
 #: What a member takes from the coordinator in one message: M10 of a cohort of 128 with many dropouts is about 20 MiB.
 MAX_REPLY = 64 << 20
