@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -87,15 +88,16 @@ def test_a_flood_of_calls_is_told_to_come_back_and_the_others_are_served(start: 
     until(lambda: flooder.stub.Hello.future(HELLO, timeout=ANSWER_S).code() == grpc.StatusCode.OK)
 
 
+@pytest.mark.parametrize(("method", "limit"), [("Send", "RECEIVE_S"), ("PutChunk", "CHUNK_S")])
 def test_calls_that_are_begun_and_never_sent_take_nothing_from_the_others(
-    start: Callable[..., Hostile], monkeypatch: pytest.MonkeyPatch
+    start: Callable[..., Hostile], monkeypatch: pytest.MonkeyPatch, method: str, limit: str
 ) -> None:
     monkeypatch.setattr(daemon, "MOST_CALLS", 3 * IN_FLIGHT)
-    monkeypatch.setattr(gate, "RECEIVE_S", 4.0)
+    monkeypatch.setattr(gate, limit, 4.0)
     hostile = start()
     slow = RawCaller(hostile.address, hostile.world.federation.site("site-1"))
     for _ in range(10 * IN_FLIGHT):
-        slow.begin("PutChunk", 1 << 20, b"the first bytes of a chunk")
+        slow.begin(method, 1 << 20, b"the first bytes")
     until(lambda: bool(hostile.log.find("calls of a member in flight")))
     serves(hostile.caller(2))
     busy(lambda: hostile.caller(1).stub.Hello(HELLO, timeout=ANSWER_S), f"at most {IN_FLIGHT} calls of a member")
@@ -181,6 +183,16 @@ def test_connections_that_say_nothing_take_nothing_from_the_others_and_are_ended
         connection.close()
     for caller in speaking:
         caller.close()
+
+
+def test_the_coordinator_takes_as_many_files_as_the_system_allows() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+    try:
+        assert daemon.take_all_files() == hard
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def ended(connection: socket.socket) -> bool:
