@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import resource
 import socket
@@ -17,9 +18,15 @@ import structlog
 
 from coordinator import daemon, gate, phases, uploads
 from coordinator.gate import BURST, IN_FLIGHT, RATE, Quotas
+from coordinator.service import MOST_ENCODED, LastEncoded
+from privacy.encoding import encode
 from privacy.errors import UserError
+from privacy.secagg.dialogue import ToMember
+from privacy.secagg.messages import RoundAborted
 from privacy.wire import federation_pb2 as pb
+from privacy.wire.convert import from_wire
 from privacy.wire.transport import PUT_CHUNK, SERVER_OPTIONS
+from tests.fuzz import seeds
 from tests.hostile import ANSWER_S, Caller, Hostile, RawCaller
 
 BUSY = grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -145,6 +152,36 @@ def test_quotas_are_each_members_own_and_fill_up_again() -> None:
     open_calls[0].__exit__(None, None, None)
     with quotas.call(b"a", PUT_CHUNK):
         pass
+
+
+def test_a_large_reply_counts_as_many_calls() -> None:
+    """Two copies of an M10 of 60 MiB use up what a member may save; then it waits, however few its calls are."""
+    now = 0.0
+    quotas = Quotas(lambda: now)
+    for _ in range(2):
+        with quotas.call(b"a", "/Next"):
+            quotas.charge(b"a", 60 << 20)
+    with pytest.raises(UserError), quotas.call(b"a", "/Next"):
+        pass
+    with quotas.call(b"b", "/Next"):
+        pass
+    now = 3.0
+    with quotas.call(b"a", "/Next"):
+        pass
+
+
+def test_a_message_that_many_ask_for_is_encoded_once() -> None:
+    kept = LastEncoded()
+    asked = [RoundAborted(seeds.outcome().transcript.header, f"reason {i}") for i in range(MOST_ENCODED + 1)]
+    first = kept.of(asked[0])
+    assert first.digest == hashlib.sha256(encode(asked[0], ToMember)).digest()
+    assert from_wire(first.wire, ToMember) == asked[0]
+    for message in asked[1:-1]:
+        assert kept.of(message) is not first
+    assert kept.of(asked[0]) is first
+    kept.of(asked[-1])  # in the place of the one that was not asked for longest
+    assert kept.of(asked[0]) is first
+    assert len(kept._last) == MOST_ENCODED
 
 
 def test_a_flood_of_calls_is_no_flood_of_log_lines() -> None:
