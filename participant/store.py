@@ -17,10 +17,19 @@ from numpy.typing import NDArray
 
 from participant.config import Home
 from participant.records import Aborted, Joined, PeersSeen, Record, Released, SignedSurvivors, Spent
-from privacy import merkle
+from privacy import faults, merkle
 from privacy.encoding import decode, encode
 from privacy.errors import ProtocolError, UserError
-from privacy.files import append_durably, disk_errors, fsync_directory, make_private_directory, write_durably
+from privacy.files import (
+    append_durably,
+    cut_durably,
+    disk_errors,
+    fsync_directory,
+    fsync_file,
+    make_private_directory,
+    replace_durably,
+    write_durably,
+)
 from privacy.secagg.masking import TILE, engine_for, masked_blocks, tiles_of
 from privacy.secagg.messages import Header
 from privacy.secagg.transcript import Streams
@@ -75,14 +84,14 @@ def _write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
         try:
             descriptor = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with os.fdopen(descriptor, "wb") as file:
+                faults.point("before-write", path)
                 for piece in pieces:
                     file.write(piece)
                 file.flush()
-                os.fsync(file.fileno())
-            staging.replace(path)
+                fsync_file(descriptor, path)
+            replace_durably(staging, path)
         finally:
             staging.unlink(missing_ok=True)
-        fsync_directory(path.parent)
 
 
 class Store:
@@ -100,8 +109,7 @@ class Store:
         content = self.home.records.read_bytes()
         whole, _, partial = content.rpartition(b"\n")
         if partial:  # a crash in mid-append: the record was not durable, so its message never left
-            with self.home.records.open("rb+") as file:
-                file.truncate(len(content) - len(partial))
+            cut_durably(self.home.records, len(content) - len(partial))
         for number, line in enumerate(whole.split(b"\n") if whole else []):
             try:
                 entry = json.loads(line)

@@ -2,8 +2,10 @@
 
 ``VEILSUM_FAULT=NAME`` or ``NAME@K`` ends the process by SIGKILL when it passes point NAME for the K-th time, as a power
 cut between two writes would: nothing is flushed, no handler runs. ``NAME@K@full`` raises ENOSPC there instead, as a
-full disk would, and ``NAME@K@full@TIMES`` in that many passes in a row. ``VEILSUM_FAULT_TRACE=FILE`` appends the name
-of each passed point to FILE, one a line, so that a driver learns which points a run has.
+full disk would, and ``NAME@K@full@TIMES`` in that many passes in a row. ``VEILSUM_FAULT_FILE=FILE`` names a file that
+holds such a text and is read in every pass, so that a driver can ask for a fault, and for the next one, while the
+process runs; passes count from the change. ``VEILSUM_FAULT_TRACE=FILE`` appends the name of each passed point to FILE,
+one a line, so that a driver learns which points a run has.
 """
 
 from __future__ import annotations
@@ -44,9 +46,11 @@ def parse_fault(text: str) -> Fault | None:
     return Fault(name, int(rest[0]) if rest else 1, len(rest) > 1, int(rest[2]) if len(rest) > 2 else 1)
 
 
-_fault = parse_fault(os.environ.get("VEILSUM_FAULT", ""))
+_text = os.environ.get("VEILSUM_FAULT", "")
+_fault = parse_fault(_text)
+_file = os.environ.get("VEILSUM_FAULT_FILE", "")
 _trace = os.environ.get("VEILSUM_FAULT_TRACE", "")
-_on = _fault is not None or bool(_trace)
+_on = bool(_text or _file or _trace)
 _lock = threading.Lock()
 _passed = 0
 
@@ -69,17 +73,32 @@ def point(action: str, where: str | Path = "") -> None:
 
 def _pass(name: str) -> None:
     global _passed
-    if _trace:
-        descriptor = os.open(_trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        os.write(descriptor, f"{name}\n".encode())
-        os.close(descriptor)
-    if _fault is None or name != _fault.name:
-        return
     with _lock:
+        if _trace:
+            _note(name)
+        if _file:
+            _read_again()
+        if _fault is None or name != _fault.name:
+            return
         _passed += 1
-        number = _passed
-    if not _fault.first <= number < _fault.first + _fault.times:
-        return
+        if not _fault.first <= _passed < _fault.first + _fault.times:
+            return
     if _fault.full:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _note(name: str) -> None:
+    descriptor = os.open(_trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.write(descriptor, f"{name}\n".encode())
+    os.close(descriptor)
+
+
+def _read_again() -> None:
+    global _text, _fault, _passed
+    try:
+        text = Path(_file).read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        text = ""
+    if text != _text:
+        _text, _fault, _passed = text, parse_fault(text), 0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from privacy import faults
 from privacy.faults import Fault, name_of, parse_fault
 
 SAVE_TWICE = """
@@ -73,6 +74,21 @@ def test_a_full_disk_takes_back_what_was_not_confirmed(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert done.stdout.count("No space left on device") == 2
     assert path.read_bytes() == b"three\n"
+
+
+def test_a_driver_asks_for_a_fault_while_the_process_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = tmp_path / "asked"
+    monkeypatch.setattr(faults, "_on", True)
+    monkeypatch.setattr(faults, "_file", str(asked))
+    faults.point("here")
+    for _ in range(2):  # asking again, with another text between, counts from the start
+        asked.write_text("here@2@full")
+        faults.point("here")
+        with pytest.raises(OSError, match="No space left"):
+            faults.point("here")
+        faults.point("here")
+        asked.write_text("")
+        faults.point("here")
 
 
 def test_a_trace_names_every_point_in_order(tmp_path: Path) -> None:

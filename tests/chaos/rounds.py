@@ -1,0 +1,184 @@
+"""One plan under its schedule: offered, disturbed, watched to its end, checked; and one batch of them."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from privacy.plan import PlanFile
+from tests.chaos.checks import Receipts, Report, Verdict, check_plan
+from tests.chaos.echo import Echo
+from tests.chaos.schedule import Batch, Schedule
+from tests.chaos.toy import toy_plan
+from tests.chaos.world import COORDINATOR, World
+
+POLL_S = 0.25
+#: With everybody back and no fault left, a plan that is open for longer hangs.
+PATIENCE_S = 150.0
+#: Sites get so long to bring the release home before the next plan.
+SETTLE_S = 4.0
+
+
+@dataclass
+class Result:
+    """What one plan came to."""
+
+    plan: str
+    schedule: str
+    seconds: float
+    verdict: Verdict
+    faults: dict[str, int]
+    failures: list[str] = field(default_factory=list)
+    tails: dict[str, str] = field(default_factory=dict)
+    #: Points passed by the coordinator and by the first site.
+    traces: tuple[list[str], list[str]] = ((), ())  # type: ignore[assignment]
+
+
+def begin(world: World, schedule: Schedule) -> None:
+    """Ask for everything the schedule says; it strikes from now on."""
+    if schedule.coordinator:
+        world.arm(COORDINATOR, schedule.coordinator)
+    for name, fault in schedule.victims:
+        if schedule.away:
+            world.hold(name, torn=schedule.torn)
+        world.arm(name, fault)
+    for name, disturbance in schedule.network:
+        world.later(disturbance.at_s, world.proxies.disturb, name, disturbance)
+    for name, at_s, for_s in schedule.stalls:
+        world.later(at_s, world.stall, name, for_s)
+    for name, at_s in schedule.kills:
+        world.later(at_s, world.kill, name, f"kill of {world.role(name)} at a random time")
+    if schedule.all_at_s:
+        for name in world.names:
+            world.later(schedule.all_at_s, world.kill, name, "restart of everything at once")
+    if schedule.full_at_s and world.small_disk:
+        world.later(schedule.full_at_s, world.fill_disk, 3.0)
+    elif schedule.full_at_s:
+        world.count("skipped: no small file system may be mounted here")
+
+
+def watch(world: World, plan: PlanFile, receipts: Receipts) -> Report:
+    """Follow a plan until it is released or given up and its last round is over; the last report.
+
+    Victims that stay away come back when a round failed without them, or when the plan is over.
+    """
+    deadline = time.monotonic() + PATIENCE_S
+    report: Report = {}
+    while time.monotonic() < deadline:
+        found = world.report(plan.plan.name)
+        if found is not None:
+            report = found
+            receipts.look(report)
+            rows = report["rounds"]
+            if any(row["state"] == "aborted" for row in rows):
+                world.let_return()
+            if is_over(report):
+                break
+        time.sleep(POLL_S)
+    world.let_return()
+    return report
+
+
+def is_over(report: Report) -> bool:
+    """The plan has an outcome, and no round of it waits for anything."""
+    over = all(row["phase"] in ("released", "aborted") for row in report["rounds"])
+    return over and report["state"] in ("released", "aborted", "cancelled")
+
+
+def settle(world: World, plan: PlanFile, report: Report) -> None:
+    """Let the survivors bring the release home; whoever still waits for a further cohort of it is started again."""
+    survivors = {m for row in report.get("rounds", []) for m in row.get("survivors", [])}
+    deadline = time.monotonic() + SETTLE_S
+    while survivors and time.monotonic() < deadline:
+        if all(note(world, name, plan) == "released" for name in survivors) and not world.armed():
+            break
+        time.sleep(POLL_S)
+    for name in world.names:
+        world.disarm(name)
+    world.proxies.calm()
+    world.wait_for_coordinator()
+    world.cancel(plan)
+    for name in world.shape.names:
+        if note(world, name, plan) != "released":
+            world.kill(name, "kill of a member that waits")
+
+
+def note(world: World, name: str, plan: PlanFile) -> str:
+    """What a site notes about a plan."""
+    path = world.federation.site(name) / "plans.json"
+    notes: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
+    return str(notes.get(plan.plan.name, {}).get("state", ""))
+
+
+def run_plan(world: World, plan: PlanFile, schedule: Schedule, seed: int) -> Result:
+    """One plan from offer to verdict."""
+    started, before = time.monotonic(), Counter(world.faults)
+    receipts = Receipts(repeated={schedule.echo} if schedule.echo else set())
+    world.forget_traces()
+    world.failures.clear()
+    echo = Echo(world, schedule.echo, plan.plan, seed) if schedule.echo else None
+    begin(world, schedule)
+    world.submit(plan)
+    if echo is not None:
+        echo.start()
+    watch(world, plan, receipts)
+    if echo is not None:
+        echo.stop()
+    report = world.report(plan.plan.name) or {"rounds": [], "state": "unknown", "reason": "no report"}
+    settle(world, plan, report)
+    final = world.report(plan.plan.name) or report
+    excused = bool(schedule.full_at_s) or "@full" in schedule.coordinator
+    verdict = check_plan(
+        world, plan, {**final, "state": report["state"], "reason": report["reason"]}, receipts, excused
+    )
+    result = Result(
+        plan.plan.name,
+        repr(schedule),
+        round(time.monotonic() - started, 1),
+        verdict,
+        dict(Counter(world.faults) - before),
+        list(world.failures),
+        traces=(world.trace(COORDINATOR), world.trace(world.shape.names[0])),
+    )
+    if verdict.wrong or verdict.lost or verdict.unmet or result.failures:
+        result.tails = {name: world.tail(name) for name in world.names}
+    return result
+
+
+def leave_with_the_driver(world: World) -> None:
+    """If this is a worker and its driver dies, no process of the federation stays behind."""
+    driver = multiprocessing.parent_process()
+
+    def watch_driver() -> None:
+        if driver is not None:
+            driver.join()
+            world.close()
+            os._exit(1)
+
+    threading.Thread(target=watch_driver, daemon=True).start()
+
+
+def run_batch(batch: Batch, seed: int, done: Callable[[Result], None]) -> None:
+    """A fresh federation goes through all plans of a batch; ``done`` hears of each."""
+    plans = [
+        toy_plan(f"toy-{batch.number}-{i}", batch.shape, schedule.size, schedule.bits)
+        for i, schedule in enumerate(batch.plans, 1)
+    ]
+    with tempfile.TemporaryDirectory(prefix="chaos-") as directory:
+        world = World(Path(directory), batch.shape, plans, seed, batch.disk_mb, keep_uploads=batch.number % 2 == 1)
+        leave_with_the_driver(world)
+        try:
+            world.start()
+            for number, (plan, schedule) in enumerate(zip(plans, batch.plans, strict=True)):
+                done(run_plan(world, plan, schedule, seed + number))
+        finally:
+            world.close()
