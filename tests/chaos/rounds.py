@@ -26,6 +26,9 @@ POLL_S = 0.25
 PATIENCE_S = 150.0
 #: Sites get so long to bring the release home before the next plan.
 SETTLE_S = 4.0
+#: After a longer outage a member's next try may come later than a phase waits (``participant/patience.py``): a round
+#: that failed so is excused, and counted as that. On an idle machine the coordinator is back in two seconds.
+OUTAGE_S = 7.0
 
 
 @dataclass
@@ -39,8 +42,10 @@ class Result:
     faults: dict[str, int]
     failures: list[str] = field(default_factory=list)
     tails: dict[str, str] = field(default_factory=dict)
+    #: (role, point) of the kills at points.
+    struck: list[tuple[str, str]] = field(default_factory=list)
     #: Points passed by the coordinator and by the first site.
-    traces: tuple[list[str], list[str]] = ((), ())  # type: ignore[assignment]
+    traces: tuple[list[str], list[str]] = field(default_factory=lambda: ([], []))
 
 
 def begin(world: World, schedule: Schedule) -> None:
@@ -125,6 +130,7 @@ def run_plan(world: World, plan: PlanFile, schedule: Schedule, seed: int) -> Res
     receipts = Receipts(repeated={schedule.echo} if schedule.echo else set())
     world.forget_traces()
     world.failures.clear()
+    world.struck.clear()
     echo = Echo(world, schedule.echo, plan.plan, seed) if schedule.echo else None
     begin(world, schedule)
     world.submit(plan)
@@ -133,13 +139,16 @@ def run_plan(world: World, plan: PlanFile, schedule: Schedule, seed: int) -> Res
     watch(world, plan, receipts)
     if echo is not None:
         echo.stop()
+    world.wait_for_coordinator()
     report = world.report(plan.plan.name) or {"rounds": [], "state": "unknown", "reason": "no report"}
     settle(world, plan, report)
     final = world.report(plan.plan.name) or report
-    excused = bool(schedule.full_at_s) or "@full" in schedule.coordinator
+    slow = world.outage_s > OUTAGE_S
+    excused = bool(schedule.full_at_s) or "@full" in schedule.coordinator or slow
     verdict = check_plan(
         world, plan, {**final, "state": report["state"], "reason": report["reason"]}, receipts, excused
     )
+    verdict.slow = int(slow and verdict.aborted > 0)
     result = Result(
         plan.plan.name,
         repr(schedule),
@@ -147,6 +156,7 @@ def run_plan(world: World, plan: PlanFile, schedule: Schedule, seed: int) -> Res
         verdict,
         dict(Counter(world.faults) - before),
         list(world.failures),
+        struck=list(world.struck),
         traces=(world.trace(COORDINATOR), world.trace(world.shape.names[0])),
     )
     if verdict.wrong or verdict.lost or verdict.unmet or result.failures:

@@ -42,6 +42,8 @@ class Tally:
     lost: int = 0
     wrong: int = 0
     unmet: int = 0
+    slow: int = 0
+    struck: dict[str, set[str]] = field(default_factory=lambda: {"the coordinator": set(), "a member": set()})
     faults: Counter[str] = field(default_factory=Counter)
     failures: list[dict[str, Any]] = field(default_factory=list)
 
@@ -54,6 +56,9 @@ class Tally:
         self.lost += verdict.lost
         self.wrong += len(verdict.wrong)
         self.unmet += len(verdict.unmet) + len(result.failures)
+        self.slow += verdict.slow
+        for role, point in result.struck:
+            self.struck[role].add(point)
         self.faults.update(result.faults)
         said = [*verdict.wrong, *verdict.unmet, *result.failures]
         if (said or verdict.lost) and len(self.failures) < MOST_FAILURES:
@@ -61,13 +66,13 @@ class Tally:
             self.failures.append(entry)
 
     @property
-    def struck(self) -> int:
+    def faults_total(self) -> int:
         """Faults that took effect; what was skipped is none."""
         return sum(count for kind, count in self.faults.items() if not kind.startswith("skipped"))
 
     def line(self) -> str:
         return (
-            f"{self.rounds} rounds ({self.completed} completed, {self.aborted} aborted), {self.struck} faults, "
+            f"{self.rounds} rounds ({self.completed} completed, {self.aborted} aborted), {self.faults_total} faults, "
             f"{self.lost} lost, {self.wrong} wrong, {self.unmet} unmet"
         )
 
@@ -105,7 +110,7 @@ class Goal:
     schedules: int
 
     def reached(self, tally: Tally, submitted: int) -> bool:
-        return tally.rounds >= self.rounds and tally.struck >= self.faults and submitted >= self.schedules
+        return tally.rounds >= self.rounds and tally.faults_total >= self.faults and submitted >= self.schedules
 
 
 def run(
@@ -147,8 +152,16 @@ def drain(console: Console, results: Any, tally: Tally) -> None:
         console.print(f"{result.plan} in {result.seconds} s; {tally.line()}", highlight=False)
 
 
-def verdict_of(tally: Tally, seed: int, seconds: float) -> dict[str, Any]:
+def points_of(asked: list[str], struck: set[str]) -> dict[str, Any]:
+    """How many points killed somebody, with K passes or another number of them, and which never did."""
+    names = {point.partition("@")[0] for point in asked}
+    reached = {point.partition("@")[0] for point in struck}
+    return {"names": len(names), "struck": len(names & reached), "never": sorted(names - reached)}
+
+
+def verdict_of(tally: Tally, asked: tuple[list[str], list[str]], seed: int, seconds: float) -> dict[str, Any]:
     """What ``build/chaos.json`` says."""
+    roles = ("the coordinator", "a member")
     return {
         "rounds": tally.rounds,
         "completed": tally.completed,
@@ -156,8 +169,10 @@ def verdict_of(tally: Tally, seed: int, seconds: float) -> dict[str, Any]:
         "lost": tally.lost,
         "wrong": tally.wrong,
         "faults": dict(sorted(tally.faults.items())),
-        "faults_total": tally.struck,
+        "faults_total": tally.faults_total,
         "unmet": tally.unmet,
+        "excused_slow": tally.slow,
+        "points": {role: points_of(a, tally.struck[role]) for role, a in zip(roles, asked, strict=True)},
         "plans": tally.plans,
         "seed": seed,
         "seconds": round(seconds),
@@ -183,7 +198,7 @@ def main() -> int:
     least = 0 if arguments.some_points else 2 * max(ours, theirs)
     goal = Goal(arguments.rounds, arguments.faults, least)
     run(console, goal, arguments.seed, arguments.workers, found, tally)
-    facts = verdict_of(tally, arguments.seed, time.monotonic() - started)
+    facts = verdict_of(tally, found, arguments.seed, time.monotonic() - started)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(facts, indent=2) + "\n")
     console.print(f"{tally.line()}; {arguments.output}")

@@ -14,9 +14,9 @@ from tests.chaos.world import COORDINATOR
 
 #: A disk is full where something is written; elsewhere no write could fail.
 WRITES = ("before-write:", "before-fsync:", "before-commit:", "before-rename:")
-FIVE, FOUR, THREE = Shape(5, 4, 5, 8), Shape(4, 3, 4, 8), Shape(3, 3, 3, 8)
+FIVE, FOUR, THREE = Shape(5, 4, 5, 10), Shape(4, 3, 4, 10), Shape(3, 3, 3, 10)
 #: Six sites in cohorts of three: two rounds of one stage that must share no member.
-COHORTS = Shape(6, 3, 3, 8)
+COHORTS = Shape(6, 3, 3, 10)
 PLANS_PER_BATCH = 8
 
 
