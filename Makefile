@@ -1,7 +1,7 @@
 # Every target does its own set-up, and a second run skips what is done. `make help` lists them.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-compare test proofs chaos mutants model fuzz check proto clean distclean
+.PHONY: help demo demo-compare test proofs chaos mutants model fuzz bench check proto clean distclean
 
 PY := .venv/bin/python
 # The set-up is done when this file exists. Its name follows from what the set-up depends on.
@@ -35,6 +35,10 @@ SECONDS := 60
 fuzz: $(READY) ## fuzz the parsers with atheris (SECONDS=600 in all, PARSERS="plan roster" chooses some)
 	scripts/fuzz.sh $(SECONDS) $(PARSERS)
 
+bench: $(READY) ## measure against OpenSSL, a raw socket, Flower and CKKS (some 20 minutes; ARGS="--only growth" for one)
+	scripts/peers.sh
+	$(PY) -m bench.run $(ARGS)
+
 check: $(READY) ## formatting, lint, types, and whether the generated code is fresh
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
@@ -49,7 +53,7 @@ clean: ## remove what was built; the environments stay
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove the environments too
-	rm -rf .venv .venv-proto .venv-fuzz
+	rm -rf .venv .venv-proto .venv-fuzz .venv-peers
 
 $(READY):
 	@scripts/setup.sh $@

@@ -124,6 +124,8 @@ def show(
         line = f"  round {row['round']}: {row['state']}, {row['phase']}, {len(row['receipts'])} uploads"
         if row["state"] == "running" and row["waiting_for"]:
             line += f", waits {row['seconds_left']} s for {', '.join(row['waiting_for'])}"
+        if row["phase"] == "publishing":
+            line += ", unmasked {} of {} shards".format(*row["shards"])
         typer.echo(line + (f"; {row['reason']}" if row["reason"] else ""))
         for entry in row["named"]:
             typer.echo(f"    proven cheat: {entry['member']} ({entry['kind']})")

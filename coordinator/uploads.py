@@ -174,9 +174,11 @@ class Uploads:
         final = self._store.upload(round_id, member)
         durable = 0
         if noted is not None and decode(Signed[MaskedInput], noted[0]).body == spool.input.body:
-            if final.exists():  # verified and renamed, but a crash came before it was counted
+            if final.exists():  # verified, durable and renamed, but a crash came before it was counted
                 replace_durably(final, spool.part)
-            durable = min(noted[1], spool.part.stat().st_size) if spool.part.exists() else 0
+                durable = spool.length
+            elif spool.part.exists():
+                durable = min(noted[1], spool.part.stat().st_size)
         reserve(spool.part, spool.length)
         self._store.set_upload(round_id, member, encoded, durable)
         size = chunk_bytes(spool.bits)

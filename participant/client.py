@@ -7,6 +7,7 @@ is tried again, for ever, by the caller.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 
 import grpc
 
+from participant.diagnose import explain
 from participant.enrol import AUTHORITY, TLS_CERTIFICATE, TLS_KEY
 from privacy import PROTOCOL_VERSION, __version__
 from privacy.console import Unreachable
@@ -35,6 +37,8 @@ from privacy.wire.transport import CHUNK_S, CLIENT_OPTIONS, PUT_CHUNK, WINDOW, c
 
 #: A call that takes longer than this is tried again; long polls end before it.
 TIMEOUT_S = 60.0
+#: Pause between two looks at why there is no connection.
+DIAGNOSE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -65,27 +69,6 @@ def seen_hash(message: ToMember) -> bytes:
     return hashlib.sha256(encode(message, ToMember)).digest()
 
 
-@contextmanager
-def _errors(address: str) -> Iterator[None]:
-    try:
-        yield
-    except grpc.RpcError as error:
-        code, text = error.code(), error.details() or ""
-        if code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE):
-            raise ProtocolError(f"the coordinator refused: {text}") from error
-        if code in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.PERMISSION_DENIED):
-            raise Refusal(f"the coordinator refused: {text}") from error
-        if code == grpc.StatusCode.UNIMPLEMENTED:
-            raise UserError(
-                f"{address}: expected a coordinator of version {__version__}, found one without this call",
-                hint="run the same version of veilsum at both ends",
-            ) from error
-        raise Unreachable(
-            f"{address}: expected an answer, found {code.name if code else 'none'}: {text}",
-            hint="is the coordinator running, is the address right, are the certificates of this federation and valid?",
-        ) from error
-
-
 class Client:
     """One connection to the coordinator."""
 
@@ -96,7 +79,9 @@ class Client:
             read_private(directory / TLS_KEY, "this site's TLS key", hint),
             read_file(directory / TLS_CERTIFICATE, "this site's TLS certificate", hint),
         )
-        self._address, self._roster, self._me = address, roster, me
+        self._address, self._directory, self._roster, self._me = address, directory, roster, me
+        self._diagnosed = float("-inf")
+        self._found: str | None = None
         #: Counts what was acknowledged of uploads, so that somebody can see that it goes on.
         self.progress = 0
         self._channel = grpc.secure_channel(address, credentials, CLIENT_OPTIONS)
@@ -106,8 +91,38 @@ class Client:
     def close(self) -> None:
         self._channel.close()
 
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """What gRPC says as one of our errors."""
+        try:
+            yield
+        except grpc.RpcError as error:
+            code, text = error.code(), error.details() or ""
+            if code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE):
+                raise ProtocolError(f"the coordinator refused: {text}") from error
+            if code in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.PERMISSION_DENIED):
+                raise Refusal(f"the coordinator refused: {text}") from error
+            if code == grpc.StatusCode.UNIMPLEMENTED:
+                raise UserError(
+                    f"{self._address}: expected a coordinator of version {__version__}, found one without this call",
+                    hint="run the same version of veilsum at both ends",
+                ) from error
+            found = f"{code.name if code else 'none'}: {text}"
+            if code == grpc.StatusCode.UNAVAILABLE:
+                found = self._diagnosis() or found
+            raise Unreachable(
+                f"{self._address}: expected an answer, found {found}",
+                hint="is the coordinator running, is the address right, are the certificates of this federation valid?",
+            ) from error
+
+    def _diagnosis(self) -> str | None:
+        """Why there is no connection: gRPC does not say. Looked at once a minute."""
+        if time.monotonic() - self._diagnosed >= DIAGNOSE_S:
+            self._diagnosed, self._found = time.monotonic(), explain(self._address, self._directory)
+        return self._found
+
     def _call(self, method: Callable[..., Any], request: Any) -> Any:
-        with _errors(self._address):
+        with self._errors():
             return method(request, timeout=TIMEOUT_S)
 
     def hello(self) -> None:
@@ -173,7 +188,7 @@ class Client:
         if not 1 <= window <= WINDOW or (offset % size and offset != length):
             raise ProtocolError(f"BeginUpload: expected a window and whole chunks, found {window} and {offset} bytes")
         flying: deque[Any] = deque()
-        with _errors(self._address), spool.open("rb") as file:
+        with self._errors(), spool.open("rb") as file:
             file.seek(offset)
             while offset < length or flying:
                 while offset < length and len(flying) < window:
@@ -207,7 +222,7 @@ class Client:
     def fetch_blocks(self, round_id: bytes, wanted: Sequence[tuple[int, int]]) -> Iterator[Block]:
         """Blocks (member, block) of survivors' uploads, in that order, some in flight; the caller verifies them."""
         ahead, flying = iter(wanted), deque[Any]()
-        with _errors(self._address):
+        with self._errors():
             for _ in wanted:
                 for member, block in islice(ahead, WINDOW - len(flying)):
                     request = pb.FetchBlockRequest(round=round_id, member=member, block=block)

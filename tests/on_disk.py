@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from coordinator import config, phases
@@ -29,6 +30,7 @@ from participant.records import Record
 from participant.running import RoundRun
 from participant.site import Site
 from participant.store import Trained
+from privacy import faults
 from privacy.console import Unreachable
 from privacy.errors import Refusal
 from privacy.job import Job
@@ -42,6 +44,13 @@ from tests.test_end_to_end import POLICY, SITE, toy_plan
 
 R = TypeVar("R")
 OTHER_DATA = '\n[datasets.other]\npath = "other.jsonl"\nformat = "jsonl"\n'
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, name: str, times: int = 1) -> None:
+    """The disk is full the next ``times`` times this process passes a fault point."""
+    monkeypatch.setattr(faults, "_on", True)
+    monkeypatch.setattr(faults, "_fault", faults.Fault(name, 1, True, times))
+    monkeypatch.setattr(faults, "_passed", 0)
 
 
 class PowerCut(BaseException):

@@ -194,6 +194,19 @@ def test_without_the_extra_pyca_is_taken_and_the_reason_named() -> None:
     )
 
 
+def test_where_executable_memory_is_forbidden_pyca_is_taken() -> None:
+    script = (
+        "import ctypes, sys\n"
+        "if ctypes.CDLL(None).prctl(65, 1, 0, 0, 0): sys.exit(77)\n"  # PR_SET_MDWE, as MemoryDenyWriteExecute
+        "from privacy.secagg import masking\n"
+        "sys.exit(masking.best_engine()[0] is not masking.pyca)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    if done.returncode == 77:
+        pytest.skip("this kernel cannot forbid executable memory")
+    assert done.returncode == 0, done.stderr.decode()
+
+
 def test_importing_the_masks_does_not_import_the_compiler() -> None:
     script = (
         "import sys; from privacy.secagg.masking import masked_blocks, engine_for; import numpy as np\n"
