@@ -44,8 +44,8 @@ class Result:
     tails: dict[str, str] = field(default_factory=dict)
     #: (role, point) of the kills at points.
     struck: list[tuple[str, str]] = field(default_factory=list)
-    #: Points passed by the coordinator and by the first site.
-    traces: tuple[list[str], list[str]] = field(default_factory=lambda: ([], []))
+    #: Points that the coordinator passed, and that a site passed, with how often (the site that did so most often).
+    passed: tuple[dict[str, int], dict[str, int]] = field(default_factory=lambda: ({}, {}))
 
 
 def begin(world: World, schedule: Schedule) -> None:
@@ -54,7 +54,7 @@ def begin(world: World, schedule: Schedule) -> None:
         world.arm(COORDINATOR, schedule.coordinator)
     for name, fault in schedule.victims:
         if schedule.away:
-            world.hold(name, torn=schedule.torn)
+            world.hold(name)
         world.arm(name, fault)
     for name, disturbance in schedule.network:
         world.later(disturbance.at_s, world.proxies.disturb, name, disturbance)
@@ -62,6 +62,8 @@ def begin(world: World, schedule: Schedule) -> None:
         world.later(at_s, world.stall, name, for_s)
     for name, at_s in schedule.kills:
         world.later(at_s, world.kill, name, f"kill of {world.role(name)} at a random time")
+    for name in (world.shape.names if schedule.all_at_s else dict(schedule.victims)) if schedule.torn else ():
+        world.tear(name)
     if schedule.all_at_s:
         for name in world.names:
             world.later(schedule.all_at_s, world.kill, name, "restart of everything at once")
@@ -77,7 +79,7 @@ def watch(world: World, plan: PlanFile, receipts: Receipts) -> Report:
     Victims that stay away come back when a round failed without them, or when the plan is over.
     """
     deadline = time.monotonic() + PATIENCE_S
-    report: Report = {}
+    report: Report = {"rounds": [], "state": "unknown", "reason": "the coordinator never answered"}
     while time.monotonic() < deadline:
         found = world.report(plan.plan.name)
         if found is not None:
@@ -101,7 +103,7 @@ def is_over(report: Report) -> bool:
 
 def settle(world: World, plan: PlanFile, report: Report) -> None:
     """Let the survivors bring the release home; whoever still waits for a further cohort of it is started again."""
-    survivors = {m for row in report.get("rounds", []) for m in row.get("survivors", [])}
+    survivors = {m for row in report["rounds"] for m in row.get("survivors", [])}
     deadline = time.monotonic() + SETTLE_S
     while survivors and time.monotonic() < deadline:
         if all(note(world, name, plan) == "released" for name in survivors) and not world.armed():
@@ -136,11 +138,9 @@ def run_plan(world: World, plan: PlanFile, schedule: Schedule, seed: int) -> Res
     world.submit(plan)
     if echo is not None:
         echo.start()
-    watch(world, plan, receipts)
+    report = watch(world, plan, receipts)
     if echo is not None:
         echo.stop()
-    world.wait_for_coordinator()
-    report = world.report(plan.plan.name) or {"rounds": [], "state": "unknown", "reason": "no report"}
     settle(world, plan, report)
     final = world.report(plan.plan.name) or report
     slow = world.outage_s > OUTAGE_S
@@ -157,11 +157,19 @@ def run_plan(world: World, plan: PlanFile, schedule: Schedule, seed: int) -> Res
         dict(Counter(world.faults) - before),
         list(world.failures),
         struck=list(world.struck),
-        traces=(world.trace(COORDINATOR), world.trace(world.shape.names[0])),
+        passed=(dict(Counter(world.trace(COORDINATOR))), most_passed(world)),
     )
     if verdict.wrong or verdict.lost or verdict.unmet or result.failures:
-        result.tails = {name: world.tail(name) for name in world.names}
+        result.tails = {name: world.tail(name, 60) for name in world.names}
     return result
+
+
+def most_passed(world: World) -> dict[str, int]:
+    """Point -> how often a site passed it at most."""
+    passed: Counter[str] = Counter()
+    for name in world.shape.names:
+        passed |= Counter(world.trace(name))
+    return dict(passed)
 
 
 def leave_with_the_driver(world: World) -> None:

@@ -239,12 +239,15 @@ class World:
         self._timers.append(timer)
         timer.start()
 
-    def hold(self, name: str, *, torn: bool = False) -> None:
-        """If this process dies of its fault, it stays away until :meth:`let_return`; ``torn``: in mid-append."""
+    def hold(self, name: str) -> None:
+        """If this process dies of its fault, it stays away until :meth:`let_return`."""
         with self.lock:
             self._held.add(name)
-            if torn:
-                self._torn.add(name)
+
+    def tear(self, name: str) -> None:
+        """The next death of this site leaves half a line behind."""
+        with self.lock:
+            self._torn.add(name)
 
     def let_return(self) -> None:
         """Everybody who stays away comes back."""
@@ -302,7 +305,7 @@ class World:
             return
         self._lose(name)
         if name in self._torn:
-            self._tear(name)
+            self._leave_half_a_line(name)
 
     def _see_full(self, name: str) -> None:
         """Did the full disk strike that this process was asked for?"""
@@ -322,7 +325,7 @@ class World:
         if found is not None:
             self.lost[found].add(name)
 
-    def _tear(self, name: str) -> None:
+    def _leave_half_a_line(self, name: str) -> None:
         """A power cut in mid-append: half a line, never acknowledged, at the end of records and ledger."""
         self._torn.discard(name)
         site = self.federation.site(name)
