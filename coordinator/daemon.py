@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -105,8 +106,19 @@ async def _repeat(step: Callable[[], bool], stop: asyncio.Event) -> None:
             await asyncio.wait_for(stop.wait(), TICK_S)
 
 
+def take_all_files() -> int:
+    """Raise this process's limit of open files to what the system allows; the limit.
+
+    Each connection is one, and whoever can reach the port can open many before it has to say who it is.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return most
+
+
 async def serve(home: Home) -> None:
     """Run until SIGINT or SIGTERM."""
+    take_all_files()
     engine = open_engine(home)
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

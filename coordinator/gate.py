@@ -29,6 +29,8 @@ log = structlog.get_logger()
 IN_FLIGHT = 2 * WINDOW + 8
 #: Calls of one member a second in the long run, and how many it may save up.
 RATE, BURST = 50.0, 400.0
+#: Bytes of a reply that count as one call more.
+REPLY_BYTES = 1 << 18
 #: Seconds between two log lines of one kind about one member.
 SAY_S = 10.0
 #: Seconds for the request of a call that is no chunk; a client of ours gives up at the same time.
@@ -75,6 +77,10 @@ class Quotas:
         finally:
             use.flying -= 1
 
+    def charge(self, caller: bytes, size: int) -> None:
+        """A large reply counts as many calls: it costs the coordinator as much."""
+        self._uses[caller].tokens -= size / REPLY_BYTES
+
     def shall_say(self, caller: bytes, kind: str) -> bool:
         """Is a log line of this kind about this caller due? A flood of calls must not become a flood of lines."""
         use, now = self._uses[caller], self._clock()
@@ -111,7 +117,10 @@ class Gate(grpc.aio.ServerInterceptor):
                 with self._quotas.call(caller, method):
                     request = await self._received(requests, context, caller, method)
                     parsed = await self._parsed(parse, request, context, caller, method) if parse else request
-                    return await answer(parsed, context)  # type: ignore[arg-type]  # stubs know the other context
+                    reply = await answer(parsed, context)  # type: ignore[arg-type]  # stubs know the other context
+                    if method not in BULK:
+                        self._quotas.charge(caller, reply.ByteSize())
+                    return reply
             except UserError as error:
                 await self._refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), caller, method)
 

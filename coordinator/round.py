@@ -200,7 +200,11 @@ class CoordinatorRound:
                 raise ProtocolError(f"M9 of member {sender}: wrong kind of share of {share.owner}", culprit=sender)
             leaf = self._owned_leaf(closed, share.owner, sender)
             if not matches_leaf(share, leaf):
-                self._accuse(closed, BadShare(message, closed.shares[share.owner].root, leaf))
+                # One proof is enough: a cheat that repeats itself in new words must not fill memory and disk.
+                if all(
+                    a.evidence.release.sender != sender for a in self.accusations if isinstance(a.evidence, BadShare)
+                ):
+                    self._accuse(closed, BadShare(message, closed.shares[share.owner].root, leaf))
                 raise ProtocolError(
                     f"M9 of member {sender}: the share of member {share.owner} does not match its hash in M3",
                     culprit=sender,

@@ -9,7 +9,10 @@ from __future__ import annotations
 import asyncio
 import datetime
 import hashlib
+import threading
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
@@ -26,7 +29,7 @@ from privacy.secagg.dialogue import FromMember, ToMember
 from privacy.secagg.messages import Evidence, MaskedInput
 from privacy.secagg.signed import Signed
 from privacy.wire import federation_pb2 as pb
-from privacy.wire import federation_pb2_grpc
+from privacy.wire import federation_pb2_grpc, secagg_pb2
 from privacy.wire.convert import from_wire, to_wire
 from privacy.wire.transport import MOST_CHUNK_BYTES, PUT_CHUNK, SERVICE, chunk_reply, read_chunk
 
@@ -34,6 +37,8 @@ log = structlog.get_logger()
 
 #: Seconds a long poll waits before it answers "nothing new".
 POLL_S = 20.0
+#: Messages kept encoded; the largest, M10, is one for the whole cohort.
+MOST_ENCODED = 32
 
 STATUS = {
     ProtocolError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -56,11 +61,41 @@ async def guarded(context: Call, work: Awaitable[R], **about: object) -> R:
         raise AssertionError("abort raises") from error
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A message to a member, and what both ends know it by."""
+
+    message: ToMember
+    digest: bytes  # SHA-256 of the canonical encoding
+    wire: secagg_pb2.ToMember
+
+
+class LastEncoded:
+    """The last messages, encoded: M10 of a large cohort takes a tenth of a second, and everybody asks for the same."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last: OrderedDict[int, Encoded] = OrderedDict()  # by identity: the message is kept, so it stays unique
+
+    def of(self, message: ToMember) -> Encoded:
+        """The message, encoded now or before."""
+        with self._lock:
+            if found := self._last.get(id(message)):
+                self._last.move_to_end(id(message))
+                return found
+        made = Encoded(message, hashlib.sha256(encode(message, ToMember)).digest(), to_wire(message, ToMember))
+        with self._lock:
+            self._last[id(message)] = made
+            while len(self._last) > MOST_ENCODED:
+                self._last.popitem(last=False)
+        return made
+
+
 class FederationService(federation_pb2_grpc.FederationServicer):
     """What participants call; each is the member its certificate names."""
 
     def __init__(self, engine: Engine, uploads: Uploads) -> None:
-        self._engine, self._uploads = engine, uploads
+        self._engine, self._uploads, self._encoded = engine, uploads, LastEncoded()
         self._changed = asyncio.Event()
         loop = asyncio.get_running_loop()
 
@@ -120,9 +155,9 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         deadline = asyncio.get_running_loop().time() + POLL_S
         while True:
             changed = self._changed
-            found = await asyncio.to_thread(self._engine.message_for, request.plan, request.stage, member)
-            if found is not None and hashlib.sha256(encode(found[1], ToMember)).digest() != request.seen:
-                reply = pb.NextReply(message=to_wire(found[1], ToMember), round=found[0])
+            found = await asyncio.to_thread(self._message_for, request.plan, request.stage, member)
+            if found is not None and found[1].digest != request.seen:
+                reply = pb.NextReply(message=found[1].wire, round=found[0])
                 self._count(found[0], member, received=reply.ByteSize())
                 return reply
             rest = deadline - asyncio.get_running_loop().time()
@@ -132,6 +167,10 @@ class FederationService(federation_pb2_grpc.FederationServicer):
                 await asyncio.wait_for(changed.wait(), rest)
             except TimeoutError:
                 return pb.NextReply()
+
+    def _message_for(self, plan: bytes, stage: int, member: int) -> tuple[bytes, Encoded] | None:
+        found = self._engine.message_for(plan, stage, member)
+        return (found[0], self._encoded.of(found[1])) if found is not None else None
 
     def _count(self, round_id: bytes, member: int, **counts: int) -> None:
         if round_id in self._engine.rounds:  # what a caller invents leaves no trace on disk
@@ -191,10 +230,13 @@ class FederationService(federation_pb2_grpc.FederationServicer):
 
     async def ListReleases(self, request: pb.ListReleasesRequest, context: Call) -> pb.ListReleasesReply:
         await self._member(context)
-        with self._engine.lock:
-            cohorts = self._engine.released(request.plan, 1)
-        releases = [pb.Release(round=c.round_id, stage=1, evidence=to_wire(c.evidence, Evidence)) for c in cohorts]
-        return pb.ListReleasesReply(releases=releases)
+
+        def listed() -> list[pb.Release]:
+            with self._engine.lock:
+                cohorts = self._engine.released(request.plan, 1)
+            return [pb.Release(round=c.round_id, stage=1, evidence=to_wire(c.evidence, Evidence)) for c in cohorts]
+
+        return pb.ListReleasesReply(releases=await asyncio.to_thread(listed))
 
     async def FetchTotal(self, request: pb.FetchTotalRequest, context: Call) -> pb.TotalChunk:
         member = await self._member(context)

@@ -298,6 +298,7 @@ class Uploads:
         else:
             with spool.lock:
                 if not self._counted(running, message):
+                    self._check(running, message)
                     self._verify(round_id, spool, message)
                     self._engine.receive(round_id, message)
         root, length = message.body.root, message.body.length

@@ -17,7 +17,7 @@ from participant.config import Home, load_home
 from participant.enrol import ROSTER, ROSTER_PIN
 from participant.store import Store
 from privacy.budget.ledger import Ledger
-from privacy.errors import UserError
+from privacy.errors import UserError, shown
 from privacy.files import DiskError, make_private_directory, read_file, write_durably
 from privacy.identity import LOST, load_identity
 from privacy.job import Job
@@ -27,6 +27,8 @@ from privacy.secagg.keys import identity_public
 log = structlog.get_logger()
 
 NOTES = "plans.json"
+#: A reason may be the coordinator's own words.
+MAX_REASON = 500
 
 
 @dataclass
@@ -89,7 +91,7 @@ class Site:
     def note(self, plan: str, state: str, reason: str = "") -> None:
         """Remember what became of a plan here."""
         notes = self.notes()
-        entry = {"state": state, "reason": reason}
+        entry = {"state": state, "reason": shown(reason, MAX_REASON)}
         if {k: notes.get(plan, {}).get(k) for k in entry} != entry:
             notes[plan] = entry | {"since": round(time.time())}
             try:

@@ -24,7 +24,7 @@ from privacy.wire import federation_pb2 as pb
 from privacy.wire.convert import to_wire
 from privacy.wire.federation_pb2_grpc import FederationStub
 from privacy.wire.transport import CLIENT_OPTIONS, PUT_CHUNK, SERVICE, chunk_bytes, put_chunk
-from tests.on_disk import Direct, OnDisk
+from tests.on_disk import OnDisk
 from tests.test_end_to_end import PLAN, toy_plan
 
 #: A head so large that an upload takes two chunks.
@@ -131,12 +131,6 @@ class Hostile:
             self.clients[site] = Caller(self.address, site, certificate=certificate)
         return self.clients[site]
 
-    def run_to_the_end(self) -> None:
-        """Everybody says what is left to say; the members' uploads are in."""
-        for site in self.world.daemons.values():
-            assert isinstance(site.client, Direct)
-        self.world.run()
-
 
 class Caller:
     """A gRPC client without manners: it sends what it is told to."""
@@ -192,13 +186,15 @@ def headers(method: str) -> bytes:
 class RawCaller:
     """A TLS connection on which HTTP/2 is spoken by hand, to begin calls and never end them."""
 
-    def __init__(self, address: str, site: Path) -> None:
+    def __init__(self, address: str, site: Path, *, hello: bool = True) -> None:
+        """Connect; with ``hello``, greet as an HTTP/2 client does."""
         context = ssl.create_default_context(cafile=site / AUTHORITY)
         context.load_cert_chain(site / TLS_CERTIFICATE, site / TLS_KEY)
         context.set_alpn_protocols(["h2"])
         host, _, port = address.rpartition(":")
         self.socket = context.wrap_socket(socket.create_connection((host, int(port)), 5), server_hostname=host)
-        self.socket.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"") + frame(4, 1, 0, b""))
+        if hello:
+            self.socket.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"") + frame(4, 1, 0, b""))
         self.stream = 1
 
     def begin(self, method: str, announced: int, sent: bytes) -> None:

@@ -315,6 +315,13 @@ def test_no_certificate_one_of_another_authority_and_an_expired_one_do_not_get_i
         assert why in lines
 
 
+def test_what_the_coordinator_says_of_a_plan_stays_small_at_a_site(hostile: Hostile) -> None:
+    site = hostile.world.site(3)
+    site.note("toy", "failed", "no\n\x1b[2J" + "x" * 10**6)
+    assert site.notes()["toy"]["reason"].startswith(r"no\n\x1b[2Jxxx")
+    assert len(site.notes()["toy"]["reason"]) == 501
+
+
 # --- at the end --------------------------------------------------------------------------------------------------
 
 

@@ -173,7 +173,7 @@ def test_an_upload_that_is_late_by_its_last_call_is_refused(world: OnDisk, monke
     world.uploads.put(round_id, 4, 0, memoryview(content))
     world.away = {4}
     world.run(phases.Signing)
-    with pytest.raises(ProtocolError, match="MaskedInput of member 4 in phase Signing"):
+    with pytest.raises(ProtocolError, match="M5 of member 4 in phase Signing: too late"):
         world.uploads.finish(round_id, message)
     assert 4 not in world.engine.store.receipts(round_id)
     with pytest.raises(Refusal, match="shows no upload"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from privacy.secagg.masking import (
     BLOCK,
     TILE,
     WIDTHS,
+    Apply,
     MaskStreams,
     apply_in_threads,
     block_sizes,
@@ -24,6 +25,7 @@ from privacy.secagg.masking import (
     pack,
     packed_bytes,
     packed_length,
+    pyca,
     tiles_of,
     unpack,
     unpack_add,
@@ -235,6 +237,20 @@ def test_threads_over_ranges_do_what_one_stream_does(size: int, workers: int) ->
     MaskStreams(plus, minus, 24, start).apply(expected)
     apply_in_threads(found, plus, minus, 24, start=start, workers=workers)
     assert np.array_equal(found, expected)
+
+
+def test_the_engine_that_was_named_makes_the_masks() -> None:
+    asked: list[tuple[int, int, int, int]] = []
+
+    def engine(plus: Sequence[bytes], minus: Sequence[bytes], bits: int, start: int) -> Apply:
+        asked.append((len(plus), len(minus), bits, start))
+        return pyca(plus, minus, bits, start)
+
+    apply_in_threads(arange(3 * TILE), [KEY], [], 20, start=8, workers=2, engine=engine)
+    assert sorted(asked) == [(1, 0, 20, 8), (1, 0, 20, 8 + 2 * TILE)]
+    asked.clear()
+    list(masked_blocks(np.zeros(9, np.int32), [], [KEY], 16, engine))
+    assert asked == [(0, 1, 16, 0)]
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

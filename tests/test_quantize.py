@@ -168,6 +168,17 @@ def test_a_bad_delta_is_refused_before_the_first_tile() -> None:
         quantizer(3 * TILE).tiles(delta, 1, {"weight": 1})
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_coordinate_beyond_qmax_never_comes_out(monkeypatch: pytest.MonkeyPatch, sign: int) -> None:
+    # No input gives one; the check stands against a mistake in this file.
+    rule = quantizer(TILE)
+    monkeypatch.setattr(Quantizer, "_encode_extras", lambda rule, _values: [sign * rule.qmax])
+    assert rule.quantize(np.zeros(TILE, np.float32), 1, {"weight": 1})[-1] == sign * rule.qmax
+    monkeypatch.setattr(Quantizer, "_encode_extras", lambda rule, _values: [sign * (rule.qmax + 1)])
+    with pytest.raises(RuntimeError, match="exceeds Qmax"):
+        rule.quantize(np.zeros(TILE, np.float32), 1, {"weight": 1})
+
+
 @given(st.sampled_from(WIDTHS), st.lists(st.integers(0, 2**32 - 1), max_size=20))
 def test_lifting_is_the_signed_residue(bits: int, words: list[int]) -> None:
     half = 1 << bits - 1

@@ -23,7 +23,7 @@ from participant.records import Aborted, Joined, PeersSeen, Record, Released, Si
 from participant.store import Store, Trained
 from privacy import PROTOCOL_VERSION
 from privacy.errors import UserError
-from privacy.secagg.masking import TILE, MaskStreams, packed_length, tiles_of, unpack
+from privacy.secagg.masking import TILE, Engine, MaskStreams, packed_length, pyca, tiles_of, unpack
 from privacy.secagg.messages import Header
 from privacy.secagg.transcript import Streams
 from privacy.vectors import file_root
@@ -140,6 +140,23 @@ def test_a_vector_is_kept_as_it_comes_and_read_tile_by_tile(tmp_path: Path) -> N
     assert one.read_bytes() == two.read_bytes()
 
 
+def test_the_engine_of_a_spool_is_chosen_by_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import participant.store as module
+
+    asked: list[tuple[int, int, int]] = []
+
+    def engine_for(coordinates: int, streams: int, bits: int) -> Engine:
+        asked.append((coordinates, streams, bits))
+        return pyca
+
+    monkeypatch.setattr(module, "engine_for", engine_for)
+    store = load(tmp_path)
+    store.keep_trained("toy", 1, np.zeros(77, np.int32), Trained("ab" * 32, 1, 0.0, 0.0, 1))
+    streams = Streams((X, Y), (b"z" * 32,))
+    store.write_spool(store.spool("toy", HEADER), store.quantised("toy", 1), streams, 24)
+    assert asked == [(77, 3, 24)]
+
+
 def test_a_vector_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
     def tiles() -> Iterator[NDArray[np.int32]]:
         yield np.zeros(TILE, np.int32)
@@ -166,8 +183,13 @@ def test_the_note_of_an_earlier_training_never_stands_beside_a_new_vector(tmp_pa
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-1]), lambda p: p.write_bytes(p.read_bytes() + X)],
-    ids=["missing", "short", "long"],
+    [
+        lambda p: p.unlink(),
+        lambda p: p.write_bytes(p.read_bytes()[:-1]),
+        lambda p: p.write_bytes(p.read_bytes() + b"\0"),
+        lambda p: p.write_bytes(p.read_bytes() + X),
+    ],
+    ids=["missing", "short", "a byte more", "long"],
 )
 def test_a_kept_vector_of_another_length_is_refused(tmp_path: Path, damage: Callable[[Path], object]) -> None:
     world = OnDisk(tmp_path)

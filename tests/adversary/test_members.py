@@ -96,6 +96,23 @@ def test_a_bad_share_names_its_sender_and_the_others_suffice(
     assert simulation.is_exact()
 
 
+def test_a_cheat_that_repeats_itself_in_ever_new_words_is_named_once() -> None:
+    """Each of its messages is a proof against it: kept all, they would fill memory and disk of the coordinator."""
+
+    def hook(member: int, message: FromMember) -> FromMember:
+        if member == CHEAT and isinstance(body_of(message), UnmaskShares):
+            for word in range(20):
+                bad = share_list(message, 0, SelfMaskShare(0, word.to_bytes(33, "big")))  # type: ignore[arg-type]
+                with pytest.raises(ProtocolError, match="does not match its hash"):
+                    simulation.coordinator.receive(signed_by(CHEAT, bad, simulation.context))
+        return message
+
+    simulation = Simulation(7, 0, silent={2: "M5"}, minimum=4, from_member=hook)
+    simulation.run()
+    assert len(simulation.coordinator.accusations) == 1
+    assert isinstance(simulation.phase, phases.Released)
+
+
 def test_a_bad_share_that_leaves_too_few_aborts_the_round() -> None:
     simulation = cheating(UnmaskShares, lambda _s, m: share_list(m, 0, SelfMaskShare(0, bytes(33))), silent={2: "M5"})
     assert only_refusal(simulation).culprit == CHEAT
