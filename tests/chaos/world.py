@@ -131,16 +131,20 @@ class World:
         self._closing.set()
         for timer in self._timers:
             timer.cancel()
+        self._kill_all()
         if self._supervisor.is_alive():
-            self._supervisor.join(10)
-        for process in self.federation.processes.values():
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+            self._supervisor.join()
+        self._kill_all()  # what the supervisor was just starting
         self._channel.close()
         self.proxies.close()
         if self.small_disk:
             subprocess.run(["umount", "-l", str(self.federation.coordinator)], check=False)
+
+    def _kill_all(self) -> None:
+        for process in list(self.federation.processes.values()):
+            process.kill()
+        for process in list(self.federation.processes.values()):
+            process.wait()
 
     def count(self, kind: str) -> None:
         """One fault took effect."""
