@@ -1,7 +1,7 @@
 """Named points at which a test kills this process or fills its disk; off, and free of cost, unless a variable asks.
 
-``VEILSUM_FAULT=NAME`` or ``NAME@K`` ends the process by SIGKILL when it passes point NAME for the K-th time, as a power
-cut between two writes would: nothing is flushed, no handler runs. ``NAME@K@full`` raises ENOSPC there instead, as a
+``VEILSUM_FAULT=NAME`` or ``NAME@K`` ends the process by SIGKILL when it passes point NAME for the K-th time: nothing is
+flushed, no handler runs; what the kernel has already stays. ``NAME@K@full`` raises ENOSPC there instead, as a
 full disk would, and ``NAME@K@full@TIMES`` in that many passes in a row. ``VEILSUM_FAULT_FILE=FILE`` names a file that
 holds such a text and is read in every pass, so that a driver can ask for a fault, and for the next one, while the
 process runs; passes count from the change. ``VEILSUM_FAULT_TRACE=FILE`` appends the name of each passed point to FILE,

@@ -39,6 +39,8 @@ class Verdict:
     completed: int = 0
     aborted: int = 0
     lost: int = 0
+    #: 1 if a round was excused because this machine took long to start the coordinator again.
+    slow: int = 0
     wrong: list[str] = field(default_factory=list)
     #: A round or plan that should have ended in a release and did not.
     unmet: list[str] = field(default_factory=list)

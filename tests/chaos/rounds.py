@@ -26,6 +26,9 @@ POLL_S = 0.25
 PATIENCE_S = 150.0
 #: Sites get so long to bring the release home before the next plan.
 SETTLE_S = 4.0
+#: After a longer outage a member's next try may come later than a phase waits (``participant/patience.py``): a round
+#: that failed so is excused, and counted as that. On an idle machine the coordinator is back in two seconds.
+OUTAGE_S = 7.0
 
 
 @dataclass
@@ -39,8 +42,10 @@ class Result:
     faults: dict[str, int]
     failures: list[str] = field(default_factory=list)
     tails: dict[str, str] = field(default_factory=dict)
-    #: Points passed by the coordinator and by the first site.
-    traces: tuple[list[str], list[str]] = ((), ())  # type: ignore[assignment]
+    #: (role, point) of the kills at points.
+    struck: list[tuple[str, str]] = field(default_factory=list)
+    #: Points that the coordinator passed, and that a site passed, with how often (the site that did so most often).
+    passed: tuple[dict[str, int], dict[str, int]] = field(default_factory=lambda: ({}, {}))
 
 
 def begin(world: World, schedule: Schedule) -> None:
@@ -49,7 +54,7 @@ def begin(world: World, schedule: Schedule) -> None:
         world.arm(COORDINATOR, schedule.coordinator)
     for name, fault in schedule.victims:
         if schedule.away:
-            world.hold(name, torn=schedule.torn)
+            world.hold(name)
         world.arm(name, fault)
     for name, disturbance in schedule.network:
         world.later(disturbance.at_s, world.proxies.disturb, name, disturbance)
@@ -57,6 +62,8 @@ def begin(world: World, schedule: Schedule) -> None:
         world.later(at_s, world.stall, name, for_s)
     for name, at_s in schedule.kills:
         world.later(at_s, world.kill, name, f"kill of {world.role(name)} at a random time")
+    for name in (world.shape.names if schedule.all_at_s else dict(schedule.victims)) if schedule.torn else ():
+        world.tear(name)
     if schedule.all_at_s:
         for name in world.names:
             world.later(schedule.all_at_s, world.kill, name, "restart of everything at once")
@@ -72,7 +79,7 @@ def watch(world: World, plan: PlanFile, receipts: Receipts) -> Report:
     Victims that stay away come back when a round failed without them, or when the plan is over.
     """
     deadline = time.monotonic() + PATIENCE_S
-    report: Report = {}
+    report: Report = {"rounds": [], "state": "unknown", "reason": "the coordinator never answered"}
     while time.monotonic() < deadline:
         found = world.report(plan.plan.name)
         if found is not None:
@@ -96,7 +103,7 @@ def is_over(report: Report) -> bool:
 
 def settle(world: World, plan: PlanFile, report: Report) -> None:
     """Let the survivors bring the release home; whoever still waits for a further cohort of it is started again."""
-    survivors = {m for row in report.get("rounds", []) for m in row.get("survivors", [])}
+    survivors = {m for row in report["rounds"] for m in row.get("survivors", [])}
     deadline = time.monotonic() + SETTLE_S
     while survivors and time.monotonic() < deadline:
         if all(note(world, name, plan) == "released" for name in survivors) and not world.armed():
@@ -125,21 +132,23 @@ def run_plan(world: World, plan: PlanFile, schedule: Schedule, seed: int) -> Res
     receipts = Receipts(repeated={schedule.echo} if schedule.echo else set())
     world.forget_traces()
     world.failures.clear()
+    world.struck.clear()
     echo = Echo(world, schedule.echo, plan.plan, seed) if schedule.echo else None
     begin(world, schedule)
     world.submit(plan)
     if echo is not None:
         echo.start()
-    watch(world, plan, receipts)
+    report = watch(world, plan, receipts)
     if echo is not None:
         echo.stop()
-    report = world.report(plan.plan.name) or {"rounds": [], "state": "unknown", "reason": "no report"}
     settle(world, plan, report)
     final = world.report(plan.plan.name) or report
-    excused = bool(schedule.full_at_s) or "@full" in schedule.coordinator
+    slow = world.outage_s > OUTAGE_S
+    excused = bool(schedule.full_at_s) or "@full" in schedule.coordinator or slow
     verdict = check_plan(
         world, plan, {**final, "state": report["state"], "reason": report["reason"]}, receipts, excused
     )
+    verdict.slow = int(slow and verdict.aborted > 0)
     result = Result(
         plan.plan.name,
         repr(schedule),
@@ -147,11 +156,20 @@ def run_plan(world: World, plan: PlanFile, schedule: Schedule, seed: int) -> Res
         verdict,
         dict(Counter(world.faults) - before),
         list(world.failures),
-        traces=(world.trace(COORDINATOR), world.trace(world.shape.names[0])),
+        struck=list(world.struck),
+        passed=(dict(Counter(world.trace(COORDINATOR))), most_passed(world)),
     )
     if verdict.wrong or verdict.lost or verdict.unmet or result.failures:
-        result.tails = {name: world.tail(name) for name in world.names}
+        result.tails = {name: world.tail(name, 60) for name in world.names}
     return result
+
+
+def most_passed(world: World) -> dict[str, int]:
+    """Point -> how often a site passed it at most."""
+    passed: Counter[str] = Counter()
+    for name in world.shape.names:
+        passed |= Counter(world.trace(name))
+    return dict(passed)
 
 
 def leave_with_the_driver(world: World) -> None:

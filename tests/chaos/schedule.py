@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from privacy.secagg.threshold import threshold
 from tests.chaos.proxy import Disturbance
@@ -14,9 +13,9 @@ from tests.chaos.world import COORDINATOR
 
 #: A disk is full where something is written; elsewhere no write could fail.
 WRITES = ("before-write:", "before-fsync:", "before-commit:", "before-rename:")
-FIVE, FOUR, THREE = Shape(5, 4, 5, 8), Shape(4, 3, 4, 8), Shape(3, 3, 3, 8)
+FIVE, FOUR, THREE = Shape(5, 4, 5, 10), Shape(4, 3, 4, 10), Shape(3, 3, 3, 10)
 #: Six sites in cohorts of three: two rounds of one stage that must share no member.
-COHORTS = Shape(6, 3, 3, 8)
+COHORTS = Shape(6, 3, 3, 10)
 PLANS_PER_BATCH = 8
 
 
@@ -28,7 +27,7 @@ class Schedule:
         coordinator: fault of the coordinator (``privacy/faults.py``), empty for none.
         victims: (site, fault) of members that a fault takes out.
         away: whether a victim stays away until its round is over; else it comes back at once.
-        torn: with half a line at the end of its records.
+        torn: victims, or all sites when everything is killed, leave half a line at the end of their records.
         network: (site, disturbance).
         stalls, kills: (process, at s [, for s]).
         echo: the site whose requests are repeated, empty for none.
@@ -61,10 +60,14 @@ class Batch:
     disk_mb: int | None = None
 
 
-def passes(trace: Sequence[str]) -> list[str]:
-    """``NAME@K`` for passes of every point in a trace: the first, a middle and the last; of twenty or more, twelve."""
+def passes(passed: Mapping[str, int]) -> list[str]:
+    """``NAME@K`` for passes of every point: the first, a middle and the last; of twenty or more, twelve.
+
+    Args:
+        passed: point -> how often a plan passed it.
+    """
     points = []
-    for name, count in sorted(Counter(trace).items()):
+    for name, count in sorted(passed.items()):
         few = 12 if count >= 20 else 3
         points += [f"{name}@{k}" for k in sorted({1 + i * (count - 1) // (few - 1) for i in range(few)})]
     return points
@@ -195,6 +198,26 @@ def schedules(
             yield THREE, maker.at_points(THREE, ours.pop() if ours else maker.rng.choice(coordinator), ""), None
         if number % 10 == 0:
             yield FOUR, maker.real_full(), 64
+
+
+def once_more(coordinator: Sequence[str], member: Sequence[str], number: int) -> Iterator[Batch]:
+    """Points that never struck, each in a federation of its own, in the situation that it needs.
+
+    Args:
+        coordinator, member: names of points.
+        number: of the first batch.
+    """
+    for name in coordinator:
+        yield Batch(number, FIVE, (Schedule(coordinator=f"{name}@1"),))
+        number += 1
+    for name in member:
+        lost = (("site-2", "before-M7@1"), ("site-3", "before-M7@1")) if "abort" in name else ()
+        plan = Schedule(victims=(("site-1", f"{name}@1"), *lost))
+        before: tuple[Schedule, ...] = ()
+        if "truncate" in name:  # only a site that died in mid-append cuts anything off
+            before, plan = (Schedule(),), replace(plan, kills=(("site-1", 1.0),), torn=True)
+        yield Batch(number, FIVE, (*before, plan))
+        number += 1
 
 
 def batches(found: Iterator[tuple[Shape, Schedule, int | None]]) -> Iterator[Batch]:

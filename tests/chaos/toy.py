@@ -99,7 +99,7 @@ def toy_plan(name: str, shape: Shape, size: str, bits: int = 24) -> PlanFile:
         largest=shape.largest,
         smallest=shape.smallest,
         bits=bits,
-        wait=shape.wait_s,
+        wait=shape.wait_s if size == "small" else 3 * shape.wait_s,  # a busy machine takes its time over megabytes
         brief=max(2, shape.wait_s // 2),
     )
     return parse_plan(text.encode())

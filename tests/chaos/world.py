@@ -78,9 +78,16 @@ class World:
             self._redirect(name)
         for plan in plans:
             put_trained(self.federation, plan, seed)
-        self._armed: dict[str, tuple[Fault, str]] = {}
+        #: (role, point) of the kills at points that struck.
+        self.struck: list[tuple[str, str]] = []
+        self._armed: dict[str, Fault] = {}
+        self._disarmed: dict[str, Fault] = {}
         self._asked: set[str] = set()
         self._held: set[str] = set()
+        self._away: set[str] = set()
+        self._down_since: float | None = None
+        #: Seconds that the coordinator was away at the longest, since :meth:`forget_traces`.
+        self.outage_s = 0.0
         self._torn: set[str] = set()
         self._buried: set[int] = set()
         self._closing = threading.Event()
@@ -124,16 +131,20 @@ class World:
         self._closing.set()
         for timer in self._timers:
             timer.cancel()
+        self._kill_all()
         if self._supervisor.is_alive():
-            self._supervisor.join(10)
-        for process in self.federation.processes.values():
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+            self._supervisor.join()
+        self._kill_all()  # what the supervisor was just starting
         self._channel.close()
         self.proxies.close()
         if self.small_disk:
             subprocess.run(["umount", "-l", str(self.federation.coordinator)], check=False)
+
+    def _kill_all(self) -> None:
+        for process in list(self.federation.processes.values()):
+            process.kill()
+        for process in list(self.federation.processes.values()):
+            process.wait()
 
     def count(self, kind: str) -> None:
         """One fault took effect."""
@@ -173,6 +184,9 @@ class World:
         return path.read_text().splitlines() if path.exists() else []
 
     def forget_traces(self) -> None:
+        """A new plan begins."""
+        self.outage_s = 0.0
+        self._disarmed.clear()
         for name in self.names:
             with contextlib.suppress(FileNotFoundError):
                 os.truncate(self.trace_file(name), 0)
@@ -183,12 +197,14 @@ class World:
         if parsed is None:
             raise ValueError("expected a fault, found none")
         with self.lock:
-            self._armed[name] = (parsed, fault)
+            self._armed[name] = parsed
+            self._disarmed.pop(name, None)
             self.fault_file(name).write_text(fault)
 
     def disarm(self, name: str) -> None:
         with self.lock:
-            self._armed.pop(name, None)
+            if fault := self._armed.pop(name, None):
+                self._disarmed[name] = fault  # it may strike while the process has not seen that it shall not
             self.fault_file(name).write_text("")
 
     def armed(self) -> list[str]:
@@ -227,17 +243,21 @@ class World:
         self._timers.append(timer)
         timer.start()
 
-    def hold(self, name: str, *, torn: bool = False) -> None:
-        """If this process dies, it stays away until :meth:`let_return`; ``torn``: with a line half written."""
+    def hold(self, name: str) -> None:
+        """If this process dies of its fault, it stays away until :meth:`let_return`."""
         with self.lock:
             self._held.add(name)
-            if torn:
-                self._torn.add(name)
+
+    def tear(self, name: str) -> None:
+        """The next death of this site leaves half a line behind."""
+        with self.lock:
+            self._torn.add(name)
 
     def let_return(self) -> None:
         """Everybody who stays away comes back."""
         with self.lock:
             self._held.clear()
+            self._away.clear()
 
     def fill_disk(self, seconds: float) -> None:
         """Fill the coordinator's file system to the last byte, for a while."""
@@ -268,30 +288,35 @@ class World:
         if process.pid not in self._buried:
             self._buried.add(process.pid)
             self._bury(name, process.returncode)
-        if name not in self._held and not self._closing.is_set():
+        if name not in self._away and not self._closing.is_set():
             self._launch(name)
 
     def _bury(self, name: str, code: int) -> None:
         """Write down how a process ended and what its federation lost with it."""
-        fault = self._armed.get(name)
+        fault = self._armed.get(name) or self._disarmed.get(name)
         if name in self._asked:
             self._asked.discard(name)
-        elif code == -signal.SIGKILL and fault is not None and not fault[0].full:
+        elif code == -signal.SIGKILL and fault is not None and not fault.full:
             self.count(f"kill at a point of {self.role(name)}")
+            self.struck.append((self.role(name), f"{fault.name}@{fault.first}"))
             self.disarm(name)
+            if name in self._held:
+                self._away.add(name)
         else:
             self.failures.append(f"{name} ended by itself with {code}: {self.tail(name)}")
-        if name != COORDINATOR:
-            self._lose(name)
-            if name in self._torn:
-                self._tear(name)
+        if name == COORDINATOR:
+            self._down_since = self._down_since or time.monotonic()
+            return
+        self._lose(name)
+        if name in self._torn:
+            self._leave_half_a_line(name)
 
     def _see_full(self, name: str) -> None:
         """Did the full disk strike that this process was asked for?"""
         fault = self._armed.get(name)
-        if fault is None or not fault[0].full:
+        if fault is None or not fault.full:
             return
-        if self.trace(name).count(fault[0].name) >= fault[0].first:
+        if self.trace(name).count(fault.name) >= fault.first:
             self.count(f"full disk of {self.role(name)}")
             del self._armed[name]
 
@@ -304,7 +329,7 @@ class World:
         if found is not None:
             self.lost[found].add(name)
 
-    def _tear(self, name: str) -> None:
+    def _leave_half_a_line(self, name: str) -> None:
         """A power cut in mid-append: half a line, never acknowledged, at the end of records and ledger."""
         self._torn.discard(name)
         site = self.federation.site(name)
@@ -322,6 +347,10 @@ class World:
             reply = OperatorStub(self._channel).Report(pb.ReportRequest(plan=plan), timeout=5)
         except grpc.RpcError:
             return None
+        with self.lock:
+            if self._down_since is not None:
+                self.outage_s = max(self.outage_s, time.monotonic() - self._down_since)
+                self._down_since = None
         found: dict[str, Any] = json.loads(reply.json)
         return found
 
