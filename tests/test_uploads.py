@@ -281,7 +281,8 @@ def test_a_begin_that_its_own_finish_overtook_leaves_the_counted_upload_alone(
     upload = held(world, 4, monkeypatch)
     world.uploads.begin(upload.round_id, upload.message)
     send(world, upload, range(13))
-    final, check, overtaken = world.engine.store.upload(upload.round_id, 4), Uploads._check, []
+    final, check = world.engine.store.upload(upload.round_id, 4), Uploads._check
+    overtaken: list[Signed[MaskedInput]] = []
 
     def overtake(self: Uploads, running: Running, message: Signed[MaskedInput]) -> None:
         check(self, running, message)
