@@ -205,7 +205,7 @@ class Uploads:
             ProtocolError: another one is; its file must never be replaced.
         """
         with self._engine.lock:
-            phase = running.machine.phase
+            phase = self._engine.running(running.row.id).machine.phase  # the machine of now, not one a full disk undid
             if isinstance(phase, phases.Uploading):
                 taken = phase.inputs.get(message.sender)
             else:
@@ -217,7 +217,7 @@ class Uploads:
 
     def _check(self, running: Running, message: Signed[MaskedInput]) -> None:
         with self._engine.lock:
-            phase = running.machine.phase
+            phase = self._engine.running(running.row.id).machine.phase
             if not isinstance(phase, phases.Uploading):
                 raise ProtocolError(f"M5 of member {message.sender} in phase {type(phase).__name__}: too late")
             transcript.check_input(phase.cohort, phase.sharers, phase.t2, message)

@@ -321,3 +321,28 @@ def test_a_spool_that_lost_its_place_is_not_opened_again(world: OnDisk, monkeypa
         world.uploads.begin(upload.round_id, upload.message)
     assert not lost.opened
     assert world.uploads.begin(upload.round_id, upload.message) == 0
+
+
+def test_no_receipt_is_given_for_an_upload_whose_event_was_not_stored(
+    world: OnDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second finish waited for the first, whose event the disk did not take: the machine it looked at is no more."""
+    upload = held(world, 4, monkeypatch)
+    world.uploads.begin(upload.round_id, upload.message)
+    send(world, upload, range(13))
+    counted, first = Uploads._counted, [True]
+
+    def after_the_first(self: Uploads, running: Running, message: Signed[MaskedInput]) -> bool:
+        if first:
+            first.clear()
+            full_disk(monkeypatch, "before-commit:events")
+            with pytest.raises(DiskError):
+                self.finish(upload.round_id, message)
+        return counted(self, running, message)
+
+    monkeypatch.setattr(Uploads, "_counted", after_the_first)
+    world.uploads.finish(upload.round_id, upload.message)
+    phase = world.phase
+    assert isinstance(phase, phases.Folding) or 4 in phase.inputs
+    finish_round(world)
+    assert world.totals()[0][0] == (0, 1, 2, 3, 4)
