@@ -25,7 +25,7 @@ from privacy.secagg.dialogue import ToMember
 from privacy.secagg.messages import RoundAborted
 from privacy.wire import federation_pb2 as pb
 from privacy.wire.convert import from_wire
-from privacy.wire.transport import PUT_CHUNK, SERVER_OPTIONS
+from privacy.wire.transport import PUT_CHUNK, SERVER_OPTIONS, put_chunk
 from tests.fuzz import seeds
 from tests.hostile import ANSWER_S, Caller, Hostile, RawCaller
 
@@ -193,6 +193,15 @@ def test_a_flood_of_calls_is_no_flood_of_log_lines() -> None:
     assert quotas.shall_say(b"b", "flood")
     now = gate.SAY_S
     assert quotas.shall_say(b"a", "flood")
+
+
+def test_a_flood_of_refused_chunks_is_no_flood_of_log_lines(start: Callable[..., Hostile]) -> None:
+    hostile = start(large=False)
+    chunk = put_chunk(bytes(32), 0, b"x")
+    for _ in range(50):
+        with pytest.raises(grpc.RpcError, match="expected BeginUpload first"):
+            hostile.caller(3).chunk(chunk, timeout=20)
+    assert len(hostile.log.find("expected BeginUpload first")) == 1
 
 
 # --- connections -------------------------------------------------------------------------------------------------
