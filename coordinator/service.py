@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import grpc
 import structlog
 
+from coordinator import phases
 from coordinator.engine import Engine
 from coordinator.gate import Quotas
 from coordinator.peers import common_name, expired_on
@@ -256,7 +257,8 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         member = await self._member(context)
 
         def read() -> pb.TotalChunk:
-            if self._engine.running(request.round).row.state != "released":
+            # The phase says it, not the row: a full disk may have come between the total and its row.
+            if not isinstance(self._engine.running(request.round).machine.phase, phases.HasTotal):
                 raise Refusal(f"round {request.round.hex()[:16]}… has no total")
             path = self._engine.store.total(request.round)
             length = path.stat().st_size
