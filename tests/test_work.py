@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import pytest
 
+import coordinator.engine
 import coordinator.space
 import coordinator.unmask
 import coordinator.work
@@ -18,6 +19,7 @@ import participant.patience
 from coordinator import phases
 from coordinator.executor import Threads
 from coordinator.publish import CohortTotal
+from coordinator.running import Running
 from coordinator.store import RoundRow
 from coordinator.unmask import SHARD_BLOCKS, Shard, fold, shard_count, unmask, unmask_shard
 from coordinator.work import RETRY_S, Worker
@@ -361,3 +363,22 @@ def test_no_round_opens_on_a_disk_that_cannot_hold_it(tmp_path: Path, monkeypatc
     world.wait(1)
     assert len(world.rounds) == 1
     assert world.engine.no_space[world.digest] == ""
+
+
+def test_a_message_whose_evidence_was_not_kept_is_taken_anew_when_it_comes_again(
+    world: OnDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.run(phases.Unmasking)
+    keep, full = coordinator.engine.keep_accusations, [True]
+
+    def at_first_full(running: Running, directory: Path) -> None:
+        if full:
+            full.clear()
+            raise DiskError("full")
+        keep(running, directory)
+
+    monkeypatch.setattr(coordinator.engine, "keep_accusations", at_first_full)
+    before = len(world.events)
+    world.tell(0)
+    assert not full
+    assert len(world.events) == before + 1, "acknowledged, and on no disk"
