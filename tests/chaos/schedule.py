@@ -197,7 +197,7 @@ def schedules(
         if number % 9 == 0:
             yield THREE, maker.at_points(THREE, ours.pop() if ours else maker.rng.choice(coordinator), ""), None
         if number % 10 == 0:
-            yield FOUR, maker.real_full(), 64
+            yield FOUR, maker.real_full(), 256  # room for all plans of a batch
 
 
 def once_more(coordinator: Sequence[str], member: Sequence[str], number: int) -> Iterator[Batch]:
