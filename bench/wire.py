@@ -17,8 +17,9 @@ from bench.rows import Bar, Row, row
 from bench.scale import ROOT, Scale
 from privacy.secagg.masking import packed_length
 
-#: Round trips that a proxy adds, milliseconds; 0 is plain loopback.
-ROUND_TRIPS_MS = (0, 50, 200)
+#: Round trips that a proxy adds, milliseconds, and how many rounds are measured; 0 is plain loopback.
+ROUNDS = {0: 3, 50: 2, 200: 2}
+QUICK_ROUNDS = {0: 1, 50: 1}
 BITS = 24
 
 
@@ -40,8 +41,8 @@ def listening(module: str, *arguments: object) -> Iterator[int]:
 class Measured:
     """One federation, its coordinator, and a raw receiver beside it."""
 
-    def __init__(self, fleet: Fleet, repeats: int) -> None:
-        self._fleet, self._repeats = fleet, repeats
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
         self._sites = [fleet.federation.site(name) for name in fleet.names]
         self._plans = 0
         self.length = 0
@@ -72,10 +73,11 @@ class Measured:
             port = stack.enter_context(listening("bench.raw_socket", coordinator, out, self.length))
             return send_all(self._sites, self.spool, self._near_or_far(stack, port, rtt_ms))
 
-    def rows(self, rtt_ms: int) -> list[Row]:
-        """The rows of one distance: rounds and raw uploads in alternation."""
+    def rows(self, rtt_ms: int, repeats: int) -> list[Row]:
+        """The rows of one distance: rounds, with raw uploads before and after each."""
         rounds, uploads, raws = [], [], []
-        for _ in range(self._repeats):
+        for _ in range(repeats):
+            raws += [self.raw(rtt_ms)] if self.length else []
             seconds, upload = self.round(rtt_ms)
             rounds.append(seconds)
             uploads.append(upload)
@@ -113,8 +115,8 @@ def round_end_to_end(scale: Scale) -> list[Row]:
     with tempfile.TemporaryDirectory(dir=scale.scratch) as directory:
         fleet = Fleet(Path(directory), n, scale.size)
         with fleet.running():
-            measured = Measured(fleet, 1 if scale.quick else 3)
-            for rtt_ms in ROUND_TRIPS_MS[:2] if scale.quick else ROUND_TRIPS_MS:
-                found += measured.rows(rtt_ms)
+            measured = Measured(fleet)
+            for rtt_ms, repeats in (QUICK_ROUNDS if scale.quick else ROUNDS).items():
+                found += measured.rows(rtt_ms, repeats)
     assert measured.length >= packed_length(scale.size, BITS)
     return found

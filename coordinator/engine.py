@@ -118,8 +118,8 @@ class Engine:
             if isinstance(phase, phases.HasTotal):
                 row = running.row
                 shares = phase.shares if not isinstance(phase, phases.Confirming) else {}
-                everybody = len(shares) == len(phase.closed.survivors)
-                projection = tuple(shares[i] for i in sorted(shares)) if everybody else ()
+                usable = len(shares) == len(phase.closed.survivors) and not running.refuted
+                projection = tuple(shares[i] for i in sorted(shares)) if usable else ()
                 evidence = Evidence(phase.outcome, tuple(phase.votes[i] for i in sorted(phase.votes)), projection)
                 found.append(CohortTotal(row.number, row.id, evidence, self.store.total(row.id)))
         return found

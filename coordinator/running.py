@@ -33,6 +33,8 @@ class Running:
     timed: type | None = None
     #: The round is over, and signatures may be missing in its release, or files lie there that nobody needs.
     unfinished: bool = False
+    #: All M13 are there and their sum is wrong, although the total is right: a member lied, and nobody can say which.
+    refuted: bool = False
     #: Work on it failed for want of space; tried again then.
     try_again: float = 0.0
     #: Shards of the total that are done, of how many; while it is unmasked.

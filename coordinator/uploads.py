@@ -125,14 +125,24 @@ class Uploads:
             spool = self._running.get((round_id, message.sender)) or self._admit(running, message)
         if spool.input.body != message.body:
             raise ProtocolError(f"member {message.sender} begins a second, different upload")
-        try:
-            with spool.lock:
-                if not spool.opened:
-                    self._open(running, spool)
-        except DiskError:
-            self._give_up(round_id, message.sender)
-            raise
+        with spool.lock:
+            if self._counted(running, message):  # a finish overtook this call: the file is never touched again
+                self._give_up(round_id, spool)
+                return message.body.length
+            if not spool.opened:
+                self._open_in_place(running, spool)
         return spool.prefix
+
+    def _open_in_place(self, running: Running, spool: Spool) -> None:
+        """Open a spool that has its place still; without it another spool may have hashed the same file."""
+        with self._lock:
+            if self._running.get((running.row.id, spool.input.sender)) is not spool:
+                raise _begin_first(spool.input.sender)
+        try:
+            self._open(running, spool)
+        except DiskError:
+            self._give_up(running.row.id, spool)
+            raise
 
     def _admit(self, running: Running, message: Signed[MaskedInput]) -> Spool:
         """A place for an upload."""
@@ -162,9 +172,10 @@ class Uploads:
             if not isinstance(self._engine.running(key[0]).machine.phase, phases.Uploading):
                 self._running.pop(key)
 
-    def _give_up(self, round_id: bytes, member: int) -> None:
+    def _give_up(self, round_id: bytes, spool: Spool) -> None:
         with self._lock:
-            self._running.pop((round_id, member), None)
+            if self._running.get((round_id, spool.input.sender)) is spool:
+                del self._running[round_id, spool.input.sender]
 
     def _open(self, running: Running, spool: Spool) -> None:
         """Take the space, and what an earlier process or an earlier place left of this very upload."""
@@ -274,7 +285,7 @@ class Uploads:
         except DiskError:
             with spool.lock:
                 spool.opened = False  # its member begins again, from what was noted
-            self._give_up(round_id, spool.input.sender)
+                self._give_up(round_id, spool)
             raise
 
     # --- the whole upload --------------------------------------------------------------------------------------------
@@ -304,7 +315,8 @@ class Uploads:
         root, length = message.body.root, message.body.length
         signature = sign_receipt(self._engine.identity, round_id, message.sender, root, length)
         self._store.add_receipt(round_id, message.sender, root, length, signature)
-        self._give_up(round_id, message.sender)
+        if spool is not None:
+            self._give_up(round_id, spool)
         return Receipt(root, length, signature)
 
     def _verify(self, round_id: bytes, spool: Spool, message: Signed[MaskedInput]) -> None:
@@ -317,7 +329,7 @@ class Uploads:
             )
         if spool.root() != message.body.root:
             spool.opened = False
-            self._give_up(round_id, message.sender)
+            self._give_up(round_id, spool)
             self._store.drop_upload(round_id, message.sender)
             spool.part.unlink(missing_ok=True)
             raise ProtocolError(

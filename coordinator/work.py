@@ -53,6 +53,7 @@ class Worker:
         except ProtocolError as error:
             waiting.log.error("not published", reason=str(error))
             with engine.lock:
+                waiting.unfinished = False  # or a released round would come up again at once, for ever
                 engine.abort(waiting, str(error))
         engine.changed()
         return True
@@ -159,14 +160,26 @@ class Worker:
         names = [e for r in rounds for e in names_in(r, self._store.round_directory(r.row.id))]
         publish(engine.jobs[row.plan], row.stage, cohorts, engine.home.releases, names)
 
+    def _released(self, row: RoundRow) -> list[CohortTotal]:
+        with self._engine.lock:
+            return self._engine.released(row.plan, row.stage)
+
+    def _write_signed(self, running: Running, cohorts: list[CohortTotal]) -> None:
+        """The release with all signatures; a projection that one member made fail is left out, as if it were silent."""
+        try:
+            self._write_release(running.row, cohorts)
+        except ProtocolError as error:  # totals and signatures held when they came: only the projection is new
+            running.log.error("projection left out", reason=str(error))
+            running.refuted = True
+            self._write_release(running.row, self._released(running.row))
+
     def _finish(self, running: Running) -> None:
         """Signatures that came after the release go into it; what nobody needs any more is deleted."""
         engine, phase, row = self._engine, running.machine.phase, running.row
         if isinstance(phase, phases.Released):
-            with engine.lock:
-                cohorts = engine.released(row.plan, row.stage)
+            cohorts = self._released(row)
             if not is_published(engine.jobs[row.plan], row.stage, cohorts, engine.home.releases):
-                self._write_release(row, cohorts)
+                self._write_signed(running, cohorts)
             certified = is_certified(running.job, phase.votes.values())
             self._store.sweep(row.id, uploads=certified and not engine.home.settings.keep_uploads)
         else:

@@ -140,7 +140,7 @@ class Daemon:
         if mine and run is not None:
             run.handle(message)
         elif isinstance(message, Inbox) and run is None:
-            resume_upload(self.site, self.client, job, round_id)
+            resume_upload(self.site, self.client, job, stage, round_id)
         return run  # what is about another round changes nothing in this one
 
     def _is_over(self, job: Job, stage: int, run: RoundRun | None) -> bool:

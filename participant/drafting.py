@@ -12,10 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from pydantic import ValidationError
+
 from participant.base_model import base_digest
 from privacy.adapter import layout_of, start_adapter, start_digest
 from privacy.errors import UserError
 from privacy.plan import Adapter, parse_plan
+from privacy.settings import explain
 
 _UNSET_DIGEST = "0" * 64
 
@@ -131,18 +134,18 @@ def draft_plan(
     from participant.training import inspect_model  # imports torch
 
     modules, head = inspect_model(base, len(labels), targets)
-    adapter = Adapter(
-        rank=rank,
-        alpha=float(2 * rank if alpha is None else alpha),
-        seed=(secrets.token_bytes(32) if seed is None else seed).hex(),
-        digest=_UNSET_DIGEST,
-        modules=modules,
-        head=head,
-    )
     try:
-        digest = start_digest(start_adapter(adapter)).hex()
-    except ValueError as error:
-        raise UserError(str(error), hint="choose a smaller rank") from error
+        adapter = Adapter(
+            rank=rank,
+            alpha=float(2 * rank if alpha is None else alpha),
+            seed=(secrets.token_bytes(32) if seed is None else seed).hex(),
+            digest=_UNSET_DIGEST,
+            modules=modules,
+            head=head,
+        )
+    except ValidationError as error:
+        raise UserError(f"draft: {explain(error)}", hint="choose another rank or alpha") from error
+    digest = start_digest(start_adapter(adapter)).hex()
     text = _TEMPLATE.format(
         name=_toml(name),
         base_name=_toml(base_name),

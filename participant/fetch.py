@@ -14,6 +14,7 @@ from participant.patience import patiently
 from participant.phases import Checking
 from participant.site import Site
 from privacy.adapter import save_peft
+from privacy.errors import ProtocolError
 from privacy.files import make_private_directory, write_durably
 from privacy.job import Job
 from privacy.outcome import Total, check_block, combine, manifest, verify_cohort, verify_total
@@ -61,6 +62,7 @@ def fetch_release(site: Site, client: Client, job: Job, stage: int) -> bool:
     offered = [c for c in client.releases(job.plan_file.digest) if c.stage == stage]
     if not offered:
         return False
+    _check_ids(offered)
     directory = site.release_directory(job.plan.name, stage)
     if released_rounds(directory) == sorted(_summary(c) for c in offered):
         return True
@@ -77,6 +79,13 @@ def fetch_release(site: Site, client: Client, job: Job, stage: int) -> bool:
     facts["rounds"] = sorted(_summary(c) for c in offered)
     write_durably(directory / RELEASE_NOTE, json.dumps(facts, indent=2).encode() + b"\n")
     return True
+
+
+def _check_ids(offered: list[ReleasedCohort]) -> None:
+    """A verified total is read again from the file that its round's id names: no two may share one."""
+    ids = {c.round_id for c in offered}
+    if len(ids) < len(offered) or any(c.evidence.outcome.transcript.header.hash() != c.round_id for c in offered):
+        raise ProtocolError("releases: expected each round once, under the hash of its header, found another list")
 
 
 def _summary(cohort: ReleasedCohort) -> list[int]:

@@ -8,6 +8,7 @@ lines leaves a delta that is unspent, or spent and said so.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 
@@ -27,6 +28,7 @@ from privacy.secagg.dialogue import FromMember, ToMember, message_name
 from privacy.secagg.messages import Header, MaskedInput, Offer, RoundAborted
 from privacy.secagg.projection import project
 from privacy.secagg.signed import Signed, sign
+from privacy.vectors import file_root
 
 log = structlog.get_logger()
 
@@ -61,15 +63,26 @@ def upload(site: Site, client: Client, job: Job, header: Header, message: Signed
     log.info("uploaded", plan=job.plan.name, bytes=message.body.length)
 
 
-def resume_upload(site: Site, client: Client, job: Job, round_id: bytes) -> None:
+def _is_whole(spool: Path, job: Job, root: bytes) -> bool:
+    """Is this file still the one that was spent?"""
+    try:
+        return file_root(spool, job.quantizer.total_size, job.rules.bits) == root
+    except (ProtocolError, FileNotFoundError):
+        return False
+
+
+def resume_upload(site: Site, client: Client, job: Job, stage: int, round_id: bytes) -> None:
     """Go on with an upload that a crash cut short: the delta is spent, the spool is what may be sent, and nothing else.
 
     The same M5 is signed again, byte for byte. The round's secrets are gone, so this site signs no list in it and
     releases nothing; its input counts all the same, since t others can open its self mask.
     """
-    records = site.store.all_records()
+    records = site.store.records(job.plan_file.digest, stage)  # of another plan it would be that plan's spool
     spent = next((r for r in records if isinstance(r, Spent) and r.header.hash() == round_id), None)
     if spent is None or any(isinstance(r, Aborted) and r.header == spent.header for r in records):
+        return
+    if not _is_whole(site.store.spool(job.plan.name, spent.header), job, spent.root):
+        log.error("upload cannot go on: its spool is gone or another", plan=job.plan.name, round=spent.header.round)
         return
     length = job.context(spent.header).upload_length
     message = sign(site.identity, site.me, MaskedInput(spent.t2, spent.root, length), round_id)

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from privacy import faults
-from privacy.errors import UserError
+from privacy.errors import UserError, shown
 from privacy.files import disk_errors, fsync_directory, fsync_file, rename, replace_durably
 from privacy.plan import Adapter
 
@@ -323,11 +323,12 @@ def load_peft(directory: Path) -> Tensors:
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UserError(
-            f"{path}: expected a PEFT adapter, found: {reason}", hint="name the directory of a released adapter"
+            f"{path}: expected a PEFT adapter, found: {shown(reason, 300)}",
+            hint="name the directory of a released adapter",
         ) from error
     for name, tensor in tensors.items():
         if tensor.dtype != np.float32:
-            raise UserError(f"{path}: expected float32, found {tensor.dtype} in tensor {name!r}")
+            raise UserError(f"{path}: expected float32, found {tensor.dtype} in tensor {shown(repr(name))}")
     return tensors
 
 

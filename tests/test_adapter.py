@@ -70,12 +70,17 @@ def test_layout_has_peft_names_in_sorted_order() -> None:
     assert LAYOUT.size == 8 + 6 + 3 + 18
 
 
-shapes = st.dictionaries(
-    st.text("abc.", min_size=1, max_size=8), st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=4
+def shapes(columns: st.SearchStrategy[int]) -> st.SearchStrategy[dict[str, tuple[int, int]]]:
+    names = st.text("abc.", min_size=1, max_size=8)
+    return st.dictionaries(names, st.tuples(st.integers(1, 5), columns), min_size=1, max_size=4)
+
+
+@given(
+    modules=shapes(st.integers(3, 5)),
+    head=shapes(st.integers(1, 5)),
+    rank=st.integers(1, 3),
+    seed=st.integers(0, 2**32),
 )
-
-
-@given(modules=shapes, head=shapes, rank=st.integers(1, 3), seed=st.integers(0, 2**32))
 def test_unflatten_inverts_flatten(
     modules: dict[str, tuple[int, int]], head: dict[str, tuple[int, int]], rank: int, seed: int
 ) -> None:

@@ -177,9 +177,9 @@ def test_the_proxy_delays_by_a_round_trip_and_bounds_what_is_in_flight() -> None
 def test_a_round_of_real_processes_near_and_far_and_its_total_is_checked(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, 3, 1 << 12)
     with fleet.running():
-        measured = wire.Measured(fleet, 1)
+        measured = wire.Measured(fleet)
         for rtt_ms in (0, 20):
-            seconds, upload = measured.rows(rtt_ms)
+            seconds, upload = measured.rows(rtt_ms, 1)
             assert seconds.value > 0
             assert upload.ratio is not None
         fleet.vector[7] += 1

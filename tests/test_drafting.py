@@ -67,12 +67,21 @@ def test_other_targets_can_be_adapted(base: Path) -> None:
     [
         ({"targets": ("q_proj",)}, r"linear modules named 'q_proj', found classifier, dense, key, query, value"),
         ({"targets": ("classifier",)}, r"linear modules named 'classifier'"),
-        ({"rank": 33}, r"expected rank <= 32 for module .*, found 33"),
+        ({"rank": 33}, r"expected rank <= 32 for 'bert\..*', found 33"),
+        ({"rank": 0}, r"draft: key 'rank': .* greater than or equal to 1, found 0"),
         ({"name": "No Such Name"}, r"draft: key 'name'"),
         ({"min_cohort": 9}, r"expected min_survivors <= min_cohort <= max_cohort"),
         ({"labels": ("a", "a")}, r"labels must be distinct"),
     ],
-    ids=["no such module", "the head is no target", "a rank too large", "a bad name", "a bad cohort", "labels repeat"],
+    ids=[
+        "no such module",
+        "the head is no target",
+        "a rank too large",
+        "no rank",
+        "a bad name",
+        "a bad cohort",
+        "labels repeat",
+    ],
 )
 def test_what_cannot_be_drafted_is_named(base: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -84,7 +84,7 @@ def test_a_flood_of_calls_is_told_to_come_back_and_the_others_are_served(start: 
         serves(other)
     codes = [call.code() for call in flood]
     assert codes.count(BUSY) > 1000
-    # A call is refused before its request is read; to a client that is still writing it gRPC may say CANCELLED.
+    # Of so many calls begun at once on one connection gRPC itself cancels a few, with quotas or without.
     clear = codes.count(BUSY) + codes.count(grpc.StatusCode.OK)
     assert clear + codes.count(grpc.StatusCode.CANCELLED) == len(codes)
     assert clear > 0.9 * len(codes)

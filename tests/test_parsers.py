@@ -8,7 +8,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
 from privacy.console import MAX_LINE, one_line
 from privacy.errors import shown
@@ -85,6 +87,16 @@ FOUND: dict[str, tuple[str, bytes, str]] = {
         "manifest",
         b'{"named": [{"member": "north", "kind": "BadSeed", "evidence": "xyz"}]}',
         "expected the manifest of a release",
+    ),
+    "an adapter whose type of numbers does not print": (
+        "adapter",
+        seeds.adapters()[0].replace(b"F32", b"\x7f32"),
+        r"expected a PEFT adapter, found: .*\\x7f32",
+    ),
+    "an adapter with a tensor of integers and a long name": (
+        "adapter",
+        safetensors.numpy.save({"x" * 5000: np.ones(1, np.int8)}),
+        "expected float32, found int8 in tensor 'xxx.*…$",
     ),
     "a request for a key on another curve": ("request", b"d" + seeds.requests()[1], "ECDSA key on P-256"),
     "a request with a point that is not on the curve": (

@@ -11,6 +11,7 @@ import pytest
 import coordinator.uploads
 import participant.patience
 from coordinator import phases
+from coordinator.running import Running
 from coordinator.uploads import IDLE_S, SLOTS, Uploads
 from privacy.errors import ProtocolError, Refusal, UserError
 from privacy.files import DiskError
@@ -270,3 +271,54 @@ def test_a_member_that_crashed_in_mid_upload_is_in_the_sum(world: OnDisk, monkey
     assert world.uploads.receipt(upload.round_id, 4) is not None
     finish_round(world)
     assert world.totals()[0][0] == (0, 1, 2, 3, 4)
+
+
+def test_a_begin_that_its_own_finish_overtook_leaves_the_counted_upload_alone(
+    world: OnDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A member's calls run side by side. Begin looked at the round before finish counted the upload, and goes on when a
+    repeated chunk, whose file was renamed meanwhile, has given the place up."""
+    upload = held(world, 4, monkeypatch)
+    world.uploads.begin(upload.round_id, upload.message)
+    send(world, upload, range(13))
+    final, check = world.engine.store.upload(upload.round_id, 4), Uploads._check
+    overtaken: list[Signed[MaskedInput]] = []
+
+    def overtake(self: Uploads, running: Running, message: Signed[MaskedInput]) -> None:
+        check(self, running, message)
+        if overtaken:
+            return
+        overtaken.append(message)
+        full_disk(monkeypatch, "before-commit:receipts")  # counted, and its receipt is not stored yet
+        with pytest.raises(DiskError):
+            self.finish(upload.round_id, message)
+        monkeypatch.setattr(coordinator.uploads, "SYNC_BYTES", chunk_bytes(BITS))
+        with pytest.raises(DiskError):
+            send(world, upload, range(1))
+
+    monkeypatch.setattr(Uploads, "_check", overtake)
+    assert world.uploads.begin(upload.round_id, upload.message) == len(upload.content)
+    assert final.exists(), "the upload is in the round, and its file is gone"
+    world.uploads.finish(upload.round_id, upload.message)
+    finish_round(world)
+
+
+def test_a_spool_that_lost_its_place_is_not_opened_again(world: OnDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its late chunks could change a file that the next spool has hashed."""
+    upload = held(world, 4, monkeypatch)
+    world.uploads.begin(upload.round_id, upload.message)
+    lost = world.uploads._running[upload.round_id, 4]
+    counted, lose = Uploads._counted, [True]
+
+    def meanwhile(self: Uploads, running: Running, message: Signed[MaskedInput]) -> bool:
+        if (upload.round_id, 4) in self._running and lose and lost.lock._is_owned():  # type: ignore[attr-defined]
+            lose.clear()
+            lost.opened = False
+            self._give_up(upload.round_id, lost)
+        return counted(self, running, message)
+
+    monkeypatch.setattr(Uploads, "_counted", meanwhile)
+    with pytest.raises(UserError, match="expected BeginUpload first"):
+        world.uploads.begin(upload.round_id, upload.message)
+    assert not lost.opened
+    assert world.uploads.begin(upload.round_id, upload.message) == 0
