@@ -230,5 +230,8 @@ def unmet(world: World, plan: PlanFile, report: Report, kept: dict[str, list[Rec
         n, t = len(members), threshold(len(members), rules.colluders)
         if len(gone) <= n - t and n - len(gone) >= rules.min_survivors:
             yield f"round {row['round']} lost {sorted(gone)} of {n}, t = {t}, and aborted: {row['reason']}"
+    left = world.shape.sites - len(report["released"])
+    if report["state"] == "released" and left >= world.shape.smallest:
+        yield f"{left} members wait for a cohort of their own"
     if report["state"] not in ("released", "cancelled"):
         yield f"the plan is {report['state']}: {report['reason']}"

@@ -150,11 +150,9 @@ class Proxies:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self.by_name = {name: self._call(self._open(target, count)) for name in names}
-
-    def _call(self, work: asyncio.Future[Proxy] | object) -> Proxy:
-        found: Proxy = asyncio.run_coroutine_threadsafe(work, self._loop).result(10)  # type: ignore[arg-type]
-        return found
+        self.by_name = {
+            name: asyncio.run_coroutine_threadsafe(self._open(target, count), self._loop).result(10) for name in names
+        }
 
     async def _open(self, target: int, count: Callable[[str], None]) -> Proxy:
         proxy = Proxy(0, target, count)
@@ -172,5 +170,14 @@ class Proxies:
             self._loop.call_soon_threadsafe(proxy.calm)
 
     def close(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            asyncio.run_coroutine_threadsafe(_cancel_the_others(), self._loop).result(5)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)
+
+
+async def _cancel_the_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)

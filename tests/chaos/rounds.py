@@ -18,7 +18,7 @@ from privacy.plan import PlanFile
 from tests.chaos.checks import Receipts, Report, Verdict, check_plan
 from tests.chaos.echo import Echo
 from tests.chaos.schedule import Batch, Schedule
-from tests.chaos.toy import toy_plan
+from tests.chaos.toy import Shape, toy_plan
 from tests.chaos.world import COORDINATOR, World
 
 POLL_S = 0.25
@@ -76,7 +76,7 @@ def begin(world: World, schedule: Schedule) -> None:
 def watch(world: World, plan: PlanFile, receipts: Receipts) -> Report:
     """Follow a plan until it is released or given up and its last round is over; the last report.
 
-    Victims that stay away come back when a round failed without them, or when the plan is over.
+    Victims that stay away come back when a round ended without them.
     """
     deadline = time.monotonic() + PATIENCE_S
     report: Report = {"rounds": [], "state": "unknown", "reason": "the coordinator never answered"}
@@ -85,20 +85,21 @@ def watch(world: World, plan: PlanFile, receipts: Receipts) -> Report:
         if found is not None:
             report = found
             receipts.look(report)
-            rows = report["rounds"]
-            if any(row["state"] == "aborted" for row in rows):
+            if any(row["state"] in ("aborted", "released") for row in report["rounds"]):
                 world.let_return()
-            if is_over(report):
+            if is_over(report, world.shape):
                 break
         time.sleep(POLL_S)
     world.let_return()
     return report
 
 
-def is_over(report: Report) -> bool:
-    """The plan has an outcome, and no round of it waits for anything."""
+def is_over(report: Report, shape: Shape) -> bool:
+    """The plan has an outcome, no round of it waits for anything, and too few members are left for another cohort."""
     over = all(row["phase"] in ("released", "aborted") for row in report["rounds"])
-    return over and report["state"] in ("released", "aborted", "cancelled")
+    if report["state"] == "released":
+        return over and shape.sites - len(report["released"]) < shape.smallest
+    return over and report["state"] in ("aborted", "cancelled")
 
 
 def settle(world: World, plan: PlanFile, report: Report) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,8 @@ from tests.chaos.world import COORDINATOR
 
 #: A disk is full where something is written; elsewhere no write could fail.
 WRITES = ("before-write:", "before-fsync:", "before-commit:", "before-rename:")
+#: At these points of a member the round still needs it.
+NEEDED = re.compile(r"(before|saved)-M[3579]@|(records|toy)\.jsonl@|spool")
 FIVE, FOUR, THREE = Shape(5, 4, 5, 10), Shape(4, 3, 4, 10), Shape(3, 3, 3, 10)
 #: Six sites in cohorts of three: two rounds of one stage that must share no member.
 COHORTS = Shape(6, 3, 3, 10)
@@ -126,7 +129,8 @@ class Maker:
     def too_many(self, shape: Shape, points: Sequence[str]) -> Schedule:
         """More members lost than the threshold bears, all of them at once back or only when the round is over."""
         count = min(tolerated(shape) + self.rng.randint(1, 2), shape.sites)
-        victims = tuple((name, self.rng.choice(points)) for name in self.rng.sample(shape.names, count))
+        early = [point for point in points if NEEDED.search(point)]
+        victims = tuple((name, self.rng.choice(early)) for name in self.rng.sample(shape.names, count))
         return Schedule(victims=victims, away=self.rng.random() < 0.5, torn=self.rng.random() < 0.3)
 
     def at_random(self, shape: Shape) -> Schedule:
@@ -184,6 +188,7 @@ def schedules(
         point = ours.pop() if ours else maker.rng.choice(coordinator)
         yield shape, maker.at_points(shape, point, theirs.pop() if theirs else maker.rng.choice(member)), None
         if number % 3 == 0:
+            shape = maker.rng.choice([FIVE, FOUR, COHORTS])
             yield shape, maker.at_random(shape), None
         if number % 4 == 0:
             shape = maker.rng.choice([FIVE, FOUR, THREE, COHORTS])
@@ -197,7 +202,7 @@ def schedules(
         if number % 9 == 0:
             yield THREE, maker.at_points(THREE, ours.pop() if ours else maker.rng.choice(coordinator), ""), None
         if number % 10 == 0:
-            yield FOUR, maker.real_full(), 64
+            yield FOUR, maker.real_full(), 256  # room for all plans of a batch
 
 
 def once_more(coordinator: Sequence[str], member: Sequence[str], number: int) -> Iterator[Batch]:
