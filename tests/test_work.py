@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import coordinator.engine
+import coordinator.running
 import coordinator.space
 import coordinator.unmask
 import coordinator.work
@@ -369,7 +370,7 @@ def test_a_message_whose_evidence_was_not_kept_is_taken_anew_when_it_comes_again
     world: OnDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.run(phases.Unmasking)
-    keep, full = coordinator.engine.keep_accusations, [True]
+    keep, full = coordinator.running.keep_accusations, [True]
 
     def at_first_full(running: Running, directory: Path) -> None:
         if full:
