@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import participant.patience
+from coordinator import phases
 from participant.client import ReleasedCohort
 from participant.fetch import audit_blocks, fetch_release
 from participant.phases import Checking
@@ -69,7 +70,8 @@ def test_a_block_larger_than_there_are_is_refused_before_the_next_is_asked_for(
     world: OnDisk, monkeypatch: pytest.MonkeyPatch, block: Any
 ) -> None:
     """One of each survivor is held at a time."""
-    phase = world.rounds[-1].machine.phase
+    phase = world.phase
+    assert isinstance(phase, phases.HasTotal)
     verified = verify_transcript(world.rounds[-1].machine.context, phase.outcome.transcript)
     taken: list[int] = []
 
