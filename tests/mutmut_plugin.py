@@ -63,7 +63,7 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, A
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(fixturedef: Any, request: pytest.FixtureRequest) -> Generator[None, Any, Any]:
     """Note what a fixture reaches that several tests share."""
-    if fixturedef.scope == "function":
+    if fixturedef.scope != "module":
         return (yield)
     with _noting(request.path):
         return (yield)

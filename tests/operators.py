@@ -93,10 +93,9 @@ def run(
             _wait(judging)
             if seen := JUDGED.findall(log.read_text(errors="replace")[-400:]):
                 progress(*map(int, seen[-1]))
-    found = [operator for meta in _metas(work, files) for operator in _read(meta, work / "mutants")]
-    if judging.returncode or not found:
+    if judging.returncode:
         raise UserError(f"expected mutmut to judge every mutant, it stopped with {judging.returncode}: see {log}")
-    return found
+    return [operator for meta in _metas(work, files) for operator in _read(meta, work / "mutants")]
 
 
 def _metas(work: Path, files: list[str]) -> list[Path]:
