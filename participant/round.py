@@ -231,7 +231,7 @@ class ParticipantRound:
     def _complain(self, cohort: Cohort, accused: int, reason: str) -> tuple[Step, Phase]:
         """A bad leaf: say so, signed, and take no further part; nothing was spent."""
         complaint = sign(
-            self.site.identity, self.site.me, Complaint(cohort.t1, accused, reason[:500]), self.context.header_hash
+            self.site.identity, self.site.me, Complaint(cohort.t1, accused, reason), self.context.header_hash
         )
         return Step((Aborted(self.context.header, reason),), complaint), Stopped(reason)
 

@@ -147,6 +147,12 @@ def test_a_plan_is_loaded_from_its_file(tmp_path: Path) -> None:
     assert load_plan(tmp_path / "plan.toml") == parse_plan(PLAN.encode())
 
 
+def test_a_bad_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "plan.toml").write_text(PLAN.replace("epochs = 2", "epochs = 0"))
+    with pytest.raises(UserError, match=r"plan\.toml: key 'training\.epochs'"):
+        load_plan(tmp_path / "plan.toml")
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"plan\.toml: expected a plan file, found: No such file"):
         load_plan(tmp_path / "plan.toml")
