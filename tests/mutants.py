@@ -36,6 +36,7 @@ FILES = (
     "privacy/plan.py",
     "privacy/roster.py",
     "coordinator/round.py",
+    "coordinator/opening.py",
     "coordinator/proofs.py",
     "coordinator/stage.py",
     "participant/round.py",

@@ -50,6 +50,9 @@ def _test_modules() -> list[str]:
 def pytest_configure() -> None:
     """Forget the test modules that the process this was forked from had imported."""
     for name in _test_modules():
+        package, _, module = name.rpartition(".")
+        vars(sys.modules[package]).pop(module, None)  # else a patch by name would still find the old one
+    for name in _test_modules():
         del sys.modules[name]
 
 
