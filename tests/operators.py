@@ -146,7 +146,7 @@ class _Blank(ast.NodeTransformer):
     """Empties the texts that only people read: those of exceptions, and names handed to checks for their reasons."""
 
     def __init__(self) -> None:
-        self.inside = 0
+        self.inside = self.silent = 0  # in a text, and in one that nothing but its reader depends on
 
     def _within(self, node: ast.AST) -> ast.AST:
         self.inside += 1
@@ -155,17 +155,27 @@ class _Blank(ast.NodeTransformer):
         return node
 
     def visit_Raise(self, node: ast.Raise) -> ast.AST:
-        return self._within(node)
+        self.silent += 1
+        self._within(node)
+        self.silent -= 1
+        return node
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.AST:
-        return self._within(node)
+        self._within(node)
+        return ast.Constant("") if self.silent else node
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         name = getattr(node.func, "id", getattr(node.func, "attr", ""))
-        return self._within(node) if name in READ_BY_PEOPLE else self.generic_visit(node)
+        if name not in READ_BY_PEOPLE:
+            return self.generic_visit(node)
+        self.silent += 1
+        self._within(node)
+        self.silent -= 1
+        return node
 
     def visit_Constant(self, node: ast.Constant) -> ast.AST:
-        return ast.Constant("") if self.inside and isinstance(node.value, str) else node
+        is_text = isinstance(node.value, str) or (self.silent and node.value is None)
+        return ast.Constant("") if self.inside and is_text else node
 
 
 def _lines(function: ast.FunctionDef, *, blank: bool) -> list[str]:
