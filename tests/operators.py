@@ -28,7 +28,7 @@ source_paths = ["privacy", "coordinator", "participant"]
 only_mutate = {files}
 also_copy = ["proto", "demo", "tests"]
 do_not_mutate_patterns = ["Error\\\\(", "Refusal\\\\("]
-pytest_add_cli_args = ["-p", "no:cacheprovider", "-p", "tests.mutmut_plugin"]
+pytest_add_cli_args = ["-p", "no:cacheprovider", "-p", "tests.mutmut_plugin", "-m", "not slow"]
 pytest_add_cli_args_test_selection = {suite}
 use_git_change_detection = false
 """
