@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import os
 import sys
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
+from time import process_time
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +25,10 @@ import pytest
 #: Functions that a test module reaches at import, and those it reaches then or in a fixture, by the module's path.
 _at_import: defaultdict[Path, set[str]] = defaultdict(set)
 _reached: defaultdict[Path, set[str]] = defaultdict(set)
+#: CPU seconds of each test, and how many of them may be spent on one mutant: what only the slowest tests would notice
+#: counts as a survivor.
+_seconds: defaultdict[str, float] = defaultdict(float)
+BUDGET_S = 12.0
 
 
 def _hits() -> set[str]:
@@ -75,10 +82,11 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, A
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The quickest first."""
-    if "mutmut.state" in sys.modules:
-        seconds = sys.modules["mutmut.state"].state().duration_by_test
-        items.sort(key=lambda item: float(seconds.get(item.nodeid, 0.0)))
+    """The quickest first, and no more than a mutant is worth."""
+    items.sort(key=lambda item: _seconds[item.nodeid])
+    spent = list(accumulate(_seconds[item.nodeid] for item in items))
+    if os.environ.get("MUTANT_UNDER_TEST"):
+        del items[bisect_right(spent, BUDGET_S) :]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -99,6 +107,11 @@ def pytest_runtest_setup() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
-    """While mutmut measures: every test reaches what its module reached."""
+    """While mutmut measures: every test reaches what its module reached, and takes so many seconds."""
     _hits().update(_reached[item.path])
-    return (yield)
+    began = process_time()
+    try:
+        return (yield)
+    finally:
+        if os.environ.get("MUTANT_UNDER_TEST") == "stats":
+            _seconds[item.nodeid] = process_time() - began
