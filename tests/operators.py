@@ -17,6 +17,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from privacy.errors import UserError
@@ -38,6 +39,9 @@ SURVIVED, NOT_COVERED = 0, (5, 33)
 READ_BY_PEOPLE = {"check_signed", "check_ascending", "check_length", "check_text", "_too_few"}
 #: What mutmut prints of its progress.
 JUDGED = re.compile(r"(\d+)/(\d+)\s")
+
+#: Statements longer than this are named by what differs and its surroundings, in characters.
+LONG, AROUND = 160, 40
 
 Key = tuple[str, str, str]
 
@@ -189,9 +193,25 @@ def _difference(original: ast.FunctionDef, mutant: ast.FunctionDef) -> str:
     """``before  ->  after`` of the first statement that differs, counted where the same one stands there earlier."""
     before, after = _lines(original, blank=False), _lines(mutant, blank=False)
     place = next(i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b)
-    line = before[place].strip()
-    earlier = [other.strip() for other in before[:place]].count(line)
-    return f"{line}  ->  {after[place].strip()}" + (f"  (number {earlier + 1})" if earlier else "")
+    line, other = _around(before[place].strip(), after[place].strip())
+    earlier = [earlier.strip() for earlier in before[:place]].count(line)
+    return f"{line}  ->  {other}" + (f"  (number {earlier + 1})" if earlier else "")
+
+
+def _around(before: str, after: str) -> tuple[str, str]:
+    """Two statements, or of long ones the part that differs with ``AROUND`` characters on either side."""
+    if len(before) <= LONG:
+        return before, after
+    low = _alike(before, after)
+    high = _alike(before[low:][::-1], after[low:][::-1])
+    first = max(low - AROUND, 0)
+    last = max(high - AROUND, 0)
+    return f"…{before[first : len(before) - last]}…", f"…{after[first : len(after) - last]}…"
+
+
+def _alike(one: str, other: str) -> int:
+    """How many first characters two texts share."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def reasons(path: Path) -> dict[Key, str]:

@@ -134,6 +134,8 @@ def test_a_plan_that_is_not_text_is_refused() -> None:
 def test_a_plan_beyond_four_mebibytes_is_refused_unread() -> None:
     with pytest.raises(UserError, match=f"expected at most {MAX_PLAN_BYTES} bytes"):
         parse_plan(PLAN.encode() + b"#" * MAX_PLAN_BYTES)
+    largest = PLAN.encode() + b"#" * (MAX_PLAN_BYTES - len(PLAN))
+    assert parse_plan(largest).raw == largest
 
 
 def test_a_plan_cannot_be_changed_once_it_is_read() -> None:
