@@ -73,6 +73,7 @@ def test_proof_b_lets_a_late_member_join_the_next_cohort() -> None:
     first = released_without_4()
     assert isinstance(first.phase, phases.Released)
     assert any(isinstance(r, Spent) for r in first.disks[4])
+    assert open_bond([first.coordinator], ()) is None  # its total is out
     proofs = proofs_for([first.coordinator], 4)
     assert proofs is not None
     assert isinstance(proofs[0], ListProof)
@@ -86,6 +87,7 @@ def test_proof_c_binds_the_next_round_to_the_very_list() -> None:
     assert isinstance(first.phase, phases.Aborted)
     assert sum(isinstance(r, Released) for disk in first.disks.values() for r in disk) == 3
     assert open_bond([first.coordinator], ()) == (0, 1, 2, 3, 4)
+    assert open_bond([first.coordinator], (4,)) is None  # one of them is in a total since
     second = retry([first], tuple(range(N)))
     assert isinstance(second.phase, phases.Released)
     assert second.survivors == (0, 1, 2, 3, 4)
