@@ -131,12 +131,10 @@ def without(source: str, mutant: Mutant) -> str:
     return "".join([*lines[: mutant.line - 1], f"{indent}pass\n", *lines[mutant.end :]])
 
 
-def copy_tree(target: Path, *, keep: str = "") -> None:
-    """A tree of its own for one worker; what stands at ``keep`` in an earlier one stays."""
-    for old in target.iterdir() if target.exists() else ():
-        if old.name != keep:
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-    target.mkdir(parents=True, exist_ok=True)
+def copy_tree(target: Path) -> None:
+    """A tree of its own for one worker."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
     for name in ("coordinator", "participant", "privacy", "proto", "tests", "demo", "pyproject.toml"):
         source = ROOT / name
         if source.is_dir():
@@ -208,7 +206,7 @@ def kept(work: Path) -> list[Verdict]:
 
 def judge_operators(work: Path, only: str, workers: int, progress: Bar) -> list[Operator]:
     """mutmut's mutants, each survivor with the reason that the table of equivalent ones gives."""
-    copy_tree(work / "mutmut", keep="mutants")
+    copy_tree(work / "mutmut")
     files = sorted({str(p.relative_to(ROOT)) for pattern in FILES for p in ROOT.glob(pattern)})
     suite = sorted({str(p.relative_to(ROOT)) for entry in UNIT for p in ROOT.glob(entry)})
     found = operators.run(ROOT, work / "mutmut", [f for f in files if only in f], suite, workers, progress)

@@ -10,36 +10,37 @@ from __future__ import annotations
 import ast
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
 from privacy.errors import UserError
 
 MUTMUT = "mutmut==3.8.1"
-CONFIGURATION = """
-[tool.mutmut]
-source_paths = ["privacy", "coordinator", "participant"]
-only_mutate = {files}
-also_copy = ["proto", "demo", "tests"]
-do_not_mutate_patterns = ["Error\\\\(", "Refusal\\\\("]
-pytest_add_cli_args = ["-p", "no:cacheprovider", "-p", "tests.mutmut_plugin", "-m", "not slow"]
-pytest_add_cli_args_test_selection = {suite}
-use_git_change_detection = false
+CONFIGURATION = '[tool.mutmut]\nsource_paths = ["privacy"]\ndo_not_mutate_patterns = ["Error\\\\(", "Refusal\\\\("]\n'
+#: mutmut writes each file with all of its mutants in it, switched by an environment variable.
+GENERATE = """
+import json, sys
+from pathlib import Path
+from mutmut.mutation.file_mutation import mutate_file_contents
+found = {}
+for name in sys.argv[1:]:
+    mutated = mutate_file_contents(name, Path(name).read_text())
+    Path(name).write_text(mutated.code)
+    found[name] = list(mutated.mutant_names)
+print(json.dumps(found))
 """
-#: Exit codes that mutmut keeps: a failing test, a crash or a run without end notice the mutant; 0 does not.
-SURVIVED, NOT_COVERED = 0, (5, 33)
+#: How the tests are run for that.
+JUDGING = ("-q", "-p", "no:cacheprovider", "-m", "not slow", "--tb", "short")
+#: Exit codes of tests/judge.py for a mutant that nothing noticed: the tests pass, or none reaches it.
+NOT_NOTICED = (0, 33)
 #: Functions whose texts end in the reason of a refusal and nowhere else.
 READ_BY_PEOPLE = {"check_signed", "check_ascending", "check_length", "check_text", "_too_few"}
-#: What mutmut prints of its progress.
-JUDGED = re.compile(r"(\d+)/(\d+)\s")
-
 #: Statements longer than this are named by what differs and its surroundings, in characters.
 LONG, AROUND = 160, 40
 
@@ -68,43 +69,67 @@ def run(
 ) -> list[Operator]:
     """Mutate ``files`` in the copy of the tree at ``work`` and judge each mutant by the tests of ``suite``.
 
-    A mutant that an earlier run in ``work`` judged killed is not judged again; a survivor is.
+    A mutant that ``verdicts.json`` beside ``work`` calls killed is not judged again; a survivor is.
 
     Args:
         progress: called with the numbers of mutants judged so far and in all.
 
     Raises:
-        UserError: mutmut cannot be installed, the tests do not pass unmutated, or mutants were left unjudged.
+        UserError: mutmut cannot be installed, or the tests do not pass unmutated.
     """
-    site = root / "build" / "mutmut"
+    _install(root / "build" / "mutmut")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root / "build" / "mutmut"), str(work)])}
+    with (work / "pyproject.toml").open("a") as file:
+        file.write(CONFIGURATION)
+    command = [sys.executable, "-c", GENERATE, *files]
+    generated = subprocess.run(command, cwd=work, env=environment, stdout=subprocess.PIPE, check=True, text=True)
+    names: dict[str, list[str]] = json.loads(generated.stdout)
+    mutants = [mutant for file in files for mutant in _read(work, file, names[file])]
+    store = work.parent / "verdicts.json"
+    killed = {tuple(key) for key in json.loads(store.read_text())} if store.exists() else set()
+    todo = [mutant for mutant in mutants if mutant.key not in killed]
+    verdicts = work / "verdicts.jsonl"
+    try:
+        _judge(work, [m.name for m in todo], suite, workers, environment, progress)
+    finally:
+        noticed = dict(map(json.loads, verdicts.read_text().splitlines())) if verdicts.exists() else {}
+        known = killed | {mutant.key for mutant in todo if noticed.get(mutant.name, 0) not in NOT_NOTICED}
+        store.write_text(json.dumps(sorted(known), ensure_ascii=False))
+    if unjudged := [mutant.name for mutant in todo if mutant.name not in noticed]:
+        raise UserError(f"expected a verdict on every mutant, {len(unjudged)} have none, the first: {unjudged[0]}")
+    return [replace(mutant, killed=mutant.key in known) for mutant in mutants]
+
+
+def _install(site: Path) -> None:
     if not site.exists():
         command = [sys.executable, "-m", "pip", "install", "-q", "--target", str(site), MUTMUT]
         if subprocess.run(command, check=False).returncode:
             shutil.rmtree(site, ignore_errors=True)
             raise UserError(f"expected to install {MUTMUT}, pip failed", hint="is a package index reachable?")
-    configuration = CONFIGURATION.format(files=json.dumps(files), suite=json.dumps(suite))
-    (work / "pyproject.toml").write_text((root / "pyproject.toml").read_text() + configuration)
-    (work / "mutants" / "mutmut-stats.json").unlink(missing_ok=True)  # which test reaches what is measured anew
-    for meta in _metas(work, files):
-        _forget_survivors(meta)
-    log = work / "mutmut.log"
-    command = [sys.executable, "-m", "mutmut", "run", "--max-children", str(workers)]
+
+
+def _judge(
+    work: Path,
+    names: list[str],
+    suite: list[str],
+    workers: int,
+    environment: dict[str, str],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Run ``tests/judge.py`` in the mutated tree; it writes ``verdicts.jsonl``."""
+    verdicts, task, log = work / "verdicts.jsonl", work / "task.json", work / "judge.log"
+    verdicts.write_text("")
+    task.write_text(json.dumps({"mutants": names, "workers": workers, "verdicts": str(verdicts)}))
+    command = [sys.executable, "-m", "pytest", "-p", "tests.judge", *JUDGING, *suite]
     with log.open("w") as output:
         judging = subprocess.Popen(
-            command, cwd=work, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": str(site)}
+            command, cwd=work, stdout=output, stderr=subprocess.STDOUT, env=environment | {"JUDGE": str(task)}
         )
         while judging.poll() is None:
             _wait(judging)
-            if seen := JUDGED.findall(log.read_text(errors="replace")[-400:]):
-                progress(*map(int, seen[-1]))
-    if judging.returncode:
-        raise UserError(f"expected mutmut to judge every mutant, it stopped with {judging.returncode}: see {log}")
-    return [operator for meta in _metas(work, files) for operator in _read(meta, work / "mutants")]
-
-
-def _metas(work: Path, files: list[str]) -> list[Path]:
-    metas = [work / "mutants" / f"{file}.meta" for file in files]
-    return [meta for meta in metas if meta.exists()]
+            progress(verdicts.read_text().count("\n"), len(names))
+    if judging.returncode not in (0, 5):  # 5: pytest itself ran no test
+        raise UserError(f"expected the tests to pass without a mutant, see {log}")
 
 
 def _wait(process: subprocess.Popen[bytes]) -> None:
@@ -114,36 +139,17 @@ def _wait(process: subprocess.Popen[bytes]) -> None:
         return
 
 
-def _is_killed(code: int | None) -> bool:
-    return code is not None and code != SURVIVED and code not in NOT_COVERED
-
-
-def _forget_survivors(meta: Path) -> None:
-    """mutmut judges again what has no verdict."""
-    kept = json.loads(meta.read_text())
-    codes = kept["exit_code_by_key"]
-    kept["exit_code_by_key"] = {key: code if _is_killed(code) else None for key, code in codes.items()}
-    meta.write_text(json.dumps(kept))
-
-
-def _read(meta: Path, top: Path) -> Iterator[Operator]:
-    """The verdicts on one file, without mutants that only people could notice."""
-    codes: dict[str, int | None] = json.loads(meta.read_text())["exit_code_by_key"]
-    file = str(meta.with_suffix("").relative_to(top))
-    functions = {
-        node.name: node
-        for node in ast.walk(ast.parse(meta.with_suffix("").read_text()))
-        if isinstance(node, ast.FunctionDef)
-    }
-    for key, code in codes.items():
-        name = key.rpartition(".")[2]
+def _read(work: Path, file: str, names: list[str]) -> Iterator[Operator]:
+    """The mutants of one file, without those that only people could notice."""
+    tree = ast.parse((work / file).read_text())
+    functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    module = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    for name in names:
         original = name.rpartition("__mutmut_")[0]
         before, after = functions[f"{original}__mutmut_orig"], functions[name]
-        if code is None:
-            raise UserError(f"{key}: expected a verdict, mutmut left it unjudged")
         if _lines(before, blank=True) != _lines(after, blank=True):
             function = original.removeprefix("x_").removeprefix("xǁ").replace("ǁ", ".")
-            yield Operator(key, file, function, _difference(before, after), _is_killed(code))
+            yield Operator(f"{module}.{name}", file, function, _difference(before, after), killed=False)
 
 
 class _Blank(ast.NodeTransformer):
