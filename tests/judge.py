@@ -25,7 +25,7 @@ import pytest
 from _pytest.runner import runtestprotocol
 
 #: CPU seconds that may be spent on one mutant; what only later tests would notice counts as a survivor.
-BUDGET_S = 20.0
+BUDGET_S = 6.0
 #: Exit codes of a fork: no test failed, one did, no test reaches the mutant.
 SURVIVED, KILLED, NOT_COVERED = 0, 1, 33
 
@@ -129,13 +129,17 @@ class Suite:
                 found.append(item)
         return found
 
+    def cost(self, mutant: str) -> float:
+        """CPU seconds that a mutant costs if nothing notices it."""
+        return sum(self.seconds[item.nodeid] for item in self.tests_of(mutant))
+
 
 def _judge(mutant: str, items: list[pytest.Item]) -> None:
     """In a fork: run the tests with this mutant in place, and exit."""
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 1)
     os.dup2(silent, 2)
-    seconds = int(10 * BUDGET_S)  # a mutant that runs on and on is noticed by that
+    seconds = int(20 * BUDGET_S)  # a mutant that runs on and on is noticed by that
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     os.environ["MUTANT_UNDER_TEST"] = mutant
     _clear_caches()
@@ -167,7 +171,7 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
             out.write(json.dumps([running.pop(pid), code]) + "\n")
             out.flush()
 
-        for mutant in task["mutants"]:
+        for mutant in sorted(task["mutants"], key=suite.cost):
             if not (items := suite.tests_of(mutant)):
                 out.write(json.dumps([mutant, NOT_COVERED]) + "\n")
                 continue

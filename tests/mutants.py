@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -209,9 +209,8 @@ def judge_operators(work: Path, only: str, workers: int, progress: Bar) -> list[
     copy_tree(work / "mutmut")
     files = sorted({str(p.relative_to(ROOT)) for pattern in FILES for p in ROOT.glob(pattern)})
     suite = sorted({str(p.relative_to(ROOT)) for entry in UNIT for p in ROOT.glob(entry)})
-    found = operators.run(ROOT, work / "mutmut", [f for f in files if only in f], suite, workers, progress)
-    why = operators.reasons(EQUIVALENT)
-    return [operator if operator.killed else replace(operator, why=why.get(operator.key, "")) for operator in found]
+    chosen, why = [f for f in files if only in f], operators.reasons(EQUIVALENT)
+    return operators.run(ROOT, work / "mutmut", chosen, suite, workers, why, progress)
 
 
 def summary(verdicts: list[Verdict], found: list[Operator]) -> dict[str, Any]:

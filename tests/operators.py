@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -65,11 +65,18 @@ class Operator:
 
 
 def run(
-    root: Path, work: Path, files: list[str], suite: list[str], workers: int, progress: Callable[[int, int], None]
+    root: Path,
+    work: Path,
+    files: list[str],
+    suite: list[str],
+    workers: int,
+    known_why: Mapping[Key, str],
+    progress: Callable[[int, int], None],
 ) -> list[Operator]:
     """Mutate ``files`` in the copy of the tree at ``work`` and judge each mutant by the tests of ``suite``.
 
-    A mutant that ``verdicts.json`` beside ``work`` calls killed is not judged again; a survivor is.
+    A mutant that ``verdicts.json`` beside ``work`` calls killed is not judged again; a survivor is, unless ``known_why``
+    has its reason.
 
     Args:
         progress: called with the numbers of mutants judged so far and in all.
@@ -87,7 +94,7 @@ def run(
     mutants = [mutant for file in files for mutant in _read(work, file, names[file])]
     store = work.parent / "verdicts.json"
     killed = {tuple(key) for key in json.loads(store.read_text())} if store.exists() else set()
-    todo = [mutant for mutant in mutants if mutant.key not in killed]
+    todo = [mutant for mutant in mutants if mutant.key not in killed and mutant.key not in known_why]
     verdicts = work / "verdicts.jsonl"
     try:
         _judge(work, [m.name for m in todo], suite, workers, environment, progress)
@@ -97,7 +104,7 @@ def run(
         store.write_text(json.dumps(sorted(known), ensure_ascii=False))
     if unjudged := [mutant.name for mutant in todo if mutant.name not in noticed]:
         raise UserError(f"expected a verdict on every mutant, {len(unjudged)} have none, the first: {unjudged[0]}")
-    return [replace(mutant, killed=mutant.key in known) for mutant in mutants]
+    return [replace(m, killed=m.key in known, why=known_why.get(m.key, "")) for m in mutants]
 
 
 def _install(site: Path) -> None:
