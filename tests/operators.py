@@ -75,8 +75,8 @@ def run(
 ) -> list[Operator]:
     """Mutate ``files`` in the copy of the tree at ``work`` and judge each mutant by the tests of ``suite``.
 
-    A mutant that ``verdicts.json`` beside ``work`` calls killed is not judged again; a survivor is, unless its reason is
-    in ``known_why``.
+    A mutant that ``verdicts.json`` beside ``work`` calls killed is not judged again, nor is one whose reason stands in
+    ``known_why``; other survivors are.
 
     Args:
         progress: called with the numbers of mutants judged so far and in all.
