@@ -49,6 +49,7 @@ SUITE = (
     "tests/test_{module}.py",
     "tests/test_transcript.py",
     "tests/test_retry.py",
+    "tests/test_round_records.py",
     "tests/test_naming.py",
     "tests/test_messages.py",
     "tests/test_dealing.py",
@@ -66,7 +67,18 @@ UNIT = (
         f"tests/test_{name}.py"
         for name in (
             *("dealing", "encoding", "keys", "liveness", "masking", "messages", "naming", "outcome", "plan", "policy"),
-            *("quantize", "retry", "roster", "round", "round_machine", "shamir", "stage", "threshold", "transcript"),
+            *(
+                "quantize",
+                "retry",
+                "roster",
+                "round",
+                "round_machine",
+                "round_records",
+                "shamir",
+                "stage",
+                "threshold",
+                "transcript",
+            ),
             "vectors",
         )
     ),
