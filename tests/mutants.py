@@ -62,33 +62,24 @@ SUITE = (
 )
 TIMEOUT_S = 600
 #: What mutmut runs: whatever needs no process, disk, network or training.
-UNIT = (
-    *(
-        f"tests/test_{name}.py"
-        for name in (
-            *("dealing", "encoding", "keys", "liveness", "masking", "messages", "naming", "outcome", "plan", "policy"),
-            *(
-                "quantize",
-                "retry",
-                "roster",
-                "round",
-                "round_machine",
-                "round_records",
-                "shamir",
-                "stage",
-                "threshold",
-                "transcript",
-            ),
-            "vectors",
-        )
-    ),
-    *(
-        f"tests/adversary/test_{name}.py"
-        for name in (
-            *("audit", "certificates", "ciphertexts", "dealers", "framing", "lists", "members", "offers", "outcome"),
-            "projection",
-        )
-    ),
+UNIT = tuple(
+    f"tests/{name}.py"
+    for name in (
+        *(
+            "test_dealing",
+            "test_encoding",
+            "test_keys",
+            "test_liveness",
+            "test_masking",
+            "test_messages",
+            "test_naming",
+        ),
+        *("test_outcome", "test_plan", "test_policy", "test_quantize", "test_retry", "test_roster", "test_round"),
+        *("test_round_machine", "test_round_records", "test_shamir", "test_stage", "test_threshold"),
+        *("test_transcript", "test_vectors", "adversary/test_audit", "adversary/test_certificates"),
+        *("adversary/test_ciphertexts", "adversary/test_dealers", "adversary/test_framing", "adversary/test_lists"),
+        *("adversary/test_members", "adversary/test_offers", "adversary/test_outcome", "adversary/test_projection"),
+    )
 )
 #: Share of mutmut's mutants that must be killed.
 LEAST = 0.9
