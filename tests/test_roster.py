@@ -107,6 +107,8 @@ LOW_ORDER = {
     "the neutral element": "01" + "00" * 31,
     "a point of order two": "ec" + "ff" * 30 + "7f",
     "a point of order four": "00" * 32,
+    "a point of order four with the sign bit": "00" * 31 + "80",
+    "the neutral element with the sign bit": "01" + "00" * 30 + "80",
     "a point of order eight": "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
 }
 
