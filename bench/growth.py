@@ -49,7 +49,7 @@ def _median_cpu(call: Callable[[], object], repeats: int) -> float:
 def participant_cpu(size: int, n: int, spool: Path, repeats: int) -> float:
     """CPU seconds to quantise, mask and pack a vector in a cohort of ``n``; the packed vector is in ``spool`` then."""
     delta = np.random.default_rng(0).normal(0, 0.01, size).astype(np.float32)
-    quantizer, engine = quantizer_of(size, n), engine_for(size, n, BITS)
+    quantizer, engine = quantizer_of(size, n), engine_for(size)
     plus, minus = keys(n - n // 2), keys(n // 2)
 
     def work() -> None:

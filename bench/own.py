@@ -72,7 +72,7 @@ def participant(vector: Path, n: int, repeats: int) -> dict[str, Any]:
         def spool_one() -> None:
             spool.seek(0)
             tiles = quantizer.tiles(delta, WEIGHT, {"weight": WEIGHT})
-            engine = engine_for(len(delta), n, BITS)
+            engine = engine_for(len(delta))
             for block in masked_blocks(tiles, plus, minus, BITS, engine):
                 spool.write(block)
 

@@ -20,6 +20,7 @@ import structlog
 from coordinator.config import Home
 from coordinator.engine import Engine
 from coordinator.gate import Gate
+from coordinator.memory import give_memory_back
 from coordinator.report import report
 from coordinator.service import FederationService, OperatorService, add_federation, add_operator
 from coordinator.store import Store
@@ -29,6 +30,7 @@ from privacy.errors import UserError
 from privacy.files import DiskError, make_private_directory, read_file, read_private
 from privacy.identity import load_identity
 from privacy.secagg.keys import identity_public
+from privacy.secagg.masking import best_engine
 from privacy.wire.transport import SERVER_OPTIONS
 
 log = structlog.get_logger()
@@ -125,6 +127,8 @@ def take_all_files() -> int:
 async def serve(home: Home) -> None:
     """Run until SIGINT or SIGTERM."""
     take_all_files()
+    give_memory_back()
+    log.info("mask engine", engine=best_engine()[1])  # loaded here: it is part of what this process always needs
     engine = open_engine(home)
     stop = asyncio.Event()
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "call"))

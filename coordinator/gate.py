@@ -131,13 +131,17 @@ class Gate(grpc.aio.ServerInterceptor):
         seconds = CHUNK_S if method == PUT_CHUNK else RECEIVE_S
         try:
             async with asyncio.timeout(seconds):
-                return await anext(requests)
+                request = await anext(requests)
+                # Asked to its end, or gRPC's half-read iterator keeps the request until the collector comes.
+                if await anext(requests, None) is None:
+                    return request
+                text = "expected one request in a call, found more"
         except TimeoutError:
             text = f"expected the whole request within {seconds:g} s"
             await self._refuse(context, grpc.StatusCode.DEADLINE_EXCEEDED, text, caller, method)
         except StopAsyncIteration:  # also above the limit, which gRPC tells the client itself: RESOURCE_EXHAUSTED
             text = f"expected a request of at most {MAX_REQUEST} bytes, found none that is whole"
-            await self._refuse(context, grpc.StatusCode.INVALID_ARGUMENT, text, caller, method)
+        await self._refuse(context, grpc.StatusCode.INVALID_ARGUMENT, text, caller, method)
         raise AssertionError("abort raises")
 
     async def _parsed(

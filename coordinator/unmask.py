@@ -130,7 +130,7 @@ def unmask(
     blocks = len(block_sizes(size))
     if not target.exists():
         reserve(staging, packed_length(size, bits))
-        engine = engine_for(size, len(off.plus) + len(off.minus), bits)
+        engine = engine_for(size)
         shards = [
             Shard(
                 running_sum, staging, size, bits, first, min(first + SHARD_BLOCKS, blocks), off.plus, off.minus, engine

@@ -198,7 +198,7 @@ class Store:
         """Mask, pack and write block by block; durable when this returns. The Merkle root over its blocks."""
         hashes: list[bytes] = []
         size = len(vector) if isinstance(vector, Sized) else 0
-        engine = engine_for(size, len(streams.plus) + len(streams.minus), bits)
+        engine = engine_for(size)
 
         def blocks() -> Iterator[bytes]:
             for block in masked_blocks(vector, streams.plus, streams.minus, bits, engine):

@@ -133,9 +133,8 @@ def test_a_start_that_the_counter_cannot_express_is_refused(start: int) -> None:
 @vaes_needed
 def test_it_is_chosen_where_it_works_and_only_for_work_that_repays_its_loading() -> None:
     assert masking.best_engine() == (fast.vaes, "VAES kernel, checked against pyca/cryptography")
-    assert masking.engine_for(FAST_FROM // 4 // 16, 16, 24) is fast.vaes
-    assert masking.engine_for(FAST_FROM // 4 // 16 - 1, 16, 24) is pyca
-    assert masking.engine_for(FAST_FROM // 4 // 16, 16, 16) is pyca
+    assert masking.engine_for(FAST_FROM) is fast.vaes
+    assert masking.engine_for(FAST_FROM - 1) is pyca
 
 
 def test_a_processor_without_the_instructions_gets_pyca(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +209,7 @@ def test_where_executable_memory_is_forbidden_pyca_is_taken() -> None:
 def test_importing_the_masks_does_not_import_the_compiler() -> None:
     script = (
         "import sys; from privacy.secagg.masking import masked_blocks, engine_for; import numpy as np\n"
-        "list(masked_blocks(np.zeros(9, np.int32), [bytes(32)], [], 24, engine_for(9, 1, 24)))\n"
+        "list(masked_blocks(np.zeros(9, np.int32), [bytes(32)], [], 24, engine_for(9)))\n"
         "print('numba' in sys.modules, 'llvmlite' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -143,10 +143,10 @@ def test_a_vector_is_kept_as_it_comes_and_read_tile_by_tile(tmp_path: Path) -> N
 def test_the_engine_of_a_spool_is_chosen_by_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import participant.store as module
 
-    asked: list[tuple[int, int, int]] = []
+    asked: list[int] = []
 
-    def engine_for(coordinates: int, streams: int, bits: int) -> Engine:
-        asked.append((coordinates, streams, bits))
+    def engine_for(coordinates: int) -> Engine:
+        asked.append(coordinates)
         return pyca
 
     monkeypatch.setattr(module, "engine_for", engine_for)
@@ -154,7 +154,7 @@ def test_the_engine_of_a_spool_is_chosen_by_its_size(tmp_path: Path, monkeypatch
     store.keep_trained("toy", 1, np.zeros(77, np.int32), Trained("ab" * 32, 1, 0.0, 0.0, 1))
     streams = Streams((X, Y), (b"z" * 32,))
     store.write_spool(store.spool("toy", HEADER), store.quantised("toy", 1), streams, 24)
-    assert asked == [(77, 3, 24)]
+    assert asked == [77]
 
 
 def test_a_vector_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:

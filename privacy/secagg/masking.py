@@ -29,8 +29,8 @@ BLOCK = 1 << 16  # coordinates
 #: interpreter's lock at once.
 TILE = 2 * BLOCK
 WIDTHS = (16, 20, 24, 32)
-#: Bytes of keystream from which the fastest engine is looked for; with less, loading it costs more CPU than it saves.
-FAST_FROM = 8 << 30
+#: Coordinates from which the fastest engine is looked for: loading it takes most of a second, once in a process.
+FAST_FROM = 1 << 20
 
 Number = TypeVar("Number", np.int32, np.int64, np.float32)
 #: Adds the next len(tile) words of some streams to a tile (at most TILE coordinates, uint32), in place.
@@ -122,10 +122,9 @@ def best_engine() -> tuple[Engine, str]:
     return fast.vaes, "VAES kernel, checked against pyca/cryptography"
 
 
-def engine_for(coordinates: int, streams: int, bits: int) -> Engine:
-    """The engine for a job of this size: the kernel's loading time has to be repaid."""
-    work = coordinates * streams * word_bytes(bits)
-    return best_engine()[0] if work >= FAST_FROM else pyca
+def engine_for(coordinates: int) -> Engine:
+    """The engine for vectors of this size: who installed the extra ``fast`` waits for it once, but not for toys."""
+    return best_engine()[0] if coordinates >= FAST_FROM else pyca
 
 
 class MaskStreams:
