@@ -168,7 +168,7 @@ class Engine:
             try:
                 fresh = running.machine.receive(message)
             finally:
-                keep_accusations(running, self.store.round_directory(running.row.id))
+                self._keep_accusations(running)
             if fresh:
                 self._keep(running, Event("message", encode(message, FromMember)))
                 self.after_change(running)
@@ -180,6 +180,14 @@ class Engine:
         if round_id not in self.rounds:
             raise Refusal(f"no round {round_id.hex()[:16]}… is known here")
         return self.rounds[round_id]
+
+    def _keep_accusations(self, running: Running) -> None:
+        """As :meth:`_keep` for evidence: without it a repeat of the message would pass for one that is stored."""
+        try:
+            keep_accusations(running, self.store.round_directory(running.row.id))
+        except VeilsumError:
+            self._restore(running.row)
+            raise
 
     def _keep(self, running: Running, event: Event) -> None:
         """Make an event durable that memory has seen already; if the disk fails, memory goes back to the disk."""

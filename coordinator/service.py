@@ -18,7 +18,9 @@ from typing import Any, TypeVar
 import grpc
 import structlog
 
+from coordinator import phases
 from coordinator.engine import Engine
+from coordinator.gate import Quotas
 from coordinator.peers import common_name, expired_on
 from coordinator.round import sender_of
 from coordinator.uploads import Uploads
@@ -50,13 +52,18 @@ R = TypeVar("R")
 Call = grpc.aio.ServicerContext[Any, Any]
 
 
-async def guarded(context: Call, work: Awaitable[R], **about: object) -> R:
-    """Await ``work``; what a caller did wrong becomes a status and a log line, never a traceback."""
+async def guarded(context: Call, work: Awaitable[R], say: Callable[[str], bool] = lambda _: True, **about: Any) -> R:
+    """Await ``work``; what a caller did wrong becomes a status and a log line, never a traceback.
+
+    Args:
+        say: is a line about this kind of refusal due?
+    """
     try:
         return await work
     except VeilsumError as error:
         kind = next(kind for kind in STATUS if isinstance(error, kind))
-        log.warning("refused", reason=str(error), **about)
+        if say(kind.__name__):
+            log.warning("refused", reason=str(error), **about)
         await context.abort(STATUS[kind], str(error))
         raise AssertionError("abort raises") from error
 
@@ -96,6 +103,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
 
     def __init__(self, engine: Engine, uploads: Uploads) -> None:
         self._engine, self._uploads, self._encoded = engine, uploads, LastEncoded()
+        self._lines = Quotas()
         self._changed = asyncio.Event()
         loop = asyncio.get_running_loop()
 
@@ -114,17 +122,24 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         try:
             member = self._engine.roster.roster.index(name)
         except Refusal as error:
-            log.warning("refused", reason=str(error), peer=context.peer())
+            if self._lines.shall_say(name.encode(), "unknown"):
+                log.warning("refused", reason=str(error), peer=context.peer())
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
             raise AssertionError("abort raises") from error
         if expired is not None:
             text = f"the certificate of '{name}' expired on {expired:%Y-%m-%d %H:%M} UTC: ask for another"
-            log.warning("refused", reason=text, peer=context.peer())
+            if self._lines.shall_say(name.encode(), "expired"):
+                log.warning("refused", reason=text, peer=context.peer())
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, text)
         return member
 
     def _name(self, member: int) -> str:
         return self._engine.roster.roster.name(member)
+
+    async def _bulk(self, context: Call, work: Awaitable[R], member: int) -> R:
+        """As :func:`guarded`, for calls that no rate bounds: their refusals must not fill the disk with lines."""
+        name = self._name(member)
+        return await guarded(context, work, lambda kind: self._lines.shall_say(name.encode(), kind), member=name)
 
     async def Hello(self, request: pb.HelloRequest, context: Call) -> pb.HelloReply:
         await self._member(context)
@@ -217,7 +232,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
             self._count(round_id, member, sent=len(request), chunks=len(request))
             return chunk_reply(window)
 
-        return await guarded(context, asyncio.to_thread(put), member=self._name(member))
+        return await self._bulk(context, asyncio.to_thread(put), member)
 
     async def FinishUpload(self, request: pb.UploadRequest, context: Call) -> pb.Receipt:
         member = await self._member(context)
@@ -242,7 +257,8 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         member = await self._member(context)
 
         def read() -> pb.TotalChunk:
-            if self._engine.running(request.round).row.state != "released":
+            # The phase says it, not the row: a full disk may have come between the total and its row.
+            if not isinstance(self._engine.running(request.round).machine.phase, phases.HasTotal):
                 raise Refusal(f"round {request.round.hex()[:16]}… has no total")
             path = self._engine.store.total(request.round)
             length = path.stat().st_size
@@ -252,14 +268,14 @@ class FederationService(federation_pb2_grpc.FederationServicer):
                 file.seek(request.offset)
                 return pb.TotalChunk(data=file.read(MOST_CHUNK_BYTES), length=length)
 
-        chunk = await guarded(context, asyncio.to_thread(read), member=self._name(member))
+        chunk = await self._bulk(context, asyncio.to_thread(read), member)
         self._count(request.round, member, received=chunk.ByteSize())
         return chunk
 
     async def FetchBlock(self, request: pb.FetchBlockRequest, context: Call) -> pb.UploadBlock:
         member = await self._member(context)
         work = asyncio.to_thread(self._engine.upload_block, request.round, request.member, request.block)
-        data, path = await guarded(context, work, member=self._name(member))
+        data, path = await self._bulk(context, work, member)
         return pb.UploadBlock(data=data, path=path)
 
 

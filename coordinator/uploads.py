@@ -24,7 +24,7 @@ from privacy.errors import ProtocolError, UserError
 from privacy.files import DiskError, disk_errors, fsync_file, replace_durably, reserve
 from privacy.receipt import sign_receipt
 from privacy.secagg import transcript
-from privacy.secagg.masking import BLOCK, packed_bytes
+from privacy.secagg.masking import BLOCK, packed_bytes, unpack
 from privacy.secagg.messages import MaskedInput
 from privacy.secagg.signed import Signed
 from privacy.wire.transport import WINDOW, chunk_bytes
@@ -205,7 +205,7 @@ class Uploads:
             ProtocolError: another one is; its file must never be replaced.
         """
         with self._engine.lock:
-            phase = running.machine.phase
+            phase = self._engine.running(running.row.id).machine.phase  # the machine of now, not one a full disk undid
             if isinstance(phase, phases.Uploading):
                 taken = phase.inputs.get(message.sender)
             else:
@@ -217,7 +217,7 @@ class Uploads:
 
     def _check(self, running: Running, message: Signed[MaskedInput]) -> None:
         with self._engine.lock:
-            phase = running.machine.phase
+            phase = self._engine.running(running.row.id).machine.phase
             if not isinstance(phase, phases.Uploading):
                 raise ProtocolError(f"M5 of member {message.sender} in phase {type(phase).__name__}: too late")
             transcript.check_input(phase.cohort, phase.sharers, phase.t2, message)
@@ -246,6 +246,7 @@ class Uploads:
             raise ProtocolError(
                 f"chunk of member {member} at {offset}: expected {max(expected, 0)} bytes at k * {size}"
             )
+        _check_padding(payload, spool.bits)
         hashes = block_hashes(payload, spool.bits)
         with spool.lock:
             if not spool.opened:
@@ -339,6 +340,19 @@ class Uploads:
             self._sync(round_id, spool)
             with disk_errors(spool.part):
                 replace_durably(spool.part, self._store.upload(round_id, message.sender))
+
+
+def _check_padding(payload: memoryview, bits: int) -> None:
+    """Refuse the one thing that no unpacking takes, a half byte of padding that is not zero (``bits`` is 20).
+
+    Found while folding it would end the round, for everybody.
+
+    Raises:
+        ProtocolError: the padding is not zero.
+    """
+    rest = len(payload) % packed_bytes(BLOCK, bits)
+    if bits == 20 and rest:
+        unpack(payload[-rest:], 2 * rest // 5, bits)
 
 
 def _begin_first(member: int) -> UserError:

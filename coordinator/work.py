@@ -65,9 +65,12 @@ class Worker:
         return isinstance(phase, phases.Folding | phases.Publishing) or running.unfinished
 
     def _advance(self, running: Running) -> None:
-        phase = running.machine.phase
+        with self._engine.lock:  # without it an input may be seen whose event the disk does not take
+            running = self._engine.running(running.row.id)
+            phase = running.machine.phase
+            taken = tuple(phase.inputs) if isinstance(phase, phases.Uploading) else ()
         if isinstance(phase, phases.Uploading):
-            self._fold(running, tuple(phase.inputs))
+            self._fold(running, taken)
         elif isinstance(phase, phases.Folding):
             self._fold(running, phase.closed.survivors)
             self._close_sum(running, phase)

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 
-from participant.client import Client, ReleasedCohort
+from participant.client import Block, Client, ReleasedCohort
 from participant.patience import patiently
 from participant.phases import Checking
 from participant.site import Site
@@ -18,13 +18,15 @@ from privacy.errors import ProtocolError
 from privacy.files import make_private_directory, write_durably
 from privacy.job import Job
 from privacy.outcome import Total, check_block, combine, manifest, verify_cohort, verify_total
-from privacy.secagg.masking import block_sizes, packed_length
+from privacy.secagg.masking import BLOCK, block_sizes, packed_bytes, packed_length
 from privacy.secagg.messages import Outcome
 from privacy.secagg.projection import dealt_blocks
 
 RELEASE_NOTE = "release.json"
 #: Blocks that a spot audit looks at.
 SPOT_BLOCKS = 3
+#: Hashes in a Merkle path at most, and bytes of each.
+MOST_PATH, HASH_BYTES = 64, 32
 
 
 def _download(site: Site, client: Client, job: Job, round_id: bytes) -> Path:
@@ -100,6 +102,18 @@ def released_rounds(directory: Path) -> list[list[int]]:
     return found
 
 
+def _sized(block: Block, bits: int) -> Block:
+    """A block of every survivor is held at a time: larger ones than there are could take all memory.
+
+    Raises:
+        ProtocolError: more bytes than a block has, or a path that is none.
+    """
+    data, path = block
+    if len(data) > packed_bytes(BLOCK, bits) or len(path) > MOST_PATH or any(len(h) != HASH_BYTES for h in path):
+        raise ProtocolError(f"audit: expected a block of at most {packed_bytes(BLOCK, bits)} bytes and its path")
+    return block
+
+
 def audit_blocks(client: Client, job: Job, round_id: bytes, phase: Checking, me: int, total: Total) -> tuple[int, ...]:
     """Recompute this site's blocks of a total, as the plan's audit says; the blocks that hold.
 
@@ -120,7 +134,8 @@ def audit_blocks(client: Client, job: Job, round_id: bytes, phase: Checking, me:
         rest = blocks[len(held) :]
         found = client.fetch_blocks(round_id, [(member, block) for block in rest for member in verified.survivors])
         for block in rest:
-            uploads = dict(zip(verified.survivors, islice(found, len(verified.survivors)), strict=True))
+            shown = (_sized(b, job.rules.bits) for b in islice(found, len(verified.survivors)))
+            uploads = dict(zip(verified.survivors, shown, strict=True))
             check_block(job, verified, roots, block, uploads, total.block(block))
             held.append(block)
 

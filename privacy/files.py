@@ -120,13 +120,17 @@ def reserve(path: Path, length: int) -> None:
             raise
         finally:
             os.close(descriptor)
+        if created:  # what says later that a part of it is durable must not outlive its name
+            fsync_directory(path.parent)
 
 
 def make_private_directory(path: Path) -> Path:
-    """Create a directory that only this account can enter."""
+    """Create a directory that only this account can enter, and those above it; their names are durable."""
     if not path.is_dir():
         with disk_errors(path):
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if path.parent != path:
+                make_private_directory(path.parent)
+            path.mkdir(mode=0o700, exist_ok=True)
             fsync_directory(path.parent)
     return path
 

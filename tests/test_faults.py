@@ -12,6 +12,7 @@ import pytest
 
 from privacy import faults
 from privacy.faults import Fault, name_of, parse_fault
+from privacy.files import make_private_directory, reserve
 
 SAVE_TWICE = """
 import sys
@@ -98,3 +99,31 @@ def test_a_trace_names_every_point_in_order(tmp_path: Path) -> None:
     names = trace.read_text().splitlines()
     assert [name for name in names if name.endswith("records.jsonl")] == line * 3
     assert len(names) == len(line) * 3 + 2  # the directory once, around its fsync
+
+
+@pytest.fixture
+def passed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The points that this process passes."""
+    found: list[str] = []
+
+    def note(action: str, where: str | Path = "") -> None:
+        found.append(name_of(action, where))
+
+    monkeypatch.setattr(faults, "point", note)
+    return found
+
+
+def test_every_directory_on_the_way_has_a_durable_name_and_is_private(tmp_path: Path, passed: list[str]) -> None:
+    made = make_private_directory(tmp_path / "plan" / "stage" / "rounds")
+    assert [oct(p.stat().st_mode & 0o777) for p in (made, made.parent, made.parent.parent)] == ["0o700"] * 3
+    assert [p for p in passed if p.startswith("after-fsync")][1:] == ["after-fsync:plan/", "after-fsync:stage/"]
+    assert len(passed) == 6
+
+
+def test_a_file_whose_space_was_taken_has_a_durable_name(tmp_path: Path, passed: list[str]) -> None:
+    """Or its notes of what is durable in it could stand beside a new, empty file of that name."""
+    reserve(tmp_path / "upload.part", 10)
+    assert passed[-1].startswith("after-fsync:")
+    passed.clear()
+    reserve(tmp_path / "upload.part", 10)
+    assert passed == ["before-reserve:upload.part"]

@@ -25,9 +25,10 @@ from privacy.secagg.dialogue import ToMember
 from privacy.secagg.messages import RoundAborted
 from privacy.wire import federation_pb2 as pb
 from privacy.wire.convert import from_wire
-from privacy.wire.transport import PUT_CHUNK, SERVER_OPTIONS
+from privacy.wire.transport import PUT_CHUNK, SERVER_OPTIONS, put_chunk
 from tests.fuzz import seeds
 from tests.hostile import ANSWER_S, Caller, Hostile, RawCaller
+from tests.on_disk import full_disk
 
 BUSY = grpc.StatusCode.RESOURCE_EXHAUSTED
 HELLO = pb.HelloRequest()
@@ -195,6 +196,15 @@ def test_a_flood_of_calls_is_no_flood_of_log_lines() -> None:
     assert quotas.shall_say(b"a", "flood")
 
 
+def test_a_flood_of_refused_chunks_is_no_flood_of_log_lines(start: Callable[..., Hostile]) -> None:
+    hostile = start(large=False)
+    chunk = put_chunk(bytes(32), 0, b"x")
+    for _ in range(50):
+        with pytest.raises(grpc.RpcError, match="expected BeginUpload first"):
+            hostile.caller(3).chunk(chunk, timeout=20)
+    assert len(hostile.log.find("expected BeginUpload first")) == 1
+
+
 # --- connections -------------------------------------------------------------------------------------------------
 
 
@@ -314,3 +324,22 @@ def test_an_upload_to_a_full_disk_is_told_to_come_back(
     hostile.world.run()
     assert isinstance(hostile.world.phase, phases.Released)
     hostile.world.assert_exact()
+
+
+def test_a_total_is_shown_although_the_disk_was_full_for_the_row_that_names_it(
+    start: Callable[..., Hostile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A site that is refused the total which M10 promised signs no outcome."""
+    hostile = start(large=False)
+    for member in range(5):
+        hostile.caller(member).upload(hostile.uploads[member])
+    hostile.world.run(phases.Unmasking)
+    for member in range(5):
+        if isinstance(hostile.world.phase, phases.Unmasking):
+            hostile.world.tell(member)
+    full_disk(monkeypatch, "before-commit:rounds")
+    hostile.world.work()
+    assert isinstance(hostile.world.phase, phases.Confirming)
+    assert hostile.world.rounds[-1].row.state == "running"
+    request = pb.FetchTotalRequest(round=hostile.uploads[0].round_id)
+    assert hostile.caller(0).stub.FetchTotal(request, timeout=ANSWER_S).data

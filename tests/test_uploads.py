@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,17 +13,21 @@ import participant.patience
 from coordinator import phases
 from coordinator.running import Running
 from coordinator.uploads import IDLE_S, SLOTS, Uploads
+from privacy import merkle
 from privacy.errors import ProtocolError, Refusal, UserError
 from privacy.files import DiskError
 from privacy.secagg.masking import BLOCK, packed_bytes
 from privacy.secagg.messages import MaskedInput
-from privacy.secagg.signed import Signed
+from privacy.secagg.signed import Signed, sign
 from privacy.wire import transport
 from privacy.wire.transport import WINDOW, chunk_bytes, chunk_reply, read_chunk_reply
 from tests.hostile import large_plan
 from tests.on_disk import Direct, OnDisk, full_disk
+from tests.test_end_to_end import toy_plan
 
 BITS = 24
+#: 33 coordinates of 20 bits: the last half byte is padding.
+ODD = toy_plan().replace(b"bits = 24", b"bits = 20").replace(b"max_weight = 1000", b"max_weight = 100000")
 
 
 @dataclass(frozen=True)
@@ -322,3 +326,50 @@ def test_a_spool_that_lost_its_place_is_not_opened_again(world: OnDisk, monkeypa
         world.uploads.begin(upload.round_id, upload.message)
     assert not lost.opened
     assert world.uploads.begin(upload.round_id, upload.message) == 0
+
+
+def test_no_receipt_is_given_for_an_upload_whose_event_was_not_stored(
+    world: OnDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second finish waited for the first, whose event the disk did not take: the machine it looked at is no more."""
+    upload = held(world, 4, monkeypatch)
+    world.uploads.begin(upload.round_id, upload.message)
+    send(world, upload, range(13))
+    counted, first = Uploads._counted, [True]
+
+    def after_the_first(self: Uploads, running: Running, message: Signed[MaskedInput]) -> bool:
+        if first:
+            first.clear()
+            full_disk(monkeypatch, "before-commit:events")
+            with pytest.raises(DiskError):
+                self.finish(upload.round_id, message)
+        return counted(self, running, message)
+
+    monkeypatch.setattr(Uploads, "_counted", after_the_first)
+    world.uploads.finish(upload.round_id, upload.message)
+    phase = world.phase
+    assert isinstance(phase, phases.Folding) or (isinstance(phase, phases.Uploading) and 4 in phase.inputs)
+    finish_round(world)
+    assert world.totals()[0][0] == (0, 1, 2, 3, 4)
+
+
+def test_padding_that_cannot_be_unpacked_costs_its_sender_the_round_and_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its root is the signed one, so only unpacking notices."""
+    monkeypatch.setattr(participant.patience, "BACKOFF_S", (0.0,))
+    world = OnDisk(tmp_path, plan=ODD)
+    assert world.job.quantizer.total_size % 2, "the last half byte is padding"
+    world.ready()
+    world.run(phases.Uploading)
+    upload = held(world, 4, monkeypatch)
+    content = upload.content[:-1] + bytes([upload.content[-1] | 0x10])
+    body = replace(upload.message.body, root=merkle.root([merkle.leaf_hash(content)]))
+    message = sign(world.site(4).identity, 4, body, upload.round_id)
+    world.uploads.begin(upload.round_id, message)
+    with pytest.raises(ProtocolError, match="expected zero padding"):
+        world.uploads.put(upload.round_id, 4, 0, memoryview(content))
+    world.away = {4}
+    finish_round(world)
+    assert world.totals()[0][0] == (0, 1, 2, 3)
+    world.engine.store.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -10,6 +11,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import pytest
 
+import coordinator.engine
+import coordinator.running
 import coordinator.space
 import coordinator.unmask
 import coordinator.work
@@ -17,6 +20,7 @@ import participant.patience
 from coordinator import phases
 from coordinator.executor import Threads
 from coordinator.publish import CohortTotal
+from coordinator.running import Running
 from coordinator.store import RoundRow
 from coordinator.unmask import SHARD_BLOCKS, Shard, fold, shard_count, unmask, unmask_shard
 from coordinator.work import RETRY_S, Worker
@@ -24,10 +28,12 @@ from privacy import merkle
 from privacy.errors import ProtocolError
 from privacy.files import DiskError
 from privacy.secagg.masking import BLOCK, MaskStreams, block_sizes, pack, packed_length, pyca
+from privacy.secagg.messages import MaskedInput
+from privacy.secagg.signed import Signed
 from privacy.secagg.transcript import Streams
 from privacy.vectors import file_root, read_total
 from tests.hostile import large_plan
-from tests.on_disk import OnDisk, full_disk
+from tests.on_disk import Direct, OnDisk, full_disk
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -58,6 +64,16 @@ def stop_at(world: OnDisk, phase: type) -> None:
         world.work()
     raise AssertionError(f"expected {phase.__name__}, found {type(world.phase).__name__}")
 
+
+def put_once(client: Direct, round_id: bytes, message: Signed[MaskedInput], content: bytes) -> None:
+    """An upload whose site does not come back when the disk is full."""
+    try:
+        whole_put(client, round_id, message, content)
+    except DiskError as error:
+        raise ProtocolError("its site died") from error
+
+
+whole_put = Direct.put
 
 # --- the running sum --------------------------------------------------------------------------------------------------
 
@@ -122,6 +138,31 @@ def test_a_sum_over_other_members_than_u3_never_gets_a_list(world: OnDisk) -> No
     with pytest.raises(RuntimeError, match="the running sum is over"):
         world.worker.work()
     assert isinstance(world.phase, phases.Folding)
+
+
+def test_an_upload_whose_event_was_not_stored_is_not_folded(world: OnDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the sum is over a member that may never come back, U3 is not, and the coordinator ends at every start."""
+    world.run(phases.Uploading)
+    for i in range(3):
+        world.tell(i)
+    store, running = world.engine.store, world.rounds[-1]
+    folding = threading.Thread(target=lambda: world.worker._advance(running))
+
+    def no_space(*_: object) -> None:
+        folding.start()
+        folding.join(1.0)
+        raise DiskError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "add_event", no_space)
+        patch.setattr(Direct, "put", put_once)
+        world.tell(3)
+    folding.join()
+    assert store.sum_row(running.row.id).members == {0, 1, 2}
+    world.away = {3}
+    world.run()
+    assert world.totals()[0][0] == (0, 1, 2, 4)
+    world.assert_exact()
 
 
 # --- shards -----------------------------------------------------------------------------------------------------------
@@ -323,3 +364,22 @@ def test_no_round_opens_on_a_disk_that_cannot_hold_it(tmp_path: Path, monkeypatc
     world.wait(1)
     assert len(world.rounds) == 1
     assert world.engine.no_space[world.digest] == ""
+
+
+def test_a_message_whose_evidence_was_not_kept_is_taken_anew_when_it_comes_again(
+    world: OnDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.run(phases.Unmasking)
+    keep, full = coordinator.running.keep_accusations, [True]
+
+    def at_first_full(running: Running, directory: Path) -> None:
+        if full:
+            full.clear()
+            raise DiskError("full")
+        keep(running, directory)
+
+    monkeypatch.setattr(coordinator.engine, "keep_accusations", at_first_full)
+    before = len(world.events)
+    world.tell(0)
+    assert not full
+    assert len(world.events) == before + 1, "acknowledged, and on no disk"

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import participant.patience
+from coordinator import phases
 from participant.client import ReleasedCohort
-from participant.fetch import fetch_release
+from participant.fetch import audit_blocks, fetch_release
+from participant.phases import Checking
 from privacy.errors import ProtocolError
+from privacy.outcome import Total
+from privacy.secagg.transcript import verify_transcript
 from tests.on_disk import Direct, OnDisk
 
 
@@ -55,3 +61,28 @@ def test_a_total_is_not_replaced_after_it_was_verified(world: OnDisk, monkeypatc
 def test_an_honest_list_is_taken(world: OnDisk, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fetch(world, monkeypatch, listed(world))
     assert fetch(world, monkeypatch, listed(world))
+
+
+@pytest.mark.parametrize(
+    "block", [(bytes(1 << 20), ()), (b"", (bytes(32),) * 65), (b"", (bytes(33),))], ids=["data", "path", "hash"]
+)
+def test_a_block_larger_than_there_are_is_refused_before_the_next_is_asked_for(
+    world: OnDisk, monkeypatch: pytest.MonkeyPatch, block: Any
+) -> None:
+    """One of each survivor is held at a time."""
+    phase = world.phase
+    assert isinstance(phase, phases.HasTotal)
+    verified = verify_transcript(world.rounds[-1].machine.context, phase.outcome.transcript)
+    taken: list[int] = []
+
+    def blocks(_: Direct, _round: bytes, wanted: Any) -> Iterator[Any]:
+        for _ in wanted:
+            taken.append(1)
+            yield block
+
+    monkeypatch.setattr(Direct, "fetch_blocks", blocks)
+    checking, total = Checking(phase.outcome, verified, {}), Total(Path("none"), world.job.quantizer)
+    monkeypatch.setattr(Total, "block", lambda *_: np.zeros(1, np.int64))
+    with pytest.raises(ProtocolError, match="expected a block of at most"):
+        audit_blocks(world.daemons[0].client, world.job, bytes(32), checking, 0, total)
+    assert len(taken) == 1
