@@ -11,6 +11,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import grpc
@@ -34,6 +35,8 @@ log = structlog.get_logger()
 
 TICK_S = 0.2
 GRACE_S = 2.0
+#: Threads that serve calls; most of them wait, for the disk or for each other.
+THREADS = 32
 #: Calls in flight of everybody together, a long poll of each member among them.
 MOST_CALLS = 2048
 #: Longest path of a socket file on Linux.
@@ -94,16 +97,19 @@ async def _start_federation(home: Home, engine: Engine) -> grpc.aio.Server:
 
 
 async def _repeat(step: Callable[[], bool], stop: asyncio.Event) -> None:
-    """Run ``step`` in a thread again and again, at once while it finds something to do, until told to stop."""
-    while not stop.is_set():
-        try:
-            if await asyncio.to_thread(step):
-                continue
-        except DiskError as error:  # the disk is full: what was not written is tried again
-            log.error("waiting for the disk", reason=str(error), hint=error.hint)
-            await asyncio.sleep(TICK_S)
-        with suppress(TimeoutError):
-            await asyncio.wait_for(stop.wait(), TICK_S)
+    """Run ``step`` again and again, at once while it finds something to do, until told to stop.
+
+    It has a thread of its own: those that serve calls may all be waiting for the disk.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        while not stop.is_set():
+            try:
+                if await asyncio.get_running_loop().run_in_executor(thread, step):
+                    continue
+            except DiskError as error:  # the disk is full: what was not written is tried again
+                log.error("waiting for the disk", reason=str(error), hint=error.hint)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), TICK_S)
 
 
 def take_all_files() -> int:
@@ -121,6 +127,7 @@ async def serve(home: Home) -> None:
     take_all_files()
     engine = open_engine(home)
     stop = asyncio.Event()
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "call"))
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     federation = await _start_federation(home, engine)

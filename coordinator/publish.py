@@ -13,7 +13,7 @@ import hashlib
 import json
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +87,15 @@ def _publish(job: Job, stage: int, cohorts: Sequence[CohortTotal], directory: Pa
         entry["confirmed_by"] = [job.roster.name(v.sender) for v in cohort.evidence.votes]
     facts["named"] = list(named)
     write_durably(directory / MANIFEST, json.dumps(facts, indent=2).encode() + b"\n", private=False)
+    _drop_others(directory / "rounds", {str(cohort.number) for cohort in cohorts})
     return facts
+
+
+def _drop_others(rounds: Path, kept: Set[str]) -> None:
+    """A round that was cancelled while its release was written is in no manifest, and no auditor should meet it."""
+    for path in rounds.iterdir():
+        if path.name not in kept:
+            shutil.rmtree(path)
 
 
 def _copy_total(total: Path, target: Path) -> None:

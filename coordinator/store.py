@@ -13,7 +13,7 @@ import sqlite3
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -133,14 +133,17 @@ class Store:
                 faults.point("before-commit", what)
                 self._db.execute("commit")
                 faults.point("after-commit", what)
-            except (sqlite3.OperationalError, OSError) as error:
+            except sqlite3.IntegrityError:
+                raise  # a second plan of one name, a second round of one number: not the disk
+            except (sqlite3.DatabaseError, OSError) as error:
                 raise DiskError(
                     f"state.db: expected to write, found: {error}",
                     hint="free space on this file system; nothing that was confirmed is lost",
                 ) from error
             finally:
                 if self._db.in_transaction:
-                    self._db.execute("rollback")
+                    with suppress(sqlite3.DatabaseError):  # SQLite may have rolled back by itself
+                        self._db.execute("rollback")
 
     def _write(self, what: str, statement: str, *values: object) -> None:
         with self._transaction(what) as db:

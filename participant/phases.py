@@ -76,7 +76,6 @@ class Voting:
 class Releasing:
     """M9 sent; M10 expected."""
 
-    cohort: Cohort
     t2: bytes
     held: Mapping[int, HeldShares]
     survivors_l: bytes
@@ -113,8 +112,6 @@ class Projecting:
 @dataclass(frozen=True)
 class Finished:
     """M13 sent; the round is over."""
-
-    outcome: Outcome
 
 
 @dataclass(frozen=True)

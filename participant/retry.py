@@ -10,6 +10,7 @@ Otherwise the coordinator could get the same vector into two sums that differ by
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from participant.records import Aborted, Record, Released, Spent
 from privacy.errors import ProtocolError, Refusal
@@ -58,7 +59,7 @@ def _check_abort(record: Spent, records: Sequence[Record], me: int, proof: Abort
     number = record.header.round
     if not any(isinstance(r, Aborted) and r.header == record.header for r in records):
         raise Refusal(f"M0: this site has not aborted round {number} itself")
-    earlier = RoundContext(record.header, context.identities, context.rules, context.upload_length)
+    earlier = replace(context, header=record.header)
     senders = [statement.sender for statement in proof.statements]
     if me not in senders:
         raise ProtocolError(f"M0: the abort certificate of round {number} lacks this site's own statement")
@@ -73,7 +74,7 @@ def _check_abort(record: Spent, records: Sequence[Record], me: int, proof: Abort
 
 def _check_list(record: Spent, me: int, proof: ListProof, context: RoundContext) -> set[tuple[int, ...]]:
     number = record.header.round
-    earlier = RoundContext(record.header, context.identities, context.rules, context.upload_length)
+    earlier = replace(context, header=record.header)
     members = tuple(entry.member for entry in proof.listed)
     if not set(members) <= set(record.members):
         raise ProtocolError(f"M0: the list of round {number} names members who were not in it")

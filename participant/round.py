@@ -231,7 +231,7 @@ class ParticipantRound:
     def _complain(self, cohort: Cohort, accused: int, reason: str) -> tuple[Step, Phase]:
         """A bad leaf: say so, signed, and take no further part; nothing was spent."""
         complaint = sign(
-            self.site.identity, self.site.me, Complaint(cohort.t1, accused, reason[:500]), self.context.header_hash
+            self.site.identity, self.site.me, Complaint(cohort.t1, accused, reason), self.context.header_hash
         )
         return Step((Aborted(self.context.header, reason),), complaint), Stopped(reason)
 
@@ -284,7 +284,7 @@ class ParticipantRound:
         body = UnmaskShares(phase.t2, phase.survivors_l, tuple(shares))
         reply = sign(self.site.identity, self.site.me, body, self.context.header_hash)
         record = Released(self.context.header, phase.survivors_l)
-        releasing = Releasing(phase.cohort, phase.t2, phase.held, phase.survivors_l)
+        releasing = Releasing(phase.t2, phase.held, phase.survivors_l)
         return Step((record,), reply), releasing
 
     def _on_outcome(self, phase: Uploading | Voting | Releasing, message: Outcome) -> tuple[Step, Phase]:
@@ -327,7 +327,7 @@ class ParticipantRound:
             raise RuntimeError(f"project() belongs to phase Projecting, not {type(phase).__name__}")
         body = ProjectionShare(phase.t2, phase.outcome.total, (value + phase.term) % projection.WORD)
         reply = sign(self.site.identity, self.site.me, body, self.context.header_hash)
-        self.phase = Finished(phase.outcome)
+        self.phase = Finished()
         self._remember(NonceList, reply)
         return Step((), reply)
 

@@ -164,7 +164,7 @@ def rules_for(plan: Plan, policy: Policy) -> Rules:
     colluders = max(r.max_colluders, policy.max_colluders)
     least = smallest_survivors(colluders, policy.allow_two_members)
     min_survivors = max(r.min_survivors, policy.min_survivors, least)
-    min_cohort = max(r.min_cohort, policy.min_cohort, min_survivors, colluders + 2)
+    min_cohort = max(r.min_cohort, policy.min_cohort, min_survivors)  # min_survivors is at least colluders + 2
     if min_cohort > r.max_cohort:
         raise Refusal(
             f"plan '{plan.name}' allows cohorts of {r.max_cohort}, but policy and {colluders} colluders "

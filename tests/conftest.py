@@ -6,6 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import structlog
+from hypothesis import settings
+
+# On a busy machine any example may take long; that says nothing about the code.
+settings.register_profile("veilsum", deadline=None)
+settings.load_profile("veilsum")
 
 
 @pytest.fixture(autouse=True)

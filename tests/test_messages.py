@@ -250,6 +250,13 @@ def test_what_cannot_be_said(make: Callable[[], object], fragment: str) -> None:
         make()
 
 
+def test_the_longest_text_and_the_longest_list_can_be_said() -> None:
+    assert AbortStatement("x" * 500).reason == "x" * 500
+    assert len(Certificate(tuple(signed(i, VOTE) for i in range(1000))).votes) == 1000
+    assert len(OwnedLeaf(1, leaf(), (X,) * 32).path) == 32
+    assert len(OutcomeVote(X, X, tuple(range(2000)), X).blocks) == 2000  # more blocks than members
+
+
 def test_a_message_that_cannot_be_said_cannot_be_decoded() -> None:
     vote = encode(signed(1, VOTE))
     with pytest.raises(ProtocolError, match="certificate"):

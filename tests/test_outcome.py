@@ -45,9 +45,14 @@ def test_every_block_goes_to_c_plus_1_survivors(blocks: int, survivors: int, col
     assert max(sizes) - min(sizes) <= colluders + 1
 
 
+def test_blocks_are_dealt_in_turn() -> None:
+    dealt = [projection.dealt_blocks(6, (1, 4, 6, 9, 12), member, 1) for member in (1, 4, 6, 9, 12)]
+    assert dealt == [(0, 2, 5), (0, 3, 5), (1, 3), (1, 4), (2, 4)]
+
+
 def test_a_block_checked_by_too_few_is_not_certified() -> None:
     assert projection.uncertified(3, {0: (0, 1, 2), 1: (0, 1)}, 1) == 1
-    assert projection.uncertified(3, {0: (0, 1, 2), 1: (0, 1), 2: (7,)}, 1) == 1
+    assert projection.uncertified(3, {0: (0, 1, 2), 1: (0, 1), 2: (3, 7)}, 1) == 1  # there are no such blocks
     assert projection.uncertified(3, {0: (0, 1, 2, 2), 1: (0, 1, 2)}, 1) == 0
 
 

@@ -134,6 +134,8 @@ def test_a_plan_that_is_not_text_is_refused() -> None:
 def test_a_plan_beyond_four_mebibytes_is_refused_unread() -> None:
     with pytest.raises(UserError, match=f"expected at most {MAX_PLAN_BYTES} bytes"):
         parse_plan(PLAN.encode() + b"#" * MAX_PLAN_BYTES)
+    largest = PLAN.encode() + b"#" * (MAX_PLAN_BYTES - len(PLAN))
+    assert parse_plan(largest).raw == largest
 
 
 def test_a_plan_cannot_be_changed_once_it_is_read() -> None:
@@ -145,6 +147,12 @@ def test_a_plan_cannot_be_changed_once_it_is_read() -> None:
 def test_a_plan_is_loaded_from_its_file(tmp_path: Path) -> None:
     (tmp_path / "plan.toml").write_text(PLAN)
     assert load_plan(tmp_path / "plan.toml") == parse_plan(PLAN.encode())
+
+
+def test_a_bad_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "plan.toml").write_text(PLAN.replace("epochs = 2", "epochs = 0"))
+    with pytest.raises(UserError, match=r"plan\.toml: key 'training\.epochs'"):
+        load_plan(tmp_path / "plan.toml")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -63,8 +63,16 @@ def test_a_plan_within_everything_is_admitted() -> None:
     [
         ('plans = ["toy"]', "plans = []", "plan 'toy' has no consent here"),
         ('plans = ["toy"]', 'plans = ["other"]', "plan 'toy' has no consent here"),
-        ("tiny =", "huge =", "trains base model 'tiny'; this site has: huge"),
-        ("[datasets.toy]", "[datasets.other]", "trains on data set 'toy'; this site has: other"),
+        ("tiny =", "huge =", "trains base model 'tiny'; this site has: huge$"),
+        ("tiny =", 'huge = "h"\nbig =', "trains base model 'tiny'; this site has: big, huge$"),
+        ('tiny = "base"', "", "trains base model 'tiny'; this site has: none$"),
+        ("[datasets.toy]", "[datasets.other]", "trains on data set 'toy'; this site has: other$"),
+        (
+            "[datasets.toy]",
+            '[datasets.some]\npath = "y"\nformat = "csv"\n[datasets.other]',
+            "trains on data set 'toy'; this site has: other, some$",
+        ),
+        ('[datasets.toy]\npath = "x"\nformat = "csv"', "", "trains on data set 'toy'; this site has: none$"),
         ("[policy]", "[policy]\nmin_cohort = 5", "has min_cohort 4; this site demands at least 5"),
         ("[policy]", "[policy]\nmin_survivors = 4", "has min_survivors 3; this site demands at least 4"),
         ("[policy]", "[policy]\nmax_colluders = 2", "has max_colluders 1; this site demands at least 2"),

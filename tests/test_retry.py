@@ -14,7 +14,14 @@ from participant.retry import check_proofs, may_state_abort
 from participant.round import abort_step
 from privacy.errors import ProtocolError, Refusal
 from privacy.secagg.dialogue import ToMember
-from privacy.secagg.messages import AbortProof, AbortStatement, Certificate, ListedInput, ListProof, RetryProof
+from privacy.secagg.messages import (
+    AbortProof,
+    AbortStatement,
+    Certificate,
+    ListedInput,
+    ListProof,
+    RetryProof,
+)
 from privacy.secagg.signed import sign
 from tests.simulation import Simulation, context_for, identity
 
@@ -73,6 +80,7 @@ def test_proof_b_lets_a_late_member_join_the_next_cohort() -> None:
     first = released_without_4()
     assert isinstance(first.phase, phases.Released)
     assert any(isinstance(r, Spent) for r in first.disks[4])
+    assert open_bond([first.coordinator], ()) is None  # its total is out
     proofs = proofs_for([first.coordinator], 4)
     assert proofs is not None
     assert isinstance(proofs[0], ListProof)
@@ -86,6 +94,7 @@ def test_proof_c_binds_the_next_round_to_the_very_list() -> None:
     assert isinstance(first.phase, phases.Aborted)
     assert sum(isinstance(r, Released) for disk in first.disks.values() for r in disk) == 3
     assert open_bond([first.coordinator], ()) == (0, 1, 2, 3, 4)
+    assert open_bond([first.coordinator], (4,)) is None  # one of them is in a total since
     second = retry([first], tuple(range(N)))
     assert isinstance(second.phase, phases.Released)
     assert second.survivors == (0, 1, 2, 3, 4)
@@ -226,10 +235,10 @@ def strange_member(proof: ListProof) -> ListProof:
     ("forge", "reason"),
     [
         (under_another_t2, "signed another survivor list"),
-        (too_few_votes, "expected 4 signatures"),
+        (too_few_votes, "expected 4 signatures on the list of round 1"),
         (another_list, "is not a survivor|signed another survivor list"),
         (another_root, "signed another survivor list"),
-        (strange_member, "names members who were not in it"),
+        (strange_member, "the list of round 1 names members who were not in it"),
     ],
 )
 def test_a_bad_certified_list_is_refused(forge: Callable[[ListProof], ListProof], reason: str) -> None:

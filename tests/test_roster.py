@@ -107,6 +107,8 @@ LOW_ORDER = {
     "the neutral element": "01" + "00" * 31,
     "a point of order two": "ec" + "ff" * 30 + "7f",
     "a point of order four": "00" * 32,
+    "a point of order four with the sign bit": "00" * 31 + "80",
+    "the neutral element with the sign bit": "01" + "00" * 30 + "80",
     "a point of order eight": "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
 }
 
@@ -136,6 +138,15 @@ def test_only_the_pinned_roster_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected the pinned roster") as refused:
         load_roster(path, pin)
     assert "telephone" in refused.value.hint
+
+
+def test_a_bad_roster_is_named(tmp_path: Path) -> None:
+    bad = ROSTER.replace("max_colluders = 1", "max_colluders = -1")
+    (tmp_path / "roster.toml").write_text(bad)
+    with pytest.raises(UserError, match=r"roster\.toml: key 'policy\.max_colluders'"):
+        load_roster(tmp_path / "roster.toml")
+    with pytest.raises(UserError, match=r"^roster: key"):
+        parse_roster(bad.encode())
 
 
 def test_a_missing_roster_is_named(tmp_path: Path) -> None:
@@ -187,10 +198,15 @@ def test_the_strictest_of_plan_and_policy_wins(plan: dict[str, int], policy: dic
 
 
 REFUSED: dict[str, tuple[dict[str, object], dict[str, object], str]] = {
-    "a word size outside the policy": ({"bits": 16}, {"bits": (24, 32)}, "asks for bits 16, allowed 24, 32"),
+    "a word size outside the policy": ({"bits": 16}, {"bits": (24, 32)}, "asks for bits 16, allowed 24, 32 by"),
     "a larger cohort": ({"max_cohort": 6}, {"max_cohort": 5}, "asks for max_cohort 6, allowed 5"),
     "a larger clipping range": ({"clip": 0.5}, {"max_clip": 0.25}, "asks for clip 0.5, allowed 0.25"),
     "a larger weight": ({"max_weight": 11}, {"max_weight": 10}, "asks for max_weight 11, allowed 10"),
+    "a base model outside the policy": (
+        {},
+        {"bases": ("b" * 64, "c" * 64)},
+        f"asks for base model {'a' * 16}…, allowed {'b' * 16}…, {'c' * 16}… by the pinned policy$",
+    ),
     "colluders that no cohort outnumbers": ({"max_colluders": 4}, {}, "cohorts of 5, but policy and 4 colluders need"),
     "a policy for larger cohorts than the plan's": ({}, {"min_cohort": 6}, "need at least 6"),
 }

@@ -23,11 +23,13 @@ def test_everybody_answers_and_the_total_is_exact(n: int, colluders: int, bits: 
     assert len(simulation.phase.shares) == n
 
 
+@pytest.mark.slow
 def test_every_dropout_pattern_of_three_members() -> None:
     for colluders in (0, 1):
         assert [failure(pattern, colluders) for pattern in patterns(3)] == [None] * len(SILENT_FROM) ** 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "colluders"), [c for c in CONFIGURATIONS if c[0] > 3])
 def test_a_sample_of_the_dropout_patterns_of_more(n: int, colluders: int) -> None:
     """``make proofs`` runs them all; half of this sample completes, so that both ends are seen."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -244,7 +245,7 @@ class RoundMachine(RuleBasedStateMachine):
         return any(isinstance(body_of(message), UnmaskShares) for message in self.said[i])
 
 
-TestRoundMachine = RoundMachine.TestCase
+TestRoundMachine = pytest.mark.slow(RoundMachine.TestCase)
 TestRoundMachine.settings = settings(
     max_examples=100, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from coordinator.stage import next_cohort
@@ -39,3 +41,20 @@ def test_no_cohort_is_larger_than_the_plan_allows() -> None:
         found = next_cohort(since(*range(count)), set(), count, RULES, 0.0, 60.0)
         assert found is not None
         assert 4 <= len(found) <= 5
+
+
+@pytest.mark.parametrize(
+    ("largest", "ready", "expected"),
+    [
+        (8, 8, 8),  # all fit: nobody is left
+        (7, 8, 4),  # one would be left alone: two cohorts of four
+        (7, 7, 7),
+        (5, 6, 5),  # six make no two cohorts: one waits
+        (4, 8, 4),
+        (9, 12, 8),  # three would be left: the rest gets a fourth
+        (9, 13, 9),  # four are left, enough
+    ],
+)
+def test_the_rest_is_left_enough_for_a_cohort_of_its_own(largest: int, ready: int, expected: int) -> None:
+    rules = replace(RULES, cohort=largest)
+    assert next_cohort(since(*range(ready)), set(), ready, rules, 0.0, 60.0) == tuple(range(expected))

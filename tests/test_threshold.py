@@ -55,3 +55,7 @@ MINIMA = {
 @pytest.mark.parametrize(("colluders", "pairs", "least"), MINIMA.values(), ids=MINIMA.keys())
 def test_smallest_survivor_counts(colluders: int, pairs: bool, least: int) -> None:
     assert smallest_survivors(colluders, pairs) == least
+
+
+def test_sums_of_two_are_never_the_default() -> None:
+    assert smallest_survivors(0) == 3

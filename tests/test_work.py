@@ -25,6 +25,7 @@ from coordinator.store import RoundRow
 from coordinator.unmask import SHARD_BLOCKS, Shard, fold, shard_count, unmask, unmask_shard
 from coordinator.work import RETRY_S, Worker
 from privacy import merkle
+from privacy.audit import audit_release
 from privacy.errors import ProtocolError
 from privacy.files import DiskError
 from privacy.secagg.masking import BLOCK, MaskStreams, block_sizes, pack, packed_length, pyca
@@ -325,6 +326,29 @@ def test_a_plan_that_is_cancelled_while_its_release_is_written_leaves_none(
     assert world.work()
     assert isinstance(world.phase, phases.Aborted)
     assert not (world.engine.home.releases / "toy" / "stage-1").exists()
+
+
+def test_a_cancelled_round_leaves_nothing_beside_an_earlier_cohort(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = OnDisk(tmp_path, 8)
+    world.ready(0, 1, 2, 3)
+    world.wait(10)
+    world.run()
+    world.ready(4, 5, 6, 7)
+    stop_at(world, phases.Publishing)
+    write = Worker._write_release
+
+    def and_cancel(worker: Worker, row: RoundRow, cohorts: list[CohortTotal]) -> None:
+        write(worker, row, cohorts)
+        monkeypatch.setattr(Worker, "_write_release", write)
+        world.engine.cancel_plan("toy", "just now")
+
+    monkeypatch.setattr(Worker, "_write_release", and_cancel)
+    assert world.work()
+    stage = world.engine.home.releases / "toy" / "stage-1"
+    assert [path.name for path in (stage / "rounds").iterdir()] == ["1"]
+    assert [c["round"] for c in audit_release(stage).facts["cohorts"]] == [1]
 
 
 def test_signatures_that_came_before_a_crash_are_in_the_release_after_it(

@@ -147,7 +147,8 @@ def _bad_dealer(cohort: Cohort, evidence: BadDealer) -> int:
     owner, shares = evidence.root.sender, evidence.shares
     if len(shares) != cohort.threshold or len({type(s) for s in shares}) != 1:
         raise ProtocolError(f"evidence: expected {cohort.threshold} shares of one kind")
-    if len({leaf.leaf.holder for leaf in evidence.leaves}) != len(shares):
+    holders = [leaf.leaf.holder for leaf in evidence.leaves]
+    if len(holders) != len(shares) or len(set(holders)) != len(holders):
         raise ProtocolError("evidence: expected one leaf of a holder of its own for each share")
     points = {}
     for share, leaf in zip(shares, evidence.leaves, strict=True):

@@ -176,8 +176,8 @@ def test_a_bad_dealer_meets_a_signed_complaint_and_no_upload(dealer: int, deal: 
     assert (reply.body.accused, reply.body.t1) == (dealer, again.root.body.t1)
     assert reason in reply.body.reason
     member = scene.members[1]
-    assert isinstance(member.machine.phase, Stopped)
-    assert isinstance(member.records[-1], Aborted)
+    assert member.machine.phase == Stopped(reply.body.reason)
+    assert member.records[-1] == Aborted(scene.context.header, reply.body.reason)
     assert not any(isinstance(record, Spent) for record in member.records)
     scene.assert_nothing_revealed()
     scene.refused(1, scene.inbox(1), "a second, different Inbox")

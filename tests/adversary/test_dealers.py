@@ -14,6 +14,7 @@ from privacy import merkle
 from privacy.secagg import dealing, keys, shamir
 from privacy.secagg.dealing import HeldShares
 from privacy.secagg.messages import ShareLeaf, ShareRoot, Shares
+from privacy.secagg.naming import BadDealer, BadSeed, accused
 from tests.adversary.world import changed, cheating, signed_by
 from tests.simulation import Simulation, seeded
 
@@ -120,6 +121,13 @@ DEALERS: dict[str, tuple[int, dict[str, Any], bool, str]] = {
 }
 
 
+def assert_named(simulation: Simulation, dealer: int, kind: type) -> None:
+    """The coordinator has one piece of evidence, and it names the dealer to everybody."""
+    (accusation,) = simulation.coordinator.accusations
+    assert type(accusation.evidence) is kind
+    assert accused(simulation.context, accusation) == dealer
+
+
 @pytest.mark.parametrize(("dealer", "deal", "drops", "fragment"), DEALERS.values(), ids=DEALERS.keys())
 def test_a_bad_dealer_is_named_when_its_shares_open(
     dealer: int, deal: dict[str, Any], drops: bool, fragment: str
@@ -131,6 +139,7 @@ def test_a_bad_dealer_is_named_when_its_shares_open(
     assert any(part in simulation.phase.reason for part in fragment.split("|"))
     assert simulation.phase.culprit == dealer
     assert simulation.total is None
+    assert_named(simulation, dealer, BadSeed if "seeds" in deal else BadDealer)
 
 
 def test_a_dealer_that_redeals_well_is_not_named() -> None:
@@ -138,6 +147,7 @@ def test_a_dealer_that_redeals_well_is_not_named() -> None:
     simulation = cheating(ShareRoot, lambda s, m: redeal(s, m, 0), cheat=0, silent={0: "M5"})
     assert isinstance(simulation.phase, phases.Released)
     assert simulation.is_exact()
+    assert simulation.coordinator.accusations == []
 
 
 def test_a_pair_seed_sealed_badly_for_a_member_that_drops_out_names_its_dealer() -> None:
@@ -148,6 +158,7 @@ def test_a_pair_seed_sealed_badly_for_a_member_that_drops_out_names_its_dealer()
     assert isinstance(simulation.phase, phases.Aborted)
     assert "pair seed sealed by member 0: a sealed box does not open" in simulation.phase.reason
     assert simulation.phase.culprit == 0
+    assert_named(simulation, 0, BadSeed)
 
 
 def test_a_holder_of_a_bad_leaf_complains_and_the_others_finish() -> None:

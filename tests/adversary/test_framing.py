@@ -155,6 +155,13 @@ def test_one_share_four_times_does_not_name_its_dealer(finished: Finished) -> No
         named(finished.cohort, finished.roots, dealer_evidence(finished, 0, [sorted(finished.releases)[0]] * 4))
 
 
+def test_a_leaf_too_many_does_not_name_its_dealer(finished: Finished) -> None:
+    good = dealer_evidence(finished, 0, sorted(finished.releases)[:4])
+    for leaves in ((*good.leaves, good.leaves[0]), (*good.leaves, finished.leaf(0, DROPOUT)), good.leaves[:3]):
+        with pytest.raises(ProtocolError, match="expected one leaf of a holder of its own for each share"):
+            named(finished.cohort, finished.roots, replace(good, leaves=leaves))
+
+
 def test_invented_shares_do_not_name_their_dealer(finished: Finished) -> None:
     good = dealer_evidence(finished, 0, sorted(finished.releases)[:4])
     invented = replace(good, shares=(replace(good.shares[0], share=bytes(33)), *good.shares[1:]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from itertools import chain
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -195,7 +196,7 @@ class Attack(RuleBasedStateMachine):
                     assert len(honest) >= least - len(world.corrupt)
 
 
-TestAttack = Attack.TestCase
+TestAttack = pytest.mark.slow(Attack.TestCase)
 TestAttack.settings = settings(
     max_examples=100, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )

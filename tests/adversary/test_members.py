@@ -22,6 +22,7 @@ from privacy.secagg.messages import (
     MaskedInput,
     MaskSecretShare,
     OutcomeVote,
+    RoundAborted,
     SelfMaskShare,
     ShareRoot,
     Shares,
@@ -268,6 +269,27 @@ def test_a_late_upload_is_discarded() -> None:
     assert said[CHEAT]
 
 
+@pytest.mark.parametrize(("complaining", "silent"), [((1, 2), "none"), ((1,), "3"), ((), "3, 4")])
+def test_a_round_that_ends_with_too_few_names_those_who_said_nothing(complaining: tuple[int, ...], silent: str) -> None:
+    def hook(member: int, message: FromMember) -> FromMember:
+        bad = member in complaining and isinstance(body_of(message), MaskedInput)
+        return complaint(running, member, 0) if bad else message
+
+    members = silent.split(", ") if silent != "none" else []
+    running = Simulation(5, 1, silent={int(i): "M5" for i in members}, from_member=hook)
+    running.run()
+    assert isinstance(running.phase, phases.Aborted)
+    assert running.phase.reason == f"expected at least 4 members with an upload, found 3; silent: {silent}"
+
+
+def test_a_long_reason_is_cut_to_what_a_message_may_say() -> None:
+    coordinator = CoordinatorRound(context_for(5, 1), (0, 1, 2))
+    coordinator.abort("x" * 400 + "y" * 101)
+    told = coordinator.message_for(0)
+    assert isinstance(told, RoundAborted)
+    assert told.reason == "x" * 400 + "y" * 100
+
+
 def test_a_member_that_was_not_invited_is_refused() -> None:
     _, said = finished()
     coordinator = CoordinatorRound(context_for(5, 1), (0, 1, 2))
@@ -315,6 +337,8 @@ def test_a_member_either_uploads_or_complains(order: str) -> None:
         said[:] = [complaint(running, 2, 1), message]
         first, second = said if order == "complaint first" else reversed(said)
         running.coordinator.receive(first)
+        taken = running.coordinator.phase.complaints  # type: ignore[union-attr]
+        assert taken == ({2: first} if order == "complaint first" else {})
         return second  # type: ignore[no-any-return]
 
     running = Simulation(5, 1, from_member=hook)

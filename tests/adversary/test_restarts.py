@@ -326,40 +326,6 @@ def test_a_round_for_another_data_set_does_not_mask_the_delta_of_this_one(world:
     assert world.sent(0) == []
 
 
-# --- an upload that a restarted site goes on with -------------------------------------------------------------------
-
-
-def inbox_of(world: OnDisk) -> tuple[bytes, Any]:
-    """Member 0 has spent its delta, and was restarted; M4 of that round."""
-    world.run(phases.Uploading)
-    found = world.message_for(0)
-    world.tell(0)
-    world.restart(0)
-    return found
-
-
-def test_an_upload_goes_on_under_its_own_plan_only(world: OnDisk) -> None:
-    """Under another plan the file would be that plan's spool, which may be unspent, and M5 would have its length."""
-    round_id, inbox = inbox_of(world)
-    job = other_job(world, toy_plan().replace(b'name = "toy"', b'name = "second"'))
-    world.site(0).store.spool("second", header(world)).write_bytes(b"masked, and spent in no round")
-    world.daemons[0]._hear(job, 1, None, round_id, inbox)
-    assert world.sent(0) == []
-    world.say(0, round_id, inbox)
-    assert len(world.sent(0)) == 1
-
-
-@pytest.mark.parametrize("content", [None, b"", bytes(93)], ids=["gone", "empty", "another"])
-def test_a_spool_that_is_not_the_one_that_was_spent_is_not_sent(world: OnDisk, content: bytes | None) -> None:
-    round_id, inbox = inbox_of(world)
-    spool = world.site(0).store.spool("toy", header(world))
-    spool.unlink()
-    if content is not None:
-        spool.write_bytes(content)
-    world.say(0, round_id, inbox)
-    assert world.sent(0) == []
-
-
 # --- a disk that was restored to an earlier state ---------------------------------------------------------------------
 
 
