@@ -126,10 +126,13 @@ class Driver:
         self._each(survivors, self._hear)  # M6 -> M7
         self._each(survivors, self._hear)  # M8 -> M9
         self._unmask()
+        self._confirm(survivors)
+        return self.costs
+
+    def _confirm(self, survivors: Sequence[int]) -> None:
         self._each(survivors, self._hear)  # M10 -> M11
         self._each(survivors, self._hear)  # M12 -> M13
         assert isinstance(self.coordinator.phase, phases.Released)
-        return self.costs
 
     def _each(self, members: Sequence[int], take: Callable[[int], None]) -> None:
         """All are told before anybody's answer is taken: an answer may end the phase."""

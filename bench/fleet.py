@@ -2,7 +2,7 @@
 
 The members are the real ones (``participant/running.py``, ``participant/client.py``), one thread each in this process,
 with a quantised vector that lies where training would have left it. Only their pace is set here: how many compute at
-the same time, and that all uploads start together where the upload is what is measured.
+the same time, and that all uploads start together.
 """
 
 from __future__ import annotations
@@ -110,13 +110,11 @@ class Pace:
 
     Attributes:
         computing: how many members mask or check at a time.
-        uploading: how many upload at a time.
-        start: where all wait for each other before they upload; ``None`` to go at once.
+        start: where all wait for each other before they upload.
     """
 
     computing: threading.Semaphore
-    uploading: threading.Semaphore
-    start: threading.Barrier | None = None
+    start: threading.Barrier
     began: list[float] = field(default_factory=list)
     ended: list[float] = field(default_factory=list)
 
@@ -139,12 +137,10 @@ class PacedRun(RoundRun):
     def _upload(self, message: Signed[MaskedInput]) -> None:
         self.pace.computing.release()
         try:
-            if self.pace.start is not None:
-                self.pace.start.wait(ROUND_S)
-            with self.pace.uploading:
-                self.pace.began.append(time.perf_counter())
-                super()._upload(message)
-                self.pace.ended.append(time.perf_counter())
+            self.pace.start.wait(ROUND_S)
+            self.pace.began.append(time.perf_counter())
+            super()._upload(message)
+            self.pace.ended.append(time.perf_counter())
         finally:
             self.pace.computing.acquire()
 

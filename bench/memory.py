@@ -11,18 +11,18 @@ from bench.meter import memory_bytes, reset_peak
 from bench.rows import Bar, Row, row
 from bench.scale import Scale
 
-#: Uploads at a time; a site whose upload is not admitted comes again.
-UPLOADS = 8
-
 
 def peak_over_idle(scale: Scale, n: int) -> int:
-    """Bytes that the coordinator's resident set grew by, at most, between its start and the end of a round."""
+    """Bytes that the coordinator's resident set grew by, at most, between its start and the end of a round.
+
+    All members begin their uploads at the same moment: how many are taken at a time is the coordinator's business.
+    """
     with tempfile.TemporaryDirectory(dir=scale.scratch) as directory:
         fleet = Fleet(Path(directory), n, scale.size)
         with fleet.running():
             reset_peak(fleet.coordinator_pid)
             idle = memory_bytes("VmRSS", fleet.coordinator_pid)
-            fleet.run_round("bench", Pace(threading.Semaphore(2), threading.Semaphore(UPLOADS)))
+            fleet.run_round("bench", Pace(threading.Semaphore(2), threading.Barrier(n)))
             fleet.check_total("bench")
             return memory_bytes("VmHWM", fleet.coordinator_pid) - idle
 

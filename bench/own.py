@@ -6,7 +6,7 @@ Every task takes and returns JSON; ``bench/peer_flower.py`` has the same tasks f
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,22 @@ def quantizer_of(size: int, n: int) -> Quantizer:
 
 
 class RoundDriver(Driver):
-    """A round of the real machines with one dropout; keeps the streams that its releases open."""
+    """A round of the real machines with one dropout; keeps the streams that its releases open.
 
-    def __init__(self, n: int, dropouts: int = 1) -> None:
+    Args:
+        confirming: how many members check the outcome, which ends the round there; ``None`` for all, to its last M13.
+    """
+
+    def __init__(self, n: int, confirming: int | None = None) -> None:
         super().__init__(n)
-        self.costs.dropouts = dropouts
+        self.costs.dropouts = 1
+        self._confirming = confirming
+
+    def _confirm(self, survivors: Sequence[int]) -> None:
+        if self._confirming is None:
+            super()._confirm(survivors)
+        else:
+            self._each(survivors[: self._confirming], self._hear)
 
     def _unmask(self) -> None:
         phase = self.coordinator.phase

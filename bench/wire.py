@@ -58,7 +58,7 @@ class Measured:
         plan, n = f"bench-{self._plans}", self._fleet.n
         with ExitStack() as stack:
             port = self._near_or_far(stack, self._fleet.port, rtt_ms)
-            pace = Pace(threading.Semaphore(n), threading.Semaphore(n), threading.Barrier(n))
+            pace = Pace(threading.Semaphore(n), threading.Barrier(n))
             times = self._fleet.run_round(plan, pace, port)
         self._fleet.check_total(plan)
         self.spool = self._fleet.spool(plan)

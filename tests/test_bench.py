@@ -13,7 +13,7 @@ import pytest
 from bench import masking, own, peers, run, wire
 from bench.costs import SIZE
 from bench.fleet import Fleet, plan_text
-from bench.growth import exponents, measure_cells
+from bench.growth import exponents, measure_cells, slope
 from bench.meter import measure
 from bench.rows import Bar, Row, row, table
 from bench.scale import Scale
@@ -136,11 +136,13 @@ def test_without_the_peers_the_error_names_the_script(monkeypatch: pytest.Monkey
 def test_the_fit_finds_the_exponents() -> None:
     cells = {(d, n): 3e-9 * d * n**0.5 for d in (1000, 4000, 16000) for n in (5, 10, 20)}
     assert exponents(cells) == pytest.approx((1.0, 0.5))
+    assert slope({n: 7.0 * n**2 for n in (5, 10, 20)}) == pytest.approx(2.0)
 
 
 def test_a_cell_of_the_growth_rows(scale: Scale) -> None:
     ours, theirs = measure_cells(scale, (1 << 16,), (4,))
-    assert min(ours[1 << 16, 4], theirs[1 << 16, 4]) > 0
+    assert ours.keys() == theirs.keys() == {(0, 4), (1 << 16, 4)}
+    assert min(*ours.values(), *theirs.values()) > 0
 
 
 # --- the wire --------------------------------------------------------------------------------------------------------
