@@ -131,9 +131,7 @@ def run_plan(world: World, plan: PlanFile, schedule: Schedule, seed: int) -> Res
     """One plan from offer to verdict."""
     started, before = time.monotonic(), Counter(world.faults)
     receipts = Receipts(repeated={schedule.echo} if schedule.echo else set())
-    world.forget_traces()
-    world.failures.clear()
-    world.struck.clear()
+    world.begin(plan)
     echo = Echo(world, schedule.echo, plan.plan, seed) if schedule.echo else None
     begin(world, schedule)
     world.submit(plan)

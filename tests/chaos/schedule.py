@@ -156,12 +156,16 @@ class Maker:
             size=size,
         )
 
-    def full_disk(self, shape: Shape, coordinator: Sequence[str], member: Sequence[str]) -> Schedule:
-        """No space at a write of the coordinator, or of a member, for one to three writes in a row."""
+    def full_disk(self, shape: Shape, coordinator: list[str], member: list[str]) -> Schedule:
+        """No space at a write of the coordinator, or of a member, for one to three writes in a row.
+
+        Args:
+            coordinator, member: what is left of the points; one of them is taken.
+        """
         times = self.rng.randint(1, 3)
-        if self.rng.random() < 0.5:
-            return Schedule(coordinator=f"{self.rng.choice(coordinator)}@full@{times}")
-        return Schedule(victims=((self.site(shape), f"{self.rng.choice(member)}@full@{times}"),))
+        if len(coordinator) > len(member):
+            return Schedule(coordinator=f"{coordinator.pop()}@full@{times}")
+        return Schedule(victims=((self.site(shape), f"{member.pop()}@full@{times}"),))
 
     def everything(self) -> Schedule:
         """Every process killed at one instant."""
@@ -180,7 +184,7 @@ def schedules(
     ours, theirs = list(coordinator), list(member)
     maker.rng.shuffle(ours)
     maker.rng.shuffle(theirs)
-    writes = [[p for p in points if p.startswith(WRITES)] for points in (coordinator, member)]
+    writes: list[list[str]] = [[], []]
     number = 0
     while True:
         number += 1
@@ -193,7 +197,11 @@ def schedules(
         if number % 4 == 0:
             shape = maker.rng.choice([FIVE, FOUR, THREE, COHORTS])
             yield shape, maker.too_many(shape, member), None
-        if number % 5 == 0:
+        if number % 3 == 1:
+            for left, points in zip(writes, (coordinator, member), strict=True):
+                if not left:
+                    left += [point for point in points if point.startswith(WRITES) and point.endswith("@1")]
+                    maker.rng.shuffle(left)
             yield shape, maker.full_disk(shape, *writes), None
         if number % 6 == 0:
             yield FOUR, maker.in_chunks(FOUR, ours.pop() if ours and maker.rng.random() < 0.5 else ""), None

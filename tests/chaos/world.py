@@ -85,8 +85,9 @@ class World:
         self._asked: set[str] = set()
         self._held: set[str] = set()
         self._away: set[str] = set()
+        self._plan = b""
         self._down_since: float | None = None
-        #: Seconds that the coordinator was away at the longest, since :meth:`forget_traces`.
+        #: Seconds that the coordinator was away at the longest, since :meth:`begin`.
         self.outage_s = 0.0
         self._torn: set[str] = set()
         self._buried: set[int] = set()
@@ -179,14 +180,17 @@ class World:
         return self.directory / f"{name}.trace"
 
     def trace(self, name: str) -> list[str]:
-        """Points a process passed since :meth:`forget_traces`."""
+        """Points a process passed since :meth:`begin`."""
         path = self.trace_file(name)
         return path.read_text().splitlines() if path.exists() else []
 
-    def forget_traces(self) -> None:
-        """A new plan begins."""
+    def begin(self, plan: PlanFile) -> None:
+        """A new plan begins; what was counted for the one before is forgotten."""
+        self._plan = plan.digest
         self.outage_s = 0.0
         self._disarmed.clear()
+        self.failures.clear()
+        self.struck.clear()
         for name in self.names:
             with contextlib.suppress(FileNotFoundError):
                 os.truncate(self.trace_file(name), 0)
@@ -244,7 +248,7 @@ class World:
         timer.start()
 
     def hold(self, name: str) -> None:
-        """If this process dies of its fault, it stays away until :meth:`let_return`."""
+        """If this process dies of its fault in a round, it stays away until :meth:`let_return`."""
         with self.lock:
             self._held.add(name)
 
@@ -300,7 +304,7 @@ class World:
             self.count(f"kill at a point of {self.role(name)}")
             self.struck.append((self.role(name), f"{fault.name}@{fault.first}"))
             self.disarm(name)
-            if name in self._held:
+            if name in self._held and self._has_joined(name):
                 self._away.add(name)
         else:
             self.failures.append(f"{name} ended by itself with {code}: {self.tail(name)}")
@@ -323,6 +327,11 @@ class World:
     @staticmethod
     def role(name: str) -> str:
         return "the coordinator" if name == COORDINATOR else "a member"
+
+    def _has_joined(self, name: str) -> bool:
+        """Did this site join a round of the plan that runs now? Without it there might never be one."""
+        found = last_joined(self.federation.site(name))
+        return found is not None and found[0] == self._plan
 
     def _lose(self, name: str) -> None:
         found = last_joined(self.federation.site(name))
