@@ -220,9 +220,8 @@ class Engine:
         number = max((r.row.number for r in rounds), default=0) + 1
         header = job.header(stage, number, bytes.fromhex(job.plan.adapter.digest))
         row = RoundRow(header.hash(), digest, stage, number, encode(header), cohort, self.clock(), "running", "", None)
-        self.store.add_round(row)
         table = OfferTable(tuple(OfferEntry(m, proofs[m]) for m in cohort))
-        self.store.add_event(row.id, Event("proofs", encode(table)), self.clock())
+        self.store.add_round(row, Event("proofs", encode(table)))
         self._restore(row)
         self.rounds[row.id].log.info("round opened", members=[job.roster.name(m) for m in cohort])
 

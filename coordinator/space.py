@@ -21,4 +21,4 @@ def missing_space(job: Job, members: int, directory: Path) -> str:
     needed, free = space_needed(job, members), shutil.disk_usage(directory).free
     if free >= needed:
         return ""
-    return f"expected {needed / 1e9:.1f} GB free for the uploads of {members} members, found {free / 1e9:.1f} GB"
+    return f"expected {needed / 1e6:,.1f} MB free for the uploads of {members} members, found {free / 1e6:,.1f} MB"

@@ -180,13 +180,15 @@ class Store:
 
     # --- rounds and their events -------------------------------------------------------------------------------------
 
-    def add_round(self, row: RoundRow) -> None:
-        self._write(
-            "rounds",
-            "insert into rounds values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            *(row.id, row.plan, row.stage, row.number, row.header, json.dumps(row.invited)),
-            *(row.opened, row.state, row.reason, row.culprit),
-        )
+    def add_round(self, row: RoundRow, first: Event) -> None:
+        """A round and its first event, both or neither."""
+        with self._transaction("rounds") as db:
+            values = (row.id, row.plan, row.stage, row.number, row.header, json.dumps(row.invited))
+            db.execute(
+                "insert into rounds values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (*values, row.opened, row.state, row.reason, row.culprit),
+            )
+            db.execute("insert into events values (?, 0, ?, ?, ?)", (row.id, first.kind, first.payload, row.opened))
 
     def rounds(self, plan: bytes | None = None) -> list[RoundRow]:
         where = "" if plan is None else "where plan = ?"

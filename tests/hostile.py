@@ -27,18 +27,18 @@ from privacy.wire.transport import CLIENT_OPTIONS, PUT_CHUNK, SERVICE, chunk_byt
 from tests.on_disk import OnDisk
 from tests.test_end_to_end import PLAN, toy_plan
 
-#: A head so large that an upload takes two chunks.
-HEAD = 400_000
+#: A head that makes thirteen blocks of a vector, and one that makes two chunks of an upload.
+HEAD, TWO_CHUNKS = 400_000, 250_000
 ANSWER_S = 10.0
 
 
-def large_plan() -> bytes:
+def large_plan(size: int = HEAD) -> bytes:
     """The plan of the other tests with a large head."""
     zero, modules = "0" * 64, {"encoder.query": (6, 8)}
-    head: dict[str, tuple[int, ...]] = {"classifier.weight": (2, HEAD)}
+    head: dict[str, tuple[int, ...]] = {"classifier.weight": (2, size)}
     adapter = Adapter(rank=2, alpha=4.0, seed=zero, digest=zero, modules=modules, head=head)
     digest = start_digest(start_adapter(adapter)).hex()
-    return PLAN.format(zero=zero, digest=digest).replace("[2, 8]", f"[2, {HEAD}]").encode()
+    return PLAN.format(zero=zero, digest=digest).replace("[2, 8]", f"[2, {size}]").encode()
 
 
 class Log:
@@ -86,7 +86,7 @@ class Hostile:
     clients: dict[Path, Caller] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.world = OnDisk(self.directory, plan=large_plan() if self.large else toy_plan())
+        self.world = OnDisk(self.directory, plan=large_plan(TWO_CHUNKS) if self.large else toy_plan())
         path = self.world.federation.coordinator / config.CONFIG_FILE
         path.write_text(path.read_text() + self.settings)
         self.home = config.load_home(self.world.federation.coordinator)

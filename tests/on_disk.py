@@ -20,7 +20,7 @@ from coordinator import config, phases
 from coordinator.daemon import open_engine
 from coordinator.engine import Engine
 from coordinator.running import Running
-from coordinator.store import Event
+from coordinator.store import Event, RoundRow
 from coordinator.uploads import Uploads
 from coordinator.work import Worker
 from demo.federation import Federation
@@ -137,7 +137,13 @@ class OnDisk:
         self.engine = open_engine(config.load_home(self.federation.coordinator))
         self.engine.clock = lambda: time.time() + self.later
         self.uploads, self.worker = Uploads(self.engine, 16), Worker(self.engine)
-        write = self.engine.store.add_event
+        write, write_first = self.engine.store.add_event, self.engine.store.add_round
+
+        def opened(row: RoundRow, first: Event) -> None:
+            write_first(row, first)
+            self.events.append(first)
+            if self.cut(first):
+                raise PowerCut
 
         def stored(round_id: bytes, event: Event, at: float) -> None:
             write(round_id, event, at)
@@ -146,6 +152,7 @@ class OnDisk:
                 raise PowerCut
 
         self.engine.store.add_event = stored  # type: ignore[method-assign]
+        self.engine.store.add_round = opened  # type: ignore[method-assign]
         return self.engine
 
     def call(self, work: Callable[[], R]) -> R:

@@ -305,9 +305,9 @@ def test_what_the_coordinator_stored_is_there_after_a_restart(tmp_path: Path) ->
     store.set_ready(Y, 1, 2, 3.0)
     store.set_ready(Y, 1, 2, 9.0)  # who was ready first stays first
     store.set_ready(Y, 1, 0, 4.0)
-    store.add_round(ROW)
     events = [Event("proofs", b"p"), Event("message", b"m"), Event("message", b"m"), Event("close", b"")]
-    for event in events:
+    store.add_round(ROW, events[0])
+    for event in events[1:]:
         store.add_event(X, event, 6.0)
     store.add_event(Y, Event("abort", b"another round"), 6.0)
     ended = replace(ROW, state="aborted", reason="a reason", culprit=3)
@@ -350,9 +350,10 @@ def test_a_second_plan_of_the_same_name_is_refused(tmp_path: Path) -> None:
 
 def test_two_rounds_of_one_number_are_refused(tmp_path: Path) -> None:
     store = database(tmp_path)
-    store.add_round(ROW)
+    store.add_round(ROW, Event("proofs", b"p"))
     with pytest.raises(sqlite3.IntegrityError):
-        store.add_round(replace(ROW, id=Y))
+        store.add_round(replace(ROW, id=Y), Event("proofs", b"q"))
+    assert list(store.events(Y)) == []
 
 
 @pytest.mark.parametrize("version", [3, 99, -1])
