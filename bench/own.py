@@ -67,12 +67,12 @@ def participant(vector: Path, n: int, repeats: int) -> dict[str, Any]:
     delta = np.load(vector)
     quantizer = quantizer_of(len(delta), n)
     plus, minus = keys(n - n // 2), keys(n // 2)
+    engine = engine_for(len(delta))  # loaded once in a process, and before training ends
     with tempfile.TemporaryFile(dir=vector.parent) as spool:
 
         def spool_one() -> None:
             spool.seek(0)
             tiles = quantizer.tiles(delta, WEIGHT, {"weight": WEIGHT})
-            engine = engine_for(len(delta))
             for block in masked_blocks(tiles, plus, minus, BITS, engine):
                 spool.write(block)
 
@@ -94,6 +94,8 @@ def coordinator(size: int, n: int, repeats: int, directory: Path) -> dict[str, A
     vector[size:] = weight
     masked = b"".join(masked_blocks(vector, streams.plus, streams.minus, 32))
     running_sum.write_bytes(_unplaned(masked, quantizer.total_size))
+
+    engine_for(size)  # loaded when a coordinator starts
 
     def unmask_and_decode() -> None:
         total.unlink(missing_ok=True)
