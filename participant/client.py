@@ -74,7 +74,7 @@ class Client:
 
     def __init__(self, directory: Path, address: str, roster: RosterFile, me: int) -> None:
         hint = "join the federation first; the coordinator issues the certificate"
-        credentials = grpc.ssl_channel_credentials(
+        self._credentials = grpc.ssl_channel_credentials(
             read_file(directory / AUTHORITY, "the federation's authority certificate", hint),
             read_private(directory / TLS_KEY, "this site's TLS key", hint),
             read_file(directory / TLS_CERTIFICATE, "this site's TLS certificate", hint),
@@ -84,7 +84,10 @@ class Client:
         self._found: str | None = None
         #: Counts what was acknowledged of uploads, so that somebody can see that it goes on.
         self.progress = 0
-        self._channel = grpc.secure_channel(address, credentials, CLIENT_OPTIONS)
+        self._dial()
+
+    def _dial(self) -> None:
+        self._channel = grpc.secure_channel(self._address, self._credentials, CLIENT_OPTIONS)
         self._stub = FederationStub(self._channel)
         self._chunk: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(PUT_CHUNK)
 
@@ -181,6 +184,8 @@ class Client:
         coordinator, body = bytes.fromhex(self._roster.roster.coordinator), message.body
         if not is_receipt(coordinator, receipt.signature, round_id, self._me, body.root, body.length):
             raise ProtocolError("the coordinator's receipt for the upload does not verify")
+        self.close()  # a connection that carried so much keeps buffers of megabytes at the coordinator
+        self._dial()
 
     def _send_chunks(self, round_id: bytes, spool: Path, state: pb.UploadState, length: int, bits: int) -> None:
         """All chunks from where the coordinator has them, as many in flight as it allows."""

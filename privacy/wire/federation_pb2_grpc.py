@@ -129,7 +129,7 @@ class FederationServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def FinishUpload(self, request, context):
-        """Raw bytes: round id (32), offset (8, big-endian), payload: whole blocks, at most 1 MiB. Idempotent. The reply is one
+        """Raw bytes: round id (32), offset (8, big-endian), payload: whole blocks, at most 512 KiB. Idempotent. The reply is one
         byte: how many chunks this upload may have in flight from now on.
         rpc PutChunk(bytes) returns (bytes) -- registered beside these, without protobuf around the payload.
         """

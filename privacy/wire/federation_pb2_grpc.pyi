@@ -292,7 +292,7 @@ class FederationStub(typing.Generic[_FederationHelloType, _FederationListPlansTy
     """M5: begin (or ask how far an upload is), then chunks, then finish."""
 
     FinishUpload: _FederationFinishUploadType
-    """Raw bytes: round id (32), offset (8, big-endian), payload: whole blocks, at most 1 MiB. Idempotent. The reply is one
+    """Raw bytes: round id (32), offset (8, big-endian), payload: whole blocks, at most 512 KiB. Idempotent. The reply is one
     byte: how many chunks this upload may have in flight from now on.
     rpc PutChunk(bytes) returns (bytes) -- registered beside these, without protobuf around the payload.
     """
@@ -399,7 +399,7 @@ class FederationServicer(metaclass=abc.ABCMeta):
         request: privacy.wire.federation_pb2.UploadRequest,
         context: _ServicerContext,
     ) -> typing.Union[privacy.wire.federation_pb2.Receipt, collections.abc.Awaitable[privacy.wire.federation_pb2.Receipt]]:
-        """Raw bytes: round id (32), offset (8, big-endian), payload: whole blocks, at most 1 MiB. Idempotent. The reply is one
+        """Raw bytes: round id (32), offset (8, big-endian), payload: whole blocks, at most 512 KiB. Idempotent. The reply is one
         byte: how many chunks this upload may have in flight from now on.
         rpc PutChunk(bytes) returns (bytes) -- registered beside these, without protobuf around the payload.
         """
