@@ -28,8 +28,9 @@ chaos: $(READY) ## several hundred rounds of real processes, with everything goi
 mutants: $(READY) ## disable every refusal in turn; each time a named test must fail (long)
 	$(PY) -m tests.mutants
 
-model: $(READY) ## check the bounded model of the round with spin
+model: $(READY) ## check the bounded model of the round with spin, and the rules of the ring by enumeration
 	$(PY) -m model.run
+	$(PY) -m model.ring
 
 SECONDS := 60
 fuzz: $(READY) ## fuzz the parsers with atheris (SECONDS=600 in all, PARSERS="plan roster" chooses some)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from model import run
+from model import ring, run
 from model.run import CASES, REACHED, Verdict, broken, correct, is_as_expected, parse_verdict, tell
 
 CLEAN = """
@@ -124,3 +124,24 @@ def test_spin_finds_what_is_expected(case: run.Case, tmp_path: Path) -> None:
     output, story = run.search(case, tmp_path / "case")
     assert is_as_expected(case, parse_verdict(output))
     assert bool(story) == bool(case.expected)
+
+
+RULES = [
+    (ring.as_designed, (False, False)),
+    (ring.against_two_lists_only, (False, True)),
+    (ring.one_too_few, (True, True)),
+]
+
+
+@pytest.mark.parametrize(("rule", "broken"), RULES, ids=lambda value: getattr(value, "__name__", ""))
+def test_the_threshold_of_the_ring_holds_and_lower_ones_do_not(rule: ring.Threshold, broken: tuple[bool, bool]) -> None:
+    verdict = ring.enumerate_ring(9, 4, 4, rule)
+    assert verdict.graphs == 2368
+    assert (verdict.r1_broken > 0, verdict.r2_broken > 0) == broken
+
+
+def test_a_ring_falls_apart_where_it_should() -> None:
+    found = ring.Ring(8, 2)
+    assert [found.neighbours(i) for i in (0, 7)] == [0b10000010, 0b01000001]
+    assert sorted(found.parts(0b01101110)) == [0b00001110, 0b01100000]
+    assert list(ring.Ring(8, 4).parts(0b01101110)) == [0b01101110]
