@@ -80,6 +80,14 @@ def test_a_public_key_has_one_length(length: int) -> None:
         keys.seal((KEY.public * 2)[:length], b"secret", b"info")
 
 
+@pytest.mark.parametrize("sign", [0, 1 << 255])
+@pytest.mark.parametrize("y", sorted(keys.LOW_ORDER_Y))
+def test_a_point_of_low_order_is_known_by_its_whole_y_and_no_other_bit(y: int, sign: int) -> None:
+    assert keys.is_low_order((y + sign).to_bytes(32, "little"))
+    for neighbour in {y + 1, y ^ 1} - keys.LOW_ORDER_Y - {keys._P, keys._P + 1}:
+        assert not keys.is_low_order((neighbour + sign).to_bytes(32, "little"))
+
+
 H, T1, T2 = b"h" * 32, b"1" * 32, b"2" * 32
 S, OTHER = b"s" * 32, b"o" * 32
 

@@ -12,14 +12,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from privacy.errors import ProtocolError
+from privacy.secagg import masking
 from privacy.secagg.masking import (
     BLOCK,
+    FAST_FROM,
     TILE,
     WIDTHS,
     Apply,
     MaskStreams,
     apply_in_threads,
     block_sizes,
+    engine_for,
     keystream,
     masked_blocks,
     pack,
@@ -249,8 +252,19 @@ def test_the_engine_that_was_named_makes_the_masks() -> None:
     apply_in_threads(arange(3 * TILE), [KEY], [], 20, start=8, workers=2, engine=engine)
     assert sorted(asked) == [(1, 0, 20, 8), (1, 0, 20, 8 + 2 * TILE)]
     asked.clear()
+    apply_in_threads(arange(3 * TILE), [KEY], [], 20, engine=engine)
+    assert sorted(asked) == [(1, 0, 20, 0), (1, 0, 20, 2 * TILE)], "two threads from the beginning, unless told"
+    asked.clear()
     list(masked_blocks(np.zeros(9, np.int32), [], [KEY], 16, engine))
     assert asked == [(0, 1, 16, 0)]
+
+
+def test_the_fastest_engine_is_for_long_vectors_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fastest(plus: Sequence[bytes], minus: Sequence[bytes], bits: int, start: int) -> Apply:
+        return pyca(plus, minus, bits, start)
+
+    monkeypatch.setattr(masking, "best_engine", lambda: (fastest, "a kernel"))
+    assert [engine_for(size) for size in (1, FAST_FROM - 1, FAST_FROM)] == [pyca, pyca, fastest]
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

@@ -8,7 +8,7 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from privacy.secagg import projection
-from privacy.secagg.masking import TILE, tiles_of
+from privacy.secagg.masking import BLOCK, TILE, tiles_of
 
 KEY = bytes(range(32))
 
@@ -20,7 +20,9 @@ def test_the_projection_is_the_inner_product_with_the_stream() -> None:
     expected = sum(r * x for r, x in zip(words, vector.tolist(), strict=True)) % projection.WORD
     assert projection.project(KEY, vector) == projection.project(KEY, vector.astype(np.int64)) == expected
     assert projection.project(KEY, tiles_of(vector)) == expected
-    assert projection.project(KEY, (vector[low : low + 999] for low in range(0, len(vector), 999))) == expected
+    for step in (999, BLOCK + 5):
+        parts = (vector[low : low + step] for low in range(0, len(vector), step))
+        assert projection.project(KEY, parts) == expected
 
 
 def test_large_signed_integers_wrap_as_the_ring_does() -> None:

@@ -285,6 +285,47 @@ def test_a_total_weight_that_the_survivors_cannot_have_is_garbled(weight: int) -
         rule.decode(total, 3)
 
 
+@pytest.mark.parametrize(
+    ("low", "part", "is_good"),
+    [
+        pytest.param(0, [-1, 0, 0, -1, 3], True, id="a negative coordinate of the delta"),
+        pytest.param(0, [0, 0, 0, 0, -1], False, id="a negative extra in a part from the beginning"),
+        pytest.param(2, [0, -1, -1], False, id="a negative extra behind coordinates of the delta"),
+        pytest.param(2, [0, -1, 0], True, id="a part that begins within the delta"),
+        pytest.param(4, [-1], False, id="a part of extras alone"),
+        pytest.param(5, [-1, 0], False, id="a part that begins within the extras"),
+        pytest.param(4, [], True, id="an empty part"),
+    ],
+)
+def test_a_negative_extra_is_garbled_in_whatever_part_it_stands(low: int, part: list[int], is_good: bool) -> None:
+    lifted = np.array(part, np.int64)
+    if is_good:
+        quantizer(4).check_part(lifted, low, 3)
+        return
+    with pytest.raises(ProtocolError, match="garbled"):
+        quantizer(4).check_part(lifted, low, 3)
+
+
+def test_each_of_several_extras_has_its_own_limbs() -> None:
+    rule = Quantizer(1, 16, 8, 1.0, 3, (Extra("weight", 3), Extra("wide", 2**40), Extra("last", 2**20)))
+    values = {"weight": 3, "wide": 2**40 - 5, "last": 2**20 - 7}
+    total = rule.quantize(np.zeros(1, np.float32), 3, values, seeded("e")).astype(np.uint32)
+    assert rule.decode(total & np.uint32(0xFFFF), 1).extras == values
+
+
+def test_a_mean_of_several_tiles_is_float32_and_that_of_its_parts() -> None:
+    rule = quantizer(2 * TILE + 3)
+    lifted = np.arange(rule.total_size, dtype=np.int64) - TILE
+    lifted[-1] = 7
+    decoded, whole = rule.decode_sum(lifted, 3), rule.decode_part(lifted[:-1], 7)
+    assert decoded.mean.dtype == whole.dtype == np.float32
+    assert np.array_equal(decoded.mean, whole)
+
+
+def test_tiles_are_int32() -> None:
+    assert [tile.dtype for tile in quantizer(3).tiles(np.zeros(3, np.float32), 1, {"weight": 1})] == [np.int32]
+
+
 def test_a_total_of_another_length_is_refused() -> None:
     with pytest.raises(ProtocolError, match="expected a total of 3 coordinates"):
         quantizer(2).decode(np.zeros(4, np.uint32), 3)
@@ -305,6 +346,19 @@ def test_a_plan_fixes_the_quantiser() -> None:
     assert rule.extras == (Extra("weight", 1000), Extra("loss", 1000 * MAX_LOSS * LOSS_SCALE))
     uniform = plan.model_copy(update={"aggregation": plan.aggregation.model_copy(update={"weights": "uniform"})})
     assert quantizer_for(uniform, 10).max_weight == 1
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_a_qmax_with_which_the_largest_cohort_wraps_never_serves(monkeypatch: pytest.MonkeyPatch, over: bool) -> None:
+    # No plan gives one; the check stands against a mistake in this file.
+    plan = parse_toml(Plan, PLAN.encode(), "plan.toml")
+    four = plan.model_copy(update={"round": plan.round.model_copy(update={"max_cohort": 4})})
+    monkeypatch.setattr(Quantizer, "qmax", (1 << 21) - (not over))
+    if not over:
+        assert quantizer_for(four, 10).cohort == 4
+        return
+    with pytest.raises(RuntimeError, match=r"reaches 2\*\*\(b-1\)"):
+        quantizer_for(four, 10)
 
 
 def test_losses_are_summed_with_their_weights() -> None:

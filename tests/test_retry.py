@@ -303,6 +303,21 @@ def test_two_different_bonds_end_the_stage() -> None:
         check_proofs([record, other], first.disks[0], 0, (listed, second), context_for(N, C, round_number=4))
 
 
+@pytest.mark.parametrize("second", [(0, 1, 2), (0, 1)])
+def test_the_lists_of_all_rounds_must_agree(monkeypatch: pytest.MonkeyPatch, second: tuple[int, ...]) -> None:
+    lists = {1: (0, 1, 2), 2: second}
+    monkeypatch.setattr("participant.retry._check_list", lambda record, *_: {lists[record.header.round]})
+    headers = [context_for(3, round_number=number).header for number in lists]
+    spent = [Spent(h, "plan", "data", b"", b"", (0, 1, 2), 0, 2, b"", b"") for h in headers]
+    proofs = [ListProof(header, (), ()) for header in headers]
+    context = context_for(3, round_number=3)
+    if second == lists[1]:
+        assert check_proofs(spent, [], 0, proofs, context) == second
+        return
+    with pytest.raises(Refusal, match="bound to two different survivor lists"):
+        check_proofs(spent, [], 0, proofs, context)
+
+
 def test_an_honest_coordinator_offers_nothing_before_it_has_the_proofs() -> None:
     first = Simulation(N, C, silent={2: "M5", 3: "M5", 4: "M5"}, minimum=3).run()
     assert isinstance(first.phase, phases.Aborted)

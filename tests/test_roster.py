@@ -164,8 +164,13 @@ def policy_with(**changes: object) -> Policy:
 
 
 #: Sentence -> (plan, policy, the rules of the round).
-STRICTEST: dict[str, tuple[dict[str, int], dict[str, int], Rules]] = {
+STRICTEST: dict[str, tuple[dict[str, float], dict[str, float], Rules]] = {
     "plan and policy agree": ({}, {}, Rules(5, 1, 4, 3, 24)),
+    "the plan asks for all that is allowed": (
+        {"max_cohort": 5, "clip": 0.25, "max_weight": 10},
+        {"max_cohort": 5, "max_clip": 0.25, "max_weight": 10},
+        Rules(5, 1, 4, 3, 24),
+    ),
     "the policy wants more survivors": ({}, {"min_survivors": 4}, Rules(5, 1, 4, 4, 24)),
     "the plan wants more survivors": ({"min_survivors": 4}, {}, Rules(5, 1, 4, 4, 24)),
     "the policy wants a larger cohort": ({}, {"min_cohort": 5}, Rules(5, 1, 5, 3, 24)),
@@ -193,7 +198,9 @@ STRICTEST: dict[str, tuple[dict[str, int], dict[str, int], Rules]] = {
 
 
 @pytest.mark.parametrize(("plan", "policy", "wanted"), STRICTEST.values(), ids=STRICTEST.keys())
-def test_the_strictest_of_plan_and_policy_wins(plan: dict[str, int], policy: dict[str, int], wanted: Rules) -> None:
+def test_the_strictest_of_plan_and_policy_wins(
+    plan: dict[str, float], policy: dict[str, float], wanted: Rules
+) -> None:
     assert rules_for(plan_with(**plan), policy_with(**policy)) == wanted
 
 

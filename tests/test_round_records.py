@@ -10,16 +10,18 @@ import pytest
 from coordinator import phases
 from coordinator.proofs import certified_list, proofs_for, retry_proof
 from participant.phases import Stopped
-from participant.records import Aborted, Joined, PeersSeen, Record, Released, SignedSurvivors, Spent
+from participant.records import Aborted, Joined, PeersSeen, Record, Released, SignedSurvivors, Spent, Step
 from privacy.secagg.dialogue import FromMember, ToMember
 from privacy.secagg.messages import (
     Certificate,
     Inbox,
     KeyList,
     MaskedInput,
+    NonceList,
     Outcome,
     OutcomeVote,
     Shares,
+    SurvivorList,
     UnmaskShares,
 )
 from tests.simulation import Simulation, context_for
@@ -61,6 +63,58 @@ def test_the_answer_to_a_repeat_has_the_same_reply_and_no_record() -> None:
         step = done.members[0].machine.handle(said[kind])
         assert step.records == ()
         assert isinstance(step.reply if kind is KeyList else getattr(step.reply, "body", None), reply)
+
+
+def test_three_members_leave_the_same_records_and_repeat_the_same_replies() -> None:
+    """The smallest round, quick enough to be the first test that a mistake in a member's machine meets."""
+    heard: dict[type, ToMember] = {}
+    said: list[FromMember] = []
+
+    def hear(member: int, message: ToMember) -> ToMember:
+        if member == 0:
+            heard[type(message)] = message
+        return message
+
+    def say(member: int, message: FromMember) -> FromMember:
+        if member == 0:
+            said.append(message)
+        return message
+
+    done = Simulation(3, size=1, to_member=hear, from_member=say).run()
+    assert isinstance(done.phase, phases.Released)
+    header, survivors_l, everybody = done.context.header, done.phase.closed.survivors_l, (0, 1, 2)
+    assert [r for r in done.disks[0] if not isinstance(r, Spent)] == [
+        Joined(header, 1),
+        PeersSeen(header, everybody, (1, 1, 1)),
+        SignedSurvivors(header, survivors_l, everybody),
+        Released(header, survivors_l),
+    ]
+    kinds = (KeyList, Inbox, SurvivorList, Certificate, Outcome, NonceList)
+    for kind, reply in zip(kinds, said[1:], strict=True):
+        assert done.members[0].machine.handle(heard[kind]) == Step((), reply), kind.__name__
+
+
+def test_a_member_that_missed_the_list_takes_the_outcome() -> None:
+    def lose(member: int, message: ToMember) -> ToMember | None:
+        return None if member == 2 and isinstance(message, SurvivorList | Certificate) else message
+
+    done = Simulation(3, size=1, to_member=lose).run()
+    assert isinstance(done.phase, phases.Released)
+    assert sorted(done.phase.votes) == [0, 1, 2]
+    assert not done.members[2].refusals
+
+
+@pytest.mark.parametrize("bond", [(0, 1, 2), (0, 1)])
+def test_a_bond_allows_its_own_list_and_no_other(bond: tuple[int, ...]) -> None:
+    def bind(member: int, message: ToMember) -> ToMember:
+        if member == 0 and isinstance(message, KeyList):
+            machine = running.members[0].machine
+            machine.site = replace(machine.site, bond=bond)
+        return message
+
+    running = Simulation(3, size=1, to_member=bind)
+    refusals = running.run().members[0].refusals
+    assert [str(refusal)[:2] for refusal in refusals] == ([] if bond == (0, 1, 2) else ["M4"])
 
 
 def test_exactly_t_signatures_certify_a_list() -> None:

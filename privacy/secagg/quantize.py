@@ -208,7 +208,7 @@ class Quantizer:
             count = self.limbs(extra)
             extras[extra.name] = sum(int(v) << k * self.limb_bits for k, v in enumerate(limbs[at : at + count]))
             at += count
-        weight = extras.setdefault("weight", 0)
+        weight = extras["weight"]
         if not survivors <= weight <= survivors * self.max_weight:
             raise ProtocolError(f"garbled total: {survivors} members cannot have a total weight of {weight}")
         return extras
