@@ -25,7 +25,7 @@ import pytest
 from _pytest.runner import runtestprotocol
 
 #: CPU seconds that may be spent on one mutant; what only later tests would notice counts as a survivor.
-BUDGET_S = 6.0
+BUDGET_S = 20.0
 #: Exit codes of a fork: no test failed, one did, no test reaches the mutant.
 SURVIVED, KILLED, NOT_COVERED = 0, 1, 33
 

@@ -60,6 +60,7 @@ SUITE = (
     "tests/test_stage.py",
     "tests/adversary",
     "tests/test_liveness.py",
+    "tests/test_coordinator_round.py",
     "tests/test_round.py",
     "tests/test_vectors.py",
 )
@@ -78,8 +79,22 @@ UNIT = tuple(
             "test_naming",
         ),
         *("test_outcome", "test_plan", "test_policy", "test_quantize", "test_retry", "test_roster", "test_round"),
-        *("test_round_machine", "test_round_records", "test_shamir", "test_stage", "test_threshold"),
-        *("test_projection", "test_transcript", "test_vectors", "adversary/test_audit", "adversary/test_certificates"),
+        *(
+            "test_coordinator_round",
+            "test_round_machine",
+            "test_round_records",
+            "test_shamir",
+            "test_stage",
+            "test_threshold",
+        ),
+        *(
+            "test_threshold",
+            "test_projection",
+            "test_transcript",
+            "test_vectors",
+            "adversary/test_audit",
+            "adversary/test_certificates",
+        ),
         *("adversary/test_ciphertexts", "adversary/test_dealers", "adversary/test_framing", "adversary/test_lists"),
         *("adversary/test_members", "adversary/test_offers", "adversary/test_outcome", "adversary/test_projection"),
     )
