@@ -198,9 +198,7 @@ STRICTEST: dict[str, tuple[dict[str, float], dict[str, float], Rules]] = {
 
 
 @pytest.mark.parametrize(("plan", "policy", "wanted"), STRICTEST.values(), ids=STRICTEST.keys())
-def test_the_strictest_of_plan_and_policy_wins(
-    plan: dict[str, float], policy: dict[str, float], wanted: Rules
-) -> None:
+def test_the_strictest_of_plan_and_policy_wins(plan: dict[str, float], policy: dict[str, float], wanted: Rules) -> None:
     assert rules_for(plan_with(**plan), policy_with(**policy)) == wanted
 
 
