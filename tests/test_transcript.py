@@ -85,6 +85,13 @@ def test_the_transcript_of_a_finished_round_verifies() -> None:
     assert len(verified.streams.minus) == 2  # 3 and 4 subtract
 
 
+@pytest.mark.parametrize("sender", [5, 6])
+def test_a_signature_of_nobody_in_the_roster_is_refused(sender: int) -> None:
+    signed = sign(identity(sender), sender, SurvivorVote(X, X), HASH)
+    with pytest.raises(ProtocolError, match=f"M7: member {sender} is not in the roster"):
+        transcript.check_signed(CONTEXT, signed, "M7")
+
+
 def test_a_verified_transcript_opens_the_sum() -> None:
     assert finished().is_exact()
 
