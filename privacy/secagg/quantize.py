@@ -195,10 +195,8 @@ class Quantizer:
             ProtocolError: a total weight that so many members cannot have.
         """
         extras = self.decode_extras(lifted[self.size :], survivors)
-        mean, weight = np.empty(self.size, np.float32), extras["weight"]
-        for low in range(0, self.size, TILE):
-            mean[low : low + TILE] = self.decode_part(lifted[low : min(low + TILE, self.size)], weight)
-        return Decoded(mean, weight, extras)
+        weight = extras["weight"]
+        return Decoded(self.decode_part(lifted[: self.size], weight), weight, extras)
 
     def decode_extras(self, limbs: NDArray[np.int64], survivors: int) -> dict[str, int]:
         """The summed extras from the last coordinates of checked totals, ``weight`` among them; raises as
