@@ -117,7 +117,7 @@ def is_published(job: Job, stage: int, cohorts: Sequence[CohortTotal], releases:
     path = _directory(job, stage, releases) / MANIFEST
     if not path.exists():
         return False
-    listed = [(c["round"], c["evidence_sha256"]) for c in json.loads(path.read_bytes())["cohorts"]]
+    listed = [(c["round"], c.get("evidence_sha256")) for c in json.loads(path.read_bytes())["cohorts"]]
     return listed == [(c.number, _evidence_hash(c)) for c in cohorts]
 
 

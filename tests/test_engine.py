@@ -351,3 +351,17 @@ def test_an_upload_that_was_never_finished_gives_its_place_back(world: OnDisk, m
     world.engine.cancel_plan("toy", "over")
     world.uploads._forget_closed()
     assert not world.uploads._running
+
+
+def test_a_release_of_an_earlier_version_is_written_anew(world: OnDisk) -> None:
+    """Its manifest does not say which evidence it is about; the coordinator must not stumble over it at its start."""
+    world.run()
+    while world.work():
+        pass
+    manifest = world.engine.home.releases / "toy" / "stage-1" / "manifest.json"
+    written = manifest.read_bytes()
+    manifest.write_bytes(written.replace(b'"evidence_sha256"', b'"another_key"'))
+    world.open()
+    while world.work():
+        pass
+    assert manifest.read_bytes() == written
