@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import socket
 import ssl
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,13 +30,13 @@ def _context(purpose: int, directory: Path) -> ssl.SSLContext:
     return context
 
 
-def send_all(sites: Sequence[Path], spool: Path, port: int) -> float:
+def send_all(sites: Sequence[Path], spool: Path, port: int, ready: Callable[[], None] = lambda: None) -> float:
     """Send one file from every site at the same time; seconds from the first byte to the last receipt.
 
-    Every receipt is the SHA-256 of the file, given once it is durable.
+    Every receipt is the SHA-256 of the file, given once it is durable. ``ready`` is called when all are connected.
     """
     expected = hashlib.sha256(spool.read_bytes()).digest()
-    start = threading.Barrier(len(sites) + 1)
+    start = threading.Barrier(len(sites) + 1, ready)
 
     def send(site: Path) -> None:
         with (
@@ -92,12 +93,10 @@ def main() -> None:
     context = _context(ssl.PROTOCOL_TLS_SERVER, directory)
     with socket.create_server(("127.0.0.1", 0), backlog=128) as server:
         print(server.getsockname()[1], flush=True)
-        number = 0
         while True:
             plain, _ = server.accept()
-            target = out / f"raw-{number % 128}.bin"
+            target = out / f"raw-{secrets.token_hex(6)}.bin"
             threading.Thread(target=_receive, args=(plain, context, target, length), daemon=True).start()
-            number += 1
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from bench.fleet import Fleet, Pace
+from bench.meter import touch_memory
 from bench.raw_socket import send_all
 from bench.rows import Bar, Row, row
 from bench.scale import ROOT, Scale
@@ -52,13 +53,17 @@ class Measured:
             return port
         return stack.enter_context(listening("bench.delay", "--to", port, "--rtt", rtt_ms / 1000))
 
+    def _touch(self) -> None:
+        """Just before the uploads, here as there."""
+        touch_memory(self._fleet.federation.directory, 2 * self._fleet.n * packed_length(self._fleet.size, BITS))
+
     def round(self, rtt_ms: int) -> tuple[float, float]:
         """(seconds of the round, seconds of its upload phase)."""
         self._plans += 1
         plan, n = f"bench-{self._plans}", self._fleet.n
         with ExitStack() as stack:
             port = self._near_or_far(stack, self._fleet.port, rtt_ms)
-            pace = Pace(threading.Semaphore(n), threading.Barrier(n))
+            pace = Pace(threading.Semaphore(n), threading.Barrier(n, self._touch))
             times = self._fleet.run_round(plan, pace, port)
         self._fleet.check_total(plan)
         self.spool = self._fleet.spool(plan)
@@ -71,7 +76,7 @@ class Measured:
         with ExitStack() as stack:
             coordinator = self._fleet.federation.coordinator
             port = stack.enter_context(listening("bench.raw_socket", coordinator, out, self.length))
-            return send_all(self._sites, self.spool, self._near_or_far(stack, port, rtt_ms))
+            return send_all(self._sites, self.spool, self._near_or_far(stack, port, rtt_ms), self._touch)
 
     def rows(self, rtt_ms: int, repeats: int) -> list[Row]:
         """The rows of one distance: rounds, with raw uploads before and after each."""

@@ -19,7 +19,7 @@ class Settings(Section):
     #: Address that participants dial, host:port.
     listen: Annotated[str, Field(pattern=r"^.+:\d{1,5}$")] = "127.0.0.1:7443"
     #: Uploads taken at the same time; others are told to come back.
-    max_uploads: Annotated[int, Field(ge=1, le=1024)] = 12
+    max_uploads: Annotated[int, Field(ge=1, le=1024)] = 10
     #: Keep masked uploads after the outcome is certified, for an auditor who recomputes sums (``--uploads``).
     keep_uploads: bool = False
 

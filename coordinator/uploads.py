@@ -29,7 +29,7 @@ from privacy.secagg.messages import MaskedInput
 from privacy.secagg.signed import Signed
 from privacy.wire.transport import WINDOW, chunk_bytes
 
-#: Chunks in flight of all uploads together (about 16 MiB): what bounds the memory for uploads.
+#: Chunks in flight of all uploads together (about 40 MiB): what bounds the memory for uploads.
 SLOTS = 40
 #: An upload from which nothing came for so long gives its place to whoever waits; what is on disk stays.
 IDLE_S = 120.0

@@ -37,6 +37,10 @@ from privacy.wire.transport import CHUNK_S, CLIENT_OPTIONS, PUT_CHUNK, WINDOW, c
 
 #: A call that takes longer than this is tried again; long polls end before it.
 TIMEOUT_S = 60.0
+#: The fastest line that an upload fills, bytes a second; what is in flight beyond that waits at the coordinator.
+LINE_BYTES_S = 125e6
+#: Chunks that a near upload leaves out of its window: its connection costs the coordinator as much memory.
+SPARE = 3
 #: Pause between two looks at why there is no connection.
 DIAGNOSE_S = 60.0
 
@@ -82,6 +86,8 @@ class Client:
         self._address, self._directory, self._roster, self._me = address, directory, roster, me
         self._diagnosed = float("-inf")
         self._found: str | None = None
+        #: Seconds of the quickest call so far: how far away the coordinator is.
+        self._round_trip = TIMEOUT_S
         #: Counts what was acknowledged of uploads, so that somebody can see that it goes on.
         self.progress = 0
         self._dial()
@@ -125,8 +131,11 @@ class Client:
         return self._found
 
     def _call(self, method: Callable[..., Any], request: Any) -> Any:
+        began = time.monotonic()
         with self._errors():
-            return method(request, timeout=TIMEOUT_S)
+            reply = method(request, timeout=TIMEOUT_S)
+        self._round_trip = min(self._round_trip, time.monotonic() - began)
+        return reply
 
     def hello(self) -> None:
         """Compare versions, roster and coordinator key.
@@ -196,13 +205,18 @@ class Client:
         with self._errors(), spool.open("rb") as file:
             file.seek(offset)
             while offset < length or flying:
-                while offset < length and len(flying) < window:
+                while offset < length and len(flying) < self._in_flight(window, size):
                     payload = file.read(size)
                     call = self._chunk.future(put_chunk(round_id, offset, payload), timeout=CHUNK_S)
                     flying.append(call)
                     offset += len(payload)
                 window = read_chunk_reply(flying.popleft().result())
                 self.progress += 1
+
+    def _in_flight(self, window: int, size: int) -> int:
+        """How much of its window an upload uses: what fills the line, and more only where there is room."""
+        line = round(self._round_trip * LINE_BYTES_S / size)
+        return min(window, max(1, line, window - SPARE))
 
     def releases(self, plan: bytes) -> list[ReleasedCohort]:
         """All released rounds of a plan."""

@@ -28,7 +28,7 @@ from tests.on_disk import OnDisk
 from tests.test_end_to_end import PLAN, toy_plan
 
 #: A head that makes thirteen blocks of a vector, and one that makes two chunks of an upload.
-HEAD, TWO_CHUNKS = 400_000, 100_000
+HEAD, TWO_CHUNKS = 400_000, 200_000
 ANSWER_S = 10.0
 
 

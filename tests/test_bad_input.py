@@ -258,10 +258,10 @@ UPLOADS: dict[str, tuple[str, Callable[[Hostile], pb.UploadRequest], grpc.Status
     "of an unknown round": ("BeginUpload", of_unknown_round, REFUSED, "no round 7a7a"),
     "without an input": ("BeginUpload", lambda _: pb.UploadRequest(), BAD, "expected a body, found none"),
     "that nobody signed": ("BeginUpload", with_bad_signature, BAD, "M5: the signature of member 1|signature"),
-    "of another length": ("BeginUpload", lambda h: signed_again(h, length=1), BAD, "expected 600045 bytes, found 1"),
-    "of more than there is": ("BeginUpload", lambda h: signed_again(h, length=2**64 - 1), BAD, "expected 600045"),
+    "of another length": ("BeginUpload", lambda h: signed_again(h, length=1), BAD, "expected 1200045 bytes, found 1"),
+    "of more than there is": ("BeginUpload", lambda h: signed_again(h, length=2**64 - 1), BAD, "expected 1200045"),
     "a second, different one": ("BeginUpload", lambda h: signed_again(h, root=bytes(32)), BAD, "second, different"),
-    "ended before it is whole": ("FinishUpload", lambda h: h.uploads[1].request, BUSY, "expected 600045 bytes, found"),
+    "ended before it is whole": ("FinishUpload", lambda h: h.uploads[1].request, BUSY, "expected 1200045 bytes, found"),
 }
 
 

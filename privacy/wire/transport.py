@@ -9,13 +9,13 @@ SERVICE = "veilsum.v1.Federation"
 PUT_CHUNK = f"/{SERVICE}/PutChunk"
 
 #: Payload of one chunk at most: whole packed blocks that come near to it, so that each chunk can be hashed alone.
-MOST_CHUNK_BYTES = 1 << 19
+MOST_CHUNK_BYTES = 1 << 20
 CHUNK_HEADER = 32 + 8  # round id, offset
-#: Chunks in flight of one upload at most: 16 MiB, as fast as one stream at 200 ms round trip.
+#: Chunks in flight of one upload at most: 40 MiB, as fast as one stream at 200 ms round trip.
 WINDOW = 40
 #: Seconds a chunk may take on a slow line, with others beside it (19 kB/s for all of them together).
 CHUNK_S = 900.0
-MAX_REQUEST = 1 << 20
+MAX_REQUEST = MOST_CHUNK_BYTES + (64 << 10)
 #: What a member takes from the coordinator in one message: M10 of a cohort of 128 with many dropouts is about 20 MiB.
 MAX_REPLY = 64 << 20
 
@@ -34,8 +34,8 @@ SERVER_OPTIONS = (
     # Whoever connects and does not say who it is, or says it and then nothing, does not keep a connection for ever.
     ("grpc.server_handshake_timeout_ms", 20_000),
     ("grpc.max_connection_idle_ms", 600_000),
-    # Else every connection that once carried an upload keeps a buffer of megabytes.
-    ("grpc.experimental.tcp_max_read_chunk_size", 256 << 10),
+    # Else every connection that once carried an upload keeps a large buffer.
+    ("grpc.experimental.tcp_max_read_chunk_size", 64 << 10),
 )
 CLIENT_OPTIONS = (
     *KEEPALIVE,
