@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from participant import charging
 from participant.client import Client, OfferedPlan, seen_hash
 from participant.fetch import fetch_release
 from participant.patience import patiently
@@ -26,6 +27,7 @@ from privacy.secagg.messages import Inbox, Offer, Outcome, RoundAborted
 log = structlog.get_logger()
 
 IDLE_S = 2.0
+STAGE = 1
 
 
 @dataclass
@@ -61,7 +63,7 @@ class Daemon:
             plan_file = parse_plan(offered.toml)
             name = plan_file.plan.name
             job = Job.of(plan_file, self.site.roster)
-            admit(job, self.site.home.settings)
+            admit(job, self.site.home.settings, charging.standing(self.site, job, STAGE))
             state, reason = self._work(job, offered)
         except Unreachable:
             raise
@@ -76,10 +78,11 @@ class Daemon:
         return state
 
     def _work(self, job: Job, offered: OfferedPlan) -> tuple[str, str]:
-        stage = 1
+        stage = STAGE
         if offered.state in ("cancelled", "aborted"):
             if self._fetch(job, stage):  # a release made before stays a release
                 return "released", str(self.site.release_directory(job.plan.name, stage) / "adapter")
+            charging.give_up(self.site, job, stage, f"the plan is {offered.state}: {offered.reason}")
             return offered.state, offered.reason
         if not self._is_released(job, stage):
             prepare(self.site, job, stage, self.progress(job) if self.progress else None)

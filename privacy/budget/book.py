@@ -185,7 +185,17 @@ class Book:
         """Reservations that may still go on, oldest first."""
         return [job for job in self.jobs.values() if job.state in ("reserved", "started", "released")]
 
+    def _of(self, plan_digest: str, stage: int) -> list[Job]:
+        return [j for j in self.jobs.values() if (j.reserve.plan_digest, j.reserve.stage) == (plan_digest, stage)]
+
     def find(self, plan_digest: str, stage: int) -> Job | None:
         """The last job of a plan file and stage that was not aborted."""
-        same = [j for j in self.jobs.values() if (j.reserve.plan_digest, j.reserve.stage) == (plan_digest, stage)]
-        return next((job for job in reversed(same) if not job.aborted), None)
+        return next((job for job in reversed(self._of(plan_digest, stage)) if not job.aborted), None)
+
+    def trained(self, plan_digest: str, stage: int) -> list[Job]:
+        """All jobs of a plan file and stage that started, oldest first."""
+        return [job for job in self._of(plan_digest, stage) if job.started]
+
+    def released_in(self, plan_digest: str, stage: int, round_number: int) -> Job | None:
+        """The job whose vector was masked for this round."""
+        return next((job for job in self._of(plan_digest, stage) if round_number in job.released), None)
