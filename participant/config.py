@@ -127,6 +127,11 @@ class Home:
         return self.directory / "records.jsonl"
 
     @property
+    def witnesses(self) -> Path:
+        """What M2 of each round showed of the other members' ledgers."""
+        return self.directory / "witnesses.jsonl"
+
+    @property
     def ledgers(self) -> Path:
         """One ledger for each data set, its checkpoint beside it."""
         return self.directory / "ledger"

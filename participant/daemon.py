@@ -79,6 +79,7 @@ class Daemon:
 
     def _work(self, job: Job, offered: OfferedPlan) -> tuple[str, str]:
         stage = STAGE
+        self.client.checkpoint = lambda: self.site.ledger(job.plan.data.dataset).checkpoint()
         if offered.state in ("cancelled", "aborted"):
             if self._fetch(job, stage):  # a release made before stays a release
                 return "released", str(self.site.release_directory(job.plan.name, stage) / "adapter")

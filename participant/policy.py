@@ -23,8 +23,8 @@ def admit(job: Job, settings: Settings, standing: Standing | None = None) -> Non
         standing: what the ledger of the plan's data set says; ``None``: nothing is charged to it yet.
 
     Raises:
-        Refusal: consent, base model, data set, cohort sizes, colluders, audit or the data set's budget; the roster's own
-            rules were applied when the job was made.
+        Refusal: consent, base model, data set, cohort sizes, colluders, audit or the data set's budget; the
+            roster's own rules were applied when the job was made.
     """
     plan, own, rules = job.plan, settings.policy, job.rules
     name = f"plan '{plan.name}'"

@@ -26,7 +26,7 @@ from privacy import faults
 from privacy.errors import ProtocolError, Refusal
 from privacy.job import Job
 from privacy.secagg.dialogue import FromMember, ToMember, message_name
-from privacy.secagg.messages import Header, MaskedInput, Offer, RoundAborted
+from privacy.secagg.messages import Header, KeyList, MaskedInput, Offer, RoundAborted
 from privacy.secagg.projection import project
 from privacy.secagg.signed import Signed, sign
 from privacy.vectors import file_root
@@ -157,6 +157,9 @@ class RoundRun:
         except ProtocolError as error:
             log.warning("refused", plan=self.job.plan.name, message=type(message).__name__, reason=str(error))
             return
+        if isinstance(message, KeyList) and step.records:
+            store, header = self.site.store, self.machine.context.header
+            patiently(lambda: store.keep_witnesses(header, message.members))
         self.answer(step)
         phase = self.machine.phase
         if isinstance(phase, Masking):

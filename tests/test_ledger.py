@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def test_a_public_key_is_enough_to_verify_every_line(ledger: Ledger) -> None:
 
 def test_the_chain_is_plain_sha256_over_stored_lines(ledger: Ledger) -> None:
     stored = lines(ledger)
-    for before, after in zip(stored, stored[1:], strict=False):
+    for before, after in pairwise(stored):
         done = subprocess.run(["sha256sum"], input=before, capture_output=True, check=True)
         assert json.loads(after)["previous"] == done.stdout.split()[0].decode()
 

@@ -61,8 +61,8 @@ def _decoded(text: str, what: str) -> bytes:
     return raw
 
 
-def _read(note: bytes) -> tuple[re.Match[str], str, list[str]]:
-    """(the parsed text, the text, the signature lines)."""
+def _read(note: bytes) -> tuple[Checkpoint, str, list[tuple[str, bytes]]]:
+    """(what it says, the signed text, (key name, signature) of each line)."""
     if len(note) > MAX_NOTE_BYTES:
         raise ProtocolError(f"checkpoint: expected at most {MAX_NOTE_BYTES} bytes, found {len(note)}")
     try:
@@ -73,7 +73,15 @@ def _read(note: bytes) -> tuple[re.Match[str], str, list[str]]:
     lines = rest.split("\n")
     if found is None or lines.pop() != "" or not 1 <= len(lines) <= MAX_SIGNATURES:
         raise ProtocolError("checkpoint: expected origin, size, root, an empty line and signature lines")
-    return found, text + "\n", lines
+    said = Checkpoint(found[2], int(found[3]), _decoded(found[4], "a root"), note)
+    return said, text + "\n", [_signature(line) for line in lines]
+
+
+def _signature(line: str) -> tuple[str, bytes]:
+    match = _SIGNATURE.match(line)
+    if match is None:
+        raise ProtocolError("checkpoint: expected signature lines of a name and base64")
+    return match[1], _decoded(match[2], "a signature")
 
 
 def read_checkpoint(note: bytes) -> Checkpoint:
@@ -82,8 +90,7 @@ def read_checkpoint(note: bytes) -> Checkpoint:
     Raises:
         ProtocolError: not a checkpoint of a ledger.
     """
-    found, _, _ = _read(note)
-    return Checkpoint(found[2], int(found[3]), _decoded(found[4], "a root"), note)
+    return _read(note)[0]
 
 
 def verify_checkpoint(note: bytes, public: bytes, dataset: str | None = None) -> Checkpoint:
@@ -92,24 +99,16 @@ def verify_checkpoint(note: bytes, public: bytes, dataset: str | None = None) ->
     Raises:
         ProtocolError: malformed, about another data set, not signed by this key, or with a wrong signature of it.
     """
-    found, text, lines = _read(note)
-    name = found[1]
-    if dataset is not None and found[2] != dataset:
-        raise ProtocolError(f"checkpoint: expected data set {dataset[:16]}…, found {found[2][:16]}…")
-    signed, wanted = False, key_hash(name, public)
-    for line in lines:
-        match = _SIGNATURE.match(line)
-        if match is None:
-            raise ProtocolError("checkpoint: expected signature lines of a name and base64")
-        blob = _decoded(match[2], "a signature")
-        if match[1] != name or blob[:4] != wanted:
-            continue
-        if not verify_signature(public, blob[4:], text.encode()):
-            raise ProtocolError("checkpoint: its signature does not verify")
-        signed = True
-    if not signed:
+    said, text, signatures = _read(note)
+    if dataset is not None and said.dataset != dataset:
+        raise ProtocolError(f"checkpoint: expected data set {dataset[:16]}…, found {said.dataset[:16]}…")
+    name = ORIGIN + said.dataset
+    own = [blob[4:] for who, blob in signatures if (who, blob[:4]) == (name, key_hash(name, public))]
+    if not own:
         raise ProtocolError("checkpoint: expected a signature by the site's identity key, found none")
-    return read_checkpoint(note)
+    if not all(verify_signature(public, signature, text.encode()) for signature in own):
+        raise ProtocolError("checkpoint: its signature does not verify")
+    return said
 
 
 def split_notes(raw: bytes) -> list[bytes]:
