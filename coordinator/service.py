@@ -207,7 +207,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         """
         if note:
             self._witnesses.take(member, note, advertised)
-        elif getattr(job.plan, "privacy", None) is not None:
+        elif job.plan.privacy is not None:
             raise Refusal(f"plan '{job.plan.name}' is private: expected a signed checkpoint of the ledger, found none")
         elif self._lines.shall_say(self._name(member).encode(), "no checkpoint"):
             log.warning("no checkpoint of the ledger", member=self._name(member), plan=job.plan.name)

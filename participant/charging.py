@@ -17,6 +17,7 @@ from participant.patience import patiently
 from participant.registry import Registry
 from participant.site import Site
 from privacy import __version__
+from privacy.budget import terms
 from privacy.budget.accounting import bounded_pld_epsilon, rdp, rdp_epsilon
 from privacy.budget.book import Book, fixed_terms
 from privacy.budget.entries import (
@@ -35,7 +36,6 @@ from privacy.budget.entries import (
 from privacy.budget.events import DpSgd, Mechanism, Unprotected
 from privacy.budget.filter import Standing, objection
 from privacy.budget.ledger import Ledger, Stamp
-from privacy.budget.terms import mechanism_of
 from privacy.errors import Refusal, shown
 from privacy.job import Job
 
@@ -148,7 +148,7 @@ def reserve(site: Site, job: Job, stage: int) -> str:
         Refusal: the budget does not allow it, or the plan was trained too often.
     """
     ledger, digest = ledger_of(site, job.plan.data.dataset), job.plan_file.digest.hex()
-    mechanism, before = mechanism_of(job.plan), ledger.book.find(digest, stage)
+    mechanism, before = terms.mechanism(job.plan), ledger.book.find(digest, stage)
     going_on = ("reserved", "started") if isinstance(mechanism, Unprotected) else ("reserved",)
     if before is not None and before.state in going_on:
         return before.reserve.job
@@ -171,7 +171,7 @@ def reserve(site: Site, job: Job, stage: int) -> str:
 
 
 def _reservation(policy: Policy, job: Job, stage: int) -> Reserve:
-    mechanism = mechanism_of(job.plan)
+    mechanism = terms.mechanism(job.plan)
     return Reserve(
         job=secrets.token_hex(16),
         plan=job.plan.name,
@@ -240,7 +240,7 @@ def charged(site: Site, job: Job, stage: int) -> str:
     if found is not None and found.started:
         return found.reserve.job
     identity = reserve(site, job, stage)
-    selftest = None if isinstance(mechanism_of(job.plan), Unprotected) else {"passed": False, "reason": KEPT}
+    selftest = None if isinstance(terms.mechanism(job.plan), Unprotected) else {"passed": False, "reason": KEPT}
     start(site, job, identity, selftest)
     return identity
 
@@ -263,6 +263,6 @@ def commit(site: Site, job: Job, stage: int, round_number: int, root: bytes) -> 
     found = ledger.book.released_in(job.plan_file.digest.hex(), stage, round_number)
     if found is None or round_number in found.committed:
         return
-    mechanism = mechanism_of(job.plan)
+    mechanism = terms.mechanism(job.plan)
     steps = mechanism.steps if isinstance(mechanism, DpSgd) else 0
     _enter(ledger, Commit(job=found.reserve.job, steps=steps, round=round_number, root=root.hex()))

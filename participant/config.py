@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from privacy.budget import entries
+from privacy.guarantee import Number
 from privacy.plan import Name, Positive
 from privacy.settings import Section, load_toml
 
@@ -20,8 +22,8 @@ DEFAULT_DELTA, DEFAULT_ORDER = "0.00001", 6
 class Budget(Section):
     """How much may ever be learnt about one record, or one person, of a data set, over all plans together."""
 
-    epsilon: entries.Amount
-    delta: entries.Amount
+    epsilon: Number
+    delta: Number
     #: The one order of the RDP filter; default: see :func:`default_order`. It never changes after the first job.
     order: Annotated[int, Field(ge=2, le=256)] | None = None
     unit: entries.Unit = "record"
@@ -34,6 +36,11 @@ def default_order(epsilon: float) -> int:
     return next((order for least, order in ((5.0, 3), (2.0, 6), (0.75, 16)) if epsilon >= least), 32)
 
 
+def _plain(number: str) -> str:
+    """A decimal number without an exponent and without zeros that say nothing, as ledgers have it."""
+    return f"{Decimal(number).normalize():f}"
+
+
 class DataSet(Section):
     """Where a data set lies, how to read it, and what may be learnt from it."""
 
@@ -41,6 +48,8 @@ class DataSet(Section):
     format: Literal["csv", "jsonl", "parquet", "folder"]
     text: str = "text"
     label: str = "label"
+    #: Column that says whose record it is; needed where a plan or the budget protects users.
+    unit: str | None = None
     #: Without a budget every plan is recorded and none is refused for what it reveals.
     budget: Budget | None = None
     #: ``false`` declares that these records need no protection.
@@ -60,8 +69,8 @@ class DataSet(Section):
             unit=own.unit,
             max_records_per_unit=own.max_records_per_unit,
             adjacency=own.adjacency,
-            delta=own.delta,
-            epsilon=own.epsilon,
+            delta=_plain(own.delta),
+            epsilon=_plain(own.epsilon),
             order=own.order or default_order(float(own.epsilon)),
             protected=self.protected,
         )

@@ -8,10 +8,12 @@ one line that says what was asked and what is allowed.
 from __future__ import annotations
 
 from participant.config import Settings
+from privacy.budget import terms
+from privacy.budget.events import Mechanism
 from privacy.budget.filter import Standing, objection
-from privacy.budget.terms import mechanism_of
 from privacy.errors import Refusal
 from privacy.job import Job
+from privacy.plan import Plan
 
 AUDITS = ("none", "spot", "divided")
 
@@ -47,6 +49,18 @@ def admit(job: Job, settings: Settings, standing: Standing | None = None) -> Non
         raise Refusal(f"{name} allows sums of two members; this site has not opted in (allow_two_members)")
     if AUDITS.index(plan.round.audit) < AUDITS.index(own.audit):
         raise Refusal(f"{name} has audit '{plan.round.audit}'; this site demands '{own.audit}'")
-    before = standing or Standing(settings.datasets[plan.data.dataset].policy())
-    if found := objection(before, mechanism_of(plan)):
+    data = settings.datasets[plan.data.dataset]
+    if plan.privacy is not None and plan.privacy.unit == "user" and data.unit is None:
+        raise Refusal(
+            f"{name} protects users; data set '{plan.data.dataset}' does not say whose a record is: "
+            "name the column under 'unit' in participant.toml"
+        )
+    if found := objection(standing or Standing(data.policy()), _mechanism(plan)):
         raise Refusal(f"{name} {found}")
+
+
+def _mechanism(plan: Plan) -> Mechanism:
+    try:
+        return terms.mechanism(plan)
+    except ValueError as error:
+        raise Refusal(f"plan '{plan.name}': {error}") from error

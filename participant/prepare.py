@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
 from participant import charging
+from participant.config import DataSet
 from participant.data import Examples, load_examples
 from participant.patience import patiently
 from participant.registry import Registry
@@ -47,7 +48,7 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None) 
     if kept is not None and site.spent(job, stage):
         raise Refusal(f"the delta of plan '{name}' is spent under another plan file; a changed plan needs a new name")
     data = site.home.settings.datasets[job.plan.data.dataset]
-    examples = load_examples(site.home.path(data.path), data.format, data.text, data.label, job.plan.data.labels)
+    examples = _examples(site, job, data)
     weight = _weight(job, len(examples))
     patiently(lambda: Registry(site.home).take(job.plan.data.dataset, examples.texts))
     identity = charging.reserve(site, job, stage)
@@ -58,8 +59,23 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None) 
     patiently(lambda: save_peft(place, local, adapter=job.plan.adapter, base_name=base_name))
     trained = Trained(digest, weight, result.loss, result.seconds, result.examples)
     patiently(lambda: _keep(site, job, stage, result.delta, trained))
-    log.info("trained", plan=name, loss=round(result.loss, 4), seconds=round(result.seconds, 1))
+    loss = {} if job.plan.privacy else {"loss": round(result.loss, 4)}
+    log.info("trained", plan=name, seconds=round(result.seconds, 1), **loss)
     return trained
+
+
+def _examples(site: Site, job: Job, data: DataSet) -> Examples:
+    privacy = job.plan.privacy
+    users = privacy is not None and privacy.unit == "user"
+    return load_examples(
+        site.home.path(data.path),
+        data.format,
+        data.text,
+        data.label,
+        job.plan.data.labels,
+        unit_column=data.unit if users else None,
+        max_records_per_unit=privacy.max_records_per_unit if privacy is not None and users else None,
+    )
 
 
 def _train(
@@ -67,24 +83,32 @@ def _train(
 ) -> TrainingResult:
     """Train the charged job: START is durable before the first batch, after the self-test of a private one."""
     # torch takes seconds to import, and only this needs it.
-    from participant.training import train
-
     settings = site.home.settings
-    charging.start(site, job, identity, None)
-    return train(
-        plan=job.plan,
-        base=site.home.path(settings.models[job.plan.base.name]),
-        start=start,
-        examples=examples,
-        device=settings.device,
-        threads=settings.threads,
-        progress=progress,
-    )
+    about: dict[str, Any] = {
+        "plan": job.plan,
+        "base": site.home.path(settings.models[job.plan.base.name]),
+        "start": start,
+        "examples": examples,
+        "device": settings.device,
+        "threads": settings.threads,
+        "progress": progress,
+    }
+    if job.plan.privacy is None:
+        from participant.training import train
+
+        charging.start(site, job, identity, None)
+        return train(**about)
+    from participant.dp_sgd import train_private
+
+    return train_private(**about, on_selftest=lambda found: charging.start(site, job, identity, found.to_json()))
 
 
 def _weight(job: Job, examples: int) -> int:
+    """What this site counts for; of a private data set the number of records is nobody's to know."""
     if job.plan.aggregation.weights == "uniform":
         return 1
+    if job.plan.privacy is not None:
+        return job.plan.privacy.nominal_size
     if examples > job.plan.round.max_weight:
         raise UserError(
             f"data set '{job.plan.data.dataset}': expected at most {job.plan.round.max_weight} examples "
