@@ -34,7 +34,7 @@ from privacy.budget.entries import (
     decimal_text,
 )
 from privacy.budget.events import DpSgd, Mechanism, Unprotected
-from privacy.budget.filter import Standing, objection
+from privacy.budget.filter import Standing, enforced_epsilon, mechanisms_of, objection
 from privacy.budget.ledger import Ledger, Stamp
 from privacy.errors import Refusal, shown
 from privacy.job import Job
@@ -132,6 +132,38 @@ def standing(site: Site, job: Job, stage: int) -> Standing | None:
         return Standing(data.policy())
     ledger = ledger_of(site, name)
     return Standing.of(ledger.book, job.plan_file.digest.hex(), stage)
+
+
+def account(site: Site, name: str) -> dict[str, Any]:
+    """What a site's ledger says about one data set, for people and machines; numbers are decimal strings.
+
+    ``reserved`` is epsilon with every open reservation, ``spent`` without those that have not started; ``left`` is of
+    the budget, ``None`` where there is none.
+    """
+    ledger, data = site.ledger(name), site.home.settings.datasets[name]
+    policy = ledger.book.policy if ledger.entries else data.policy()
+    jobs = ledger.book.charged()
+    started = [j for j in jobs if j.started]
+    spent, reserved = (enforced_epsilon(policy, mechanisms_of(found)) for found in (started, jobs))
+    left = max(0.0, float(policy.epsilon) - reserved) if policy.epsilon is not None else None
+    return {
+        "dataset": name,
+        "registered": bool(ledger.entries),
+        "identity": ledger.book.dataset,
+        "policy": described(policy),
+        "budget": policy.epsilon,
+        "order": policy.order,
+        "delta": policy.delta,
+        "spent": f"{spent:.4f}",
+        "reserved": f"{reserved:.4f}",
+        "left": None if left is None else f"{left:.4f}",
+        "records": Registry(site.home).records(name),
+        "lines": len(ledger.entries),
+        "jobs": [
+            {"job": j.reserve.job, "plan": j.reserve.plan, "stage": j.reserve.stage, "state": j.state}
+            for j in ledger.book.jobs.values()
+        ],
+    }
 
 
 # --- one job ----------------------------------------------------------------------------------------------------------

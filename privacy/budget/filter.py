@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from privacy.budget.accounting import epsilon_of_rdp, rdp
-from privacy.budget.book import Book
+from privacy.budget.book import Book, Job
 from privacy.budget.entries import Policy
 from privacy.budget.events import DpSgd, Mechanism, Unprotected, mechanism_from_json
 
@@ -39,12 +39,16 @@ class Standing:
         Raises:
             ProtocolError: a mechanism in the ledger that this version does not know.
         """
-        charged = tuple(mechanism_from_json(job.reserve.mechanism) for job in book.charged())
-        return cls(book.policy, charged, book.find(plan_digest, stage) is not None)
+        return cls(book.policy, mechanisms_of(book.charged()), book.find(plan_digest, stage) is not None)
 
     def epsilon(self, *more: Mechanism) -> float:
         """Enforced epsilon of what is charged and of ``more``, at the policy's order and delta; may be infinite."""
         return enforced_epsilon(self.policy, (*self.charged, *more))
+
+
+def mechanisms_of(jobs: Sequence[Job]) -> tuple[Mechanism, ...]:
+    """What these jobs do, from their reservations; raises ProtocolError for what this version does not know."""
+    return tuple(mechanism_from_json(job.reserve.mechanism) for job in jobs)
 
 
 def enforced_epsilon(policy: Policy, mechanisms: Sequence[Mechanism]) -> float:
