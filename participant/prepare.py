@@ -57,10 +57,10 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None) 
     local = release(start, result.delta, 1.0, job.layout)
     place, base_name = site.local_directory(name, stage), job.plan.base.name
     patiently(lambda: save_peft(place, local, adapter=job.plan.adapter, base_name=base_name))
-    trained = Trained(digest, weight, result.loss, result.seconds, result.examples)
+    loss = result.loss if job.plan.privacy is None else 0.0  # an un-noised mean over the records
+    trained = Trained(digest, weight, loss, result.seconds, result.examples)
     patiently(lambda: _keep(site, job, stage, result.delta, trained))
-    loss = {} if job.plan.privacy else {"loss": round(result.loss, 4)}
-    log.info("trained", plan=name, seconds=round(result.seconds, 1), **loss)
+    log.info("trained", plan=name, loss=round(loss, 4), seconds=round(result.seconds, 1))
     return trained
 
 
