@@ -22,7 +22,9 @@ SOURCE_SUFFIXES = {".py", ".proto", ".sh", ".js", ".css", ".html"}
 MAX_LINES = 420
 
 EVERYWHERE = tuple(f"{package}/*" for package in PRODUCT)
-TRAINING = tuple(f"participant/{name}.py" for name in ("training", "dp_sgd", "data", "evaluation"))
+TRAINING = tuple(
+    f"participant/{name}.py" for name in ("training", "dp_sgd", "dp_step", "self_test", "data", "evaluation")
+)
 PURE = (
     "coordinator/round.py",
     "coordinator/stage.py",

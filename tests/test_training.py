@@ -169,7 +169,7 @@ def test_a_loss_that_is_not_finite_is_named(plan: Plan, base: Path, monkeypatch:
 
 
 def test_b_that_does_not_move_is_our_bug(plan: Plan, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "_learning_rate", lambda *_: 0.0)
+    monkeypatch.setattr(training, "learning_rate_at", lambda *_: 0.0)
     with pytest.raises(AssertionError, match="no LoRA B moved"):
         run(plan, base)
 
