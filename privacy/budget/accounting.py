@@ -99,10 +99,10 @@ def bounded_pld_epsilon(
     return float(ask_child(task | {"what": "pld"}, seconds, mib))
 
 
-def ask_child(task: dict[str, Any], seconds: float, mib: int) -> Any:
-    """The answer of ``privacy.budget.worker`` to one task, JSON for JSON; raises :class:`LimitReached`."""
+def ask_child(task: dict[str, Any], seconds: float, mib: int, worker: str = "privacy.budget.worker") -> Any:
+    """The answer of a worker module to one task, JSON for JSON; raises :class:`LimitReached`."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "privacy.budget.worker", str(math.ceil(seconds)), str(mib)]
+    command = [sys.executable, "-m", worker, str(math.ceil(seconds)), str(mib)]
     limits = f"{seconds:g} s and {mib} MiB"
     try:
         done = subprocess.run(
