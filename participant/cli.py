@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from participant import cli_data
 from privacy import __version__, console
 from privacy.errors import UserError
 
@@ -19,6 +20,9 @@ app = typer.Typer(
     help="Fine-tune on this site's data, mask the update, upload it once. "
     "Every command takes --dir, the site's directory (or VEILSUM_PARTICIPANT).",
 )
+app.add_typer(cli_data.app, name="dataset")
+app.command()(cli_data.budget)
+app.command()(cli_data.witnesses)
 
 Directory = Annotated[
     Path, typer.Option("--dir", envvar="VEILSUM_PARTICIPANT", help="Directory of this site.", show_default=True)

@@ -10,6 +10,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -88,7 +89,7 @@ def load_examples(
     kept: Counter[str] = Counter()
     texts: list[str] = []
     numbers: list[int] = []
-    try:
+    with _readable(path, fmt):
         for record in _records(path, fmt, columns):
             text, number = _text_of(record), _number_of(record, index)
             if max_records_per_unit is not None:
@@ -98,14 +99,30 @@ def load_examples(
                     continue
             texts.append(text)
             numbers.append(number)
+    if not texts:
+        raise UserError(f"{path}: expected at least one record, found none", hint="check path and format of the data")
+    return Examples(tuple(texts), tuple(numbers))
+
+
+def load_texts(path: Path, fmt: Format, text_column: str, label_column: str) -> tuple[str, ...]:
+    """The texts of a data set alone, whatever their labels: what registering it looks at.
+
+    Raises:
+        UserError: as :func:`load_examples`, but for labels and units.
+    """
+    with _readable(path, fmt):
+        return tuple(_text_of(record) for record in _records(path, fmt, (text_column, label_column)))
+
+
+@contextmanager
+def _readable(path: Path, fmt: Format) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"{error.filename or path}: expected a readable {_kind(fmt)}, found: {error.strerror or error}",
             hint="check the path of the data set in this site's configuration",
         ) from error
-    if not texts:
-        raise UserError(f"{path}: expected at least one record, found none", hint="check path and format of the data")
-    return Examples(tuple(texts), tuple(numbers))
 
 
 def _kind(fmt: Format) -> str:

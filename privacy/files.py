@@ -100,6 +100,21 @@ def cut_durably(path: Path, size: int) -> None:
         fsync_file(file.fileno(), path)
 
 
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of an append-only file, without their ends; none if there is no file.
+
+    Half a line at the end is what a crash in mid-append left: it was never acknowledged, and is cut off.
+
+    Raises:
+        DiskError: half a line cannot be cut off.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        cut_durably(path, whole)
+    return content[:whole].split(b"\n")[:-1]
+
+
 def reserve(path: Path, length: int) -> None:
     """A private file of ``length`` bytes whose space is taken now, so that a full disk shows here and not half-way.
 
