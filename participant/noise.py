@@ -33,7 +33,7 @@ class SecretRandom:
         self._process = os.getpid()
 
     def uniform(self, count: int) -> Floats:
-        """(count,) float64, uniform in (0, 1): odd multiples of 2^-54, so neither end is ever reached.
+        """(count,) float64, uniform in (0, 1): odd multiples of 2^-53, so neither end is ever reached.
 
         Raises:
             RuntimeError: in another process than the one that made the key; the two would share their numbers.
@@ -41,7 +41,8 @@ class SecretRandom:
         if os.getpid() != self._process:
             raise RuntimeError("secret randomness does not survive a fork: its numbers would be used twice")
         words = np.frombuffer(self._stream.update(bytes(8 * count)), dtype="<u8")
-        return ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        # 52 bits, since with 53 the largest and a half would round to 1.
+        return ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
     def normal(self, count: int) -> Floats:
         """(count,) float64, standard Gaussians: each the sum of four by Box and Muller, halved."""

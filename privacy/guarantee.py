@@ -22,6 +22,7 @@ Count = Annotated[int, Field(ge=1, le=1 << 30)]
 MIN_SIGMA, MAX_SIGMA = Decimal("0.2"), Decimal(100)
 MAX_DELTA = Decimal("0.01")
 MAX_EPSILON = Decimal(50)
+TINY = Decimal("1e-20")
 MAX_CLIP = Decimal(1000000)
 MAX_STEPS = 10**6
 #: Room for rounding in a prior that is written in decimals.
@@ -33,7 +34,7 @@ class Privacy(Section):
 
     #: Whose presence is hidden: one record's, or a user's with at most ``max_records_per_unit`` records.
     unit: Literal["record", "user"]
-    max_records_per_unit: Annotated[int, Field(ge=1, le=1024)] = 1
+    max_records_per_unit: Annotated[int, Field(ge=1, le=64)] = 1
     #: Neighbouring data sets: a unit is added or removed, or its records are replaced by nothing of the same number.
     adjacency: Literal["add-remove", "zero-out"] = "add-remove"
     #: Either the guarantee, from which the noise follows, or the noise multiplier.
@@ -62,18 +63,18 @@ class Privacy(Section):
     @model_validator(mode="after")
     def _numbers_are_in_range(self) -> Privacy:
         for name, least, most in (
-            ("epsilon", Decimal(0), MAX_EPSILON),
+            ("epsilon", TINY, MAX_EPSILON),
             ("sigma", MIN_SIGMA, MAX_SIGMA),
-            ("delta", Decimal(0), MAX_DELTA),
-            ("clip", Decimal(0), MAX_CLIP),
-            ("rate", Decimal(0), Decimal(1)),
+            ("delta", TINY, MAX_DELTA),
+            ("clip", TINY, MAX_CLIP),
+            ("rate", TINY, Decimal(1)),
         ):
             text = getattr(self, name)
             if text is None:
                 continue
             value = Decimal(text)
-            if not (least <= value <= most and value > 0) or (name == "delta" and value == most):
-                raise ValueError(f"privacy.{name}: expected more than {least} and at most {most}, found {text}")
+            if not least <= value <= most or (name == "delta" and value == most):
+                raise ValueError(f"privacy.{name}: expected a number from {least} to {most}, found {text}")
         return self
 
     @model_validator(mode="after")

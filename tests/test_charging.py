@@ -10,6 +10,7 @@ from participant import charging, prepare
 from participant.training import TrainingResult
 from privacy.budget import filter as budget_filter
 from privacy.budget import terms
+from privacy.budget.accounting import bounded_pld_epsilon
 from privacy.budget.events import DpSgd
 from privacy.budget.ledger import LedgerError
 from privacy.errors import Refusal, UserError
@@ -30,7 +31,8 @@ def test_a_job_is_charged_and_started_before_it_trains(world: World) -> None:
     assert (len(world.trained), world.kinds()) == (1, ["REGISTER", "RESERVE", "START"])
 
 
-def test_a_private_job_starts_with_its_self_test(world: World) -> None:
+def test_a_private_job_starts_with_its_self_test(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(charging, "bounded_pld_epsilon", bounded_pld_epsilon)
     world.configure(BUDGET.format(8))
     prepare.prepare(world.site, world.job("quiet", PRIVACY), 1)
     assert world.trained == [("quiet", "started")]
@@ -39,7 +41,7 @@ def test_a_private_job_starts_with_its_self_test(world: World) -> None:
     facts = reserve.facts.model_dump()
     assert facts["mechanism"] == terms.mechanism(world.job("quiet", PRIVACY).plan).to_json()
     assert list(facts["rdp"]) == ["3"]
-    assert 0 < float(facts["claim"]["pld"]) <= float(facts["claim"]["rdp"])
+    assert 0 < float(facts["claim"]["pld"]) < float(facts["claim"]["rdp"])
     assert facts["code"]["rng"] == "aes256ctr-urandom"
 
 
@@ -67,16 +69,17 @@ def test_a_plan_that_would_pass_the_budget_is_refused_before_training(world: Wor
     world.configure(BUDGET.format(8))
     policy = world.site.home.settings.datasets["toy"].policy()
     one, two = (budget_filter.enforced_epsilon(policy, (mechanism,) * count) for count in (1, 2))
-    world.configure(BUDGET.format(f"{(one + two) / 2:.4f}") + "order = 3\n")
+    budget = f"{(one + two) / 2:.4f}".rstrip("0")
+    world.configure(BUDGET.format(budget) + "order = 3\n")
     spend(world)
     admit(world, world.job("quiet-0", PRIVACY))  # its own charge does not stand against it
     second = world.job("quiet-1", PRIVACY)
-    after = f"bring the data set to {two:.3f} of {(one + two) / 2:.4f}; {one:.3f} is spent"
+    after = f"bring the data set to {two:.3f} of {budget}; {one:.3f} is spent"
     said = f"would cost epsilon {one:.3f} alone and {after}"
     with pytest.raises(Refusal) as raised:
         admit(world, second)
     assert said in str(raised.value)
-    assert f"{(one + two) / 2 - one:.3f} is left (order 3, delta 0.00001)" in str(raised.value)
+    assert f"{float(budget) - one:.3f} is left (order 3, delta 0.00001)" in str(raised.value)
     with pytest.raises(Refusal) as raised:
         prepare.prepare(world.site, second, 1)  # and again under the lock
     assert said in str(raised.value)
