@@ -96,6 +96,7 @@ class LedgerReport:
     jobs: list[JobReport] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
     root: str = ""
+    whole: bool = True  # every line of the file holds
     anchored: int | None = None  # lines that an anchor vouches for; None without any
     rdp_after: float = 0.0
     found: list[Found] = field(default_factory=list)
@@ -128,15 +129,16 @@ def audit_ledger(
         anchors: what others remember of this data set's ledger.
     """
     report = LedgerReport(source, site_key.hex(), owner)
-    report.entries, whole = _verified(raw, site_key, report)
+    report.entries = _verified(raw, site_key, report)
     if not report.entries:
-        report.add(Code.BROKEN, "no line that could be verified")
+        if report.whole:
+            report.add(Code.BROKEN, "expected a ledger that begins with REGISTER, found an empty one")
         return report
     book = Book(report.entries)
     report.dataset, report.name, report.policy = book.dataset, book.name, book.policy
     report.root = head_of(report.entries)[1].hex()
     report.changes = [(change.policy.epsilon or "no budget", change.reason) for change in book.changes]
-    _check_anchors(report, anchors, whole=whole)
+    _check_anchors(report, anchors)
     _check_clocks(report, anchors, terms)
     _check_self_tests(report, book)
     _account(report, book, terms)
@@ -145,14 +147,16 @@ def audit_ledger(
     return report
 
 
-def _verified(raw: bytes, site_key: bytes, report: LedgerReport) -> tuple[list[Entry], bool]:
-    """The lines that hold, up to the first that does not; did all?"""
+def _verified(raw: bytes, site_key: bytes, report: LedgerReport) -> list[Entry]:
+    """The lines that hold, up to the first that does not."""
     try:
-        return verify_lines(raw, site_key), True
+        return verify_lines(raw, site_key)
     except LedgerError as error:
-        report.found.append(Found.of(error))
+        report.whole = False
+        found = Found.of(error)
+        report.add(found.code, found.text)
         good = raw.split(b"\n")[: max(0, error.line - 1)]
-        return verify_lines(b"".join(line + b"\n" for line in good), site_key), False
+        return verify_lines(b"".join(line + b"\n" for line in good), site_key)
 
 
 def read_anchors(raw: bytes, site_key: bytes, dataset: str, source: str) -> list[Anchor]:
@@ -166,12 +170,12 @@ def read_anchors(raw: bytes, site_key: bytes, dataset: str, source: str) -> list
     return [Anchor(one.size, one.root, source) for one in checked]
 
 
-def _check_anchors(report: LedgerReport, anchors: Sequence[Anchor], *, whole: bool) -> None:
+def _check_anchors(report: LedgerReport, anchors: Sequence[Anchor]) -> None:
     if not anchors:
         report.add(Code.NO_ANCHOR, "nobody else's memory was compared: lines may be missing at the end")
         return
     for anchor in anchors:
-        if not whole and anchor.size > len(report.entries):
+        if not report.whole and anchor.size > len(report.entries):
             continue  # the first broken line is a finding already
         try:
             check_against(report.entries, anchor.size, anchor.root)

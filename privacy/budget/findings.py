@@ -27,15 +27,16 @@ class Code(IntEnum):
     NO_ANCHOR = 40
 
 
-#: The most serious first: it decides the exit code. A history that is not the written one makes all else moot.
+#: The most serious first: it decides the exit code. A history that is not the written one makes all else
+#: moot, and an epsilon that nobody can compute is worse than one that is too high.
 SEVERITY = (
     Code.BROKEN,
     Code.FORK,
     Code.TRUNCATED,
     Code.REPLAY,
+    Code.UNSUPPORTED,
     Code.OVER_BUDGET,
     Code.SELF_TEST,
-    Code.UNSUPPORTED,
     Code.DIFFERS,
     Code.CLOCK,
     Code.OPEN_TOO_LONG,

@@ -94,28 +94,25 @@ def recompute(
         nothing = Sums((), ()).padded(len(mechanisms))
         return Recomputed(nothing, nothing)
     task = {"mechanisms": [m.to_json() for m in private], "delta": delta}
-    limit = ""
-    try:
-        rdp_sums = _sums(ask_child(task | {"what": "rdp-ledger"}, seconds, mib))
-        pld_sums, limit = _pld(task, private, seconds, mib)
-    except LimitReached as error:
-        pld_sums = rdp_sums = Sums((), ()).padded(len(private))
-        limit = str(error)
+    pld_sums, rdp_sums, limit = _ask(task, private, seconds, mib)
     opacus = _opacus(task, seconds, mib) if with_opacus and importlib.util.find_spec("opacus") else ()
     return Recomputed(
         _spread(pld_sums, mechanisms, first), _spread(rdp_sums, mechanisms, first), opacus=opacus, limit=limit
     )
 
 
-def _pld(task: dict[str, Any], private: Sequence[DpSgd], seconds: float, mib: int) -> tuple[Sums, str]:
+def _ask(task: dict[str, Any], private: Sequence[DpSgd], seconds: float, mib: int) -> tuple[Sums, Sums, str]:
+    """(PLD, RDP, why one of them is missing): as finely as the limits allow, then coarsely, then without PLD."""
+    unknown, said = Sums((), ()).padded(len(private)), ""
     mixtures = any(m.max_records_per_unit > 1 for m in private)
-    said = ""
-    for interval in (MIXTURE_INTERVAL if mixtures else INTERVAL, COARSE):
+    for interval in (MIXTURE_INTERVAL if mixtures else INTERVAL, COARSE, None):
         try:
-            return _sums(ask_child(task | {"what": "pld-ledger", "interval": interval}, seconds, mib)), ""
+            found = ask_child(task | {"what": "ledger", "interval": interval}, seconds, mib)
         except LimitReached as error:
             said = str(error)
-    return Sums((), ()).padded(len(private)), said
+            continue
+        return _sums(found["pld"]) if interval else unknown, _sums(found["rdp"]), "" if interval else said
+    return unknown, unknown, said
 
 
 def _sums(answer: Any) -> Sums:

@@ -51,6 +51,8 @@ def _exact(value: float | None) -> float | str | None:
 def completeness(report: LedgerReport) -> str:
     """How much of a ledger others vouch for; nothing is called complete without them."""
     lines = len(report.entries)
+    if not report.whole:
+        return f"{lines} lines hold, what follows them does not"
     if report.anchored is None:
         return f"{lines} lines; nobody else's memory was compared, so lines may be missing at the end"
     if report.anchored == lines:
@@ -82,6 +84,7 @@ def ledger_json(report: LedgerReport) -> dict[str, Any]:
         "name": report.name,
         "lines": len(report.entries),
         "root": report.root,
+        "whole": report.whole,
         "anchored": report.anchored,
         "policy": report.policy.model_dump(mode="json") if report.policy else None,
         "policy_changes": [{"epsilon": epsilon, "reason": reason} for epsilon, reason in report.changes],
@@ -137,7 +140,7 @@ def ledger_text(report: LedgerReport) -> list[str]:
     unit = policy.unit if policy.unit == "record" else f"user of up to {policy.max_records_per_unit} records"
     guarded = "" if policy.protected else "; declared NOT PROTECTED by its site"
     lines = [
-        f"{report.title} (data set {report.dataset[:16]}…): {completeness(report)}",
+        f"{shown(report.title)} (data set {report.dataset[:16]}…): {completeness(report)}",
         f"  policy: {budget}, delta {policy.delta}, unit {unit}, {policy.adjacency}, "
         f"filter order {policy.order}{guarded}",
     ]
@@ -146,7 +149,9 @@ def ledger_text(report: LedgerReport) -> list[str]:
         numbers = f"PLD {number(job.pld)}, RDP {number(job.rdp)}" if job.charged else "not charged"
         if job.charged and job.opacus is not None:
             numbers += f", Opacus {number(job.opacus)}"
-        lines.append(f"  {job.time} {job.plan} stage {job.stage}: {described(job.mechanism)}: {numbers}; {job.state}")
+        lines.append(
+            f"  {job.time} {shown(job.plan)} stage {job.stage}: {described(job.mechanism)}: {numbers}; {job.state}"
+        )
     if report.charged:
         last = report.charged[-1]
         lines.append(f"  enforced so far  {number(last.enforced_after)}  (Renyi filter, order {policy.order})")

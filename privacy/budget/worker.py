@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from privacy.budget.accounting import pld_epsilon
-from privacy.budget.events import DpSgd, Mechanism, mechanism_from_json
+from privacy.budget.events import DpSgd, mechanism_from_json
 from privacy.budget.recompute import by_pld, by_rdp
 from privacy.budget.terms import mechanism as mechanism_of
 from privacy.plan import parse_plan
@@ -26,13 +26,11 @@ def answer(task: dict[str, Any]) -> Any:
     delta = float(task["delta"])
     if task["what"] == "pld":
         return pld_epsilon(mechanisms, delta, float(task["interval"]))
-    if task["what"] == "pld-ledger":
-        return dataclasses.asdict(by_pld(_private(mechanisms), delta, float(task["interval"])))
-    return dataclasses.asdict(by_rdp(_private(mechanisms), delta))
-
-
-def _private(mechanisms: list[Mechanism]) -> list[DpSgd]:
-    return [m for m in mechanisms if isinstance(m, DpSgd)]
+    private = [m for m in mechanisms if isinstance(m, DpSgd)]
+    sums = {"rdp": by_rdp(private, delta)}
+    if task["interval"] is not None:
+        sums["pld"] = by_pld(private, delta, float(task["interval"]))
+    return {name: dataclasses.asdict(found) for name, found in sums.items()}
 
 
 def limited(seconds: int, mib: int) -> None:
