@@ -161,7 +161,8 @@ def finish(
     code = worst(every)
     if html is not None:
         when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-        write_durably(html, to_html(reports, found, when, rounds).encode(), private=False)
+        page = to_html(reports, found, when, rounds).encode(errors="replace")  # a file's name need not be UTF-8
+        write_durably(html, page, private=False)
     if as_json:
         typer.echo(json.dumps(to_json(reports, found, rounds=list(rounds), **more), allow_nan=False))
     else:

@@ -89,7 +89,7 @@ def coordinators_witnesses(path: Path, roster: RosterFile, found: list[Found]) -
             continue
         try:
             notes = {
-                kind: verify_checkpoint(str(line[kind]).encode(), key)
+                kind: verify_checkpoint(str(line[kind]).encode(errors="replace"), key)
                 for kind in ("checkpoint", "fork", "rollback")
                 if kind in line
             }
