@@ -14,8 +14,8 @@ import pytest
 from participant import dp_sgd, prepare
 from participant.training import TrainingResult
 from privacy.secagg.quantize import weighted_loss
+from tests.charging import PRIVACY, SelfTest, plan
 from tests.on_disk import OnDisk
-from tests.test_charging import PRIVACY, SelfTest, plan
 
 #: What the sites know and nobody else may: records at each site, and what training measured on them.
 RECORDS, LOSS, SECONDS, CLIPPED = 1237, 2.5, 98_765.0, 0.25

@@ -17,8 +17,8 @@ from privacy.secagg.messages import AbortStatement
 from privacy.secagg.signed import sign
 from privacy.wire import federation_pb2 as pb
 from privacy.wire.convert import to_wire
+from tests.charging import PRIVACY, plan
 from tests.hostile import ANSWER_S, Hostile
-from tests.test_charging import PRIVACY, plan
 
 BAD, REFUSED = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION
 DATASET = "77" * 32
