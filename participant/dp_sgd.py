@@ -20,6 +20,7 @@ from opacus.grad_sample import GradSampleHooks
 
 from participant import dp_step
 from participant.data import Examples
+from participant.features import enter, leave, standard_of
 from participant.noise import SecretRandom
 from participant.self_test import SelfTest, run_self_test
 from participant.training import (
@@ -82,10 +83,12 @@ def train_private(
     # The first trained layer's input needs no gradient; what the hook wants, its output's, is there all the same.
     warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
     try:
-        on_selftest(run_self_test(loaded, plan, terms, random))
+        standard = standard_of(loaded, plan)
+        on_selftest(run_self_test(loaded, plan, terms, random, standard))
         texts = tokenise(loaded.tokenizer, examples.texts, plan.data.max_length)
         labels = torch.tensor(examples.labels, device=loaded.device)
-        losses = dp_step.losses_on(loaded, texts, labels, dp_step.log_prior_of(plan).to(loaded.device))
+        losses = dp_step.losses_on(loaded, texts, labels, dp_step.log_prior_of(plan).to(loaded.device), standard)
+        enter(standard)
         optimizer = make_optimizer(plan, dp_step.trainable(loaded.model))
         step = dp_step.make_step(loaded, terms, losses, optimizer, random)
         for number in range(terms.steps):
@@ -93,6 +96,7 @@ def train_private(
             dp_step.take_step(step, random.subset(len(texts), float(terms.rate)))
             if progress is not None:
                 progress(number + 1, terms.steps, math.nan)
+        leave(standard)
     finally:
         hooks.cleanup()
     delta = delta_of(start, read_adapter(loaded.model), plan.adapter)

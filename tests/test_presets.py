@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from participant.cli import app
 from participant.drafting import draft_plan
+from privacy.budget import presets
 from privacy.budget.accounting import pld_epsilon
 from privacy.budget.events import DpSgd
 from privacy.budget.presets import PRESETS, draft_privacy, preset_for
@@ -55,15 +56,18 @@ def test_a_draft_keeps_its_epsilon(base: Path) -> None:
     assert plan.training.epochs is None
 
 
-def test_a_users_draft_needs_more_noise(base: Path) -> None:
-    sections = [draft_privacy(500, "8"), draft_privacy(500, "8", unit="user", max_records_per_unit=2)]
-    plans = [drafted(base, section) for section in sections]
-    assert plans[1].privacy is not None
-    assert (plans[1].privacy.unit, plans[1].privacy.max_records_per_unit) == ("user", 2)
-    record, user = map(mechanism, plans)
-    assert isinstance(record, DpSgd)
-    assert isinstance(user, DpSgd)
-    assert float(user.sigma) > 1.3 * float(record.sigma)
+def test_a_users_draft_asks_for_a_users_noise(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def calibrate(*terms: object) -> str:
+        asked.append(terms)
+        return "2.5"
+
+    monkeypatch.setattr(presets, "calibrate", calibrate)
+    plan = drafted(base, draft_privacy(500, "8.0", unit="user", max_records_per_unit=3))
+    assert asked == [("8", "0.0001", "0.256", 40, "user", 3)]
+    assert plan.privacy is not None
+    assert (plan.privacy.unit, plan.privacy.max_records_per_unit, plan.privacy.sigma) == ("user", 3, "2.5")
 
 
 @pytest.mark.parametrize(("size", "epsilon"), [(1, "8"), (500, "eight"), (500, "0.0001"), (500, "-1")])
