@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 from opacus.grad_sample import GradSampleHooks
 
@@ -35,8 +36,10 @@ from participant.training import (
     tokenise,
 )
 from privacy.budget.events import DpSgd
-from privacy.budget.terms import mechanism
+from privacy.budget.terms import mechanism, noise_warning
 from privacy.plan import Plan
+
+log = structlog.get_logger()
 
 
 def train_private(
@@ -74,6 +77,8 @@ def train_private(
     began = time.monotonic()
     terms = mechanism(plan)
     assert isinstance(terms, DpSgd), "a plan without [privacy] is trained by participant.training.train"
+    if warning := noise_warning(plan):
+        log.warning("much noise", plan=plan.name, reason=warning)
     if threads is not None:
         torch.set_num_threads(threads)
     loaded = load_model(plan, base, start, device)
