@@ -23,7 +23,8 @@ MAX_LINES = 420
 
 EVERYWHERE = tuple(f"{package}/*" for package in PRODUCT)
 TRAINING = tuple(
-    f"participant/{name}.py" for name in ("training", "dp_sgd", "dp_step", "self_test", "data", "evaluation")
+    f"participant/{name}.py"
+    for name in ("training", "dp_sgd", "dp_step", "features", "self_test", "data", "evaluation")
 )
 PURE = (
     "coordinator/round.py",
