@@ -6,14 +6,18 @@ through the same examples and end with AdamW; the private one has per-example gr
 
 from __future__ import annotations
 
+import json
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.meter import cpu_seconds, measure
+from bench.meter import answer, as_reply, cpu_seconds, measure
 from bench.rows import Bar, Row, row
-from bench.scale import ROOT, Scale
+from bench.scale import ROOT, Scale, run_text
+
+Step = Callable[[], None]
 
 BATCH, TOKENS, REPEATS = 16, 128, 15
 PRIVACY = {
@@ -32,7 +36,7 @@ def dp_step(scale: Scale) -> list[Row]:
     """The ratio of CPU seconds, and the most memory a step of each kind holds beyond what stood before."""
     batch, tokens = scale.members(BATCH, 2), 16 if scale.quick else TOKENS
     plain, private, size = _steps(batch, tokens)
-    memory = [measure(step, 2).extra_bytes for step in (plain, private)]
+    memory = [_memory(kind, batch, tokens) for kind in (0, 1)]
     spent: list[list[float]] = [[], []]
     for _ in range(1 if scale.quick else REPEATS):
         for step, seconds in zip((plain, private), spent, strict=True):
@@ -55,7 +59,19 @@ def dp_step(scale: Scale) -> list[Row]:
     ]
 
 
-def _steps(batch: int, tokens: int) -> tuple[Callable[[], None], Callable[[], None], int]:
+def _memory(kind: int, batch: int, tokens: int) -> int:
+    """Of one of the two steps, in a fresh process: freed memory of the other would hide what it takes."""
+    task = json.dumps({"task": "memory", "kind": kind, "batch": batch, "tokens": tokens})
+    reply = json.loads(run_text([sys.executable, "-m", "bench.private", task]).splitlines()[-1])
+    return int(reply["extra_bytes"])
+
+
+def _measured(request: dict[str, Any]) -> dict[str, Any]:
+    *steps, _ = _steps(request["batch"], request["tokens"])
+    return as_reply(measure(steps[request["kind"]], 1))
+
+
+def _steps(batch: int, tokens: int) -> tuple[Step, Step, int]:
     """(a step without privacy, a private step, trained coordinates), each on a model of its own."""
     import torch
 
@@ -82,7 +98,7 @@ def _steps(batch: int, tokens: int) -> tuple[Callable[[], None], Callable[[], No
     )
 
 
-def _plain(plan: Any, loaded: Any, texts: Any, labels: Any) -> Callable[[], None]:
+def _plain(plan: Any, loaded: Any, texts: Any, labels: Any) -> Step:
     """As the loop of ``participant/training.py``."""
     import torch
 
@@ -102,7 +118,7 @@ def _plain(plan: Any, loaded: Any, texts: Any, labels: Any) -> Callable[[], None
     return step
 
 
-def _private(plan: Any, loaded: Any, texts: Any, labels: Any) -> Callable[[], None]:
+def _private(plan: Any, loaded: Any, texts: Any, labels: Any) -> Step:
     import warnings
 
     from opacus.grad_sample import GradSampleHooks
@@ -122,3 +138,7 @@ def _private(plan: Any, loaded: Any, texts: Any, labels: Any) -> Callable[[], No
     optimizer = make_optimizer(plan, dp_step.trainable(loaded.model))
     step = dp_step.make_step(loaded, terms, losses, optimizer, SecretRandom())
     return lambda: dp_step.take_step(step, range(len(texts)))
+
+
+if __name__ == "__main__":
+    answer({"memory": _measured})

@@ -171,10 +171,14 @@ def draft(
 
     if (epsilon is None) != (size is None):
         raise UserError("draft: expected --epsilon and --size together, or neither")
+    if train not in ("all", "head"):
+        raise UserError(f"draft: expected --train all or head, found '{train}'")
     section = ""
     if epsilon is not None and size is not None:
-        unit = "record" if max_records_per_user is None else "user"
-        section = draft_privacy(size, epsilon, unit=unit, max_records_per_unit=max_records_per_user or 1)
+        users = max_records_per_user is not None
+        section = draft_privacy(
+            size, epsilon, unit="user" if users else "record", max_records_per_unit=max_records_per_user or 1
+        )
     text = draft_plan(
         base=base,
         base_name=base_name,

@@ -15,11 +15,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 from opacus.grad_sample import GradSampleHooks
 
 from participant import dp_step
 from participant.data import Examples
+from participant.features import enter, leave, standard_of
 from participant.noise import SecretRandom
 from participant.self_test import SelfTest, run_self_test
 from participant.training import (
@@ -34,8 +36,10 @@ from participant.training import (
     tokenise,
 )
 from privacy.budget.events import DpSgd
-from privacy.budget.terms import mechanism
+from privacy.budget.terms import mechanism, noise_warning
 from privacy.plan import Plan
+
+log = structlog.get_logger()
 
 
 def train_private(
@@ -73,6 +77,8 @@ def train_private(
     began = time.monotonic()
     terms = mechanism(plan)
     assert isinstance(terms, DpSgd), "a plan without [privacy] is trained by participant.training.train"
+    if warning := noise_warning(plan):
+        log.warning("much noise", plan=plan.name, reason=warning)
     if threads is not None:
         torch.set_num_threads(threads)
     loaded = load_model(plan, base, start, device)
@@ -82,10 +88,12 @@ def train_private(
     # The first trained layer's input needs no gradient; what the hook wants, its output's, is there all the same.
     warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
     try:
-        on_selftest(run_self_test(loaded, plan, terms, random))
+        standard = standard_of(loaded, plan)
+        on_selftest(run_self_test(loaded, plan, terms, random, standard))
         texts = tokenise(loaded.tokenizer, examples.texts, plan.data.max_length)
         labels = torch.tensor(examples.labels, device=loaded.device)
-        losses = dp_step.losses_on(loaded, texts, labels, dp_step.log_prior_of(plan).to(loaded.device))
+        losses = dp_step.losses_on(loaded, texts, labels, dp_step.log_prior_of(plan).to(loaded.device), standard)
+        enter(standard)
         optimizer = make_optimizer(plan, dp_step.trainable(loaded.model))
         step = dp_step.make_step(loaded, terms, losses, optimizer, random)
         for number in range(terms.steps):
@@ -93,6 +101,7 @@ def train_private(
             dp_step.take_step(step, random.subset(len(texts), float(terms.rate)))
             if progress is not None:
                 progress(number + 1, terms.steps, math.nan)
+        leave(standard)
     finally:
         hooks.cleanup()
     delta = delta_of(start, read_adapter(loaded.model), plan.adapter)

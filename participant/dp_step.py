@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import cross_entropy
 
+from participant.features import Standard, standardised
 from participant.noise import SecretRandom
 from participant.training import Loaded, logits_of
 from privacy.budget.events import DpSgd
@@ -108,38 +109,23 @@ def log_prior_of(plan: Plan) -> Tensor:
     return torch.log(torch.tensor(plan.privacy.prior))
 
 
-def losses_on(loaded: Loaded, texts: Sequence[Tensor], labels: Tensor, prior: Tensor) -> Losses:
-    """Losses of tokenised texts (each (length,) int64) with their labels (count,) int64, on the model's device."""
-    logits = _logits_on(loaded, texts)
+def losses_on(
+    loaded: Loaded, texts: Sequence[Tensor], labels: Tensor, prior: Tensor, standard: Standard | None = None
+) -> Losses:
+    """Losses of tokenised texts (each (length,) int64) with their labels (count,) int64, on the model's device.
+
+    With a ``standard`` the frozen model sees each text once, now, and a step only the head.
+    """
+    features = None if standard is None else standardised(standard, loaded, texts)
 
     def losses(chosen: Sequence[int]) -> Tensor:
-        return example_losses(logits(chosen) + prior, labels[list(chosen)])
+        if standard is None or features is None:
+            logits = logits_of(loaded, [texts[i] for i in chosen])
+        else:
+            logits = standard.head(features[list(chosen)]).float()
+        return example_losses(logits + prior, labels[list(chosen)])
 
     return losses
-
-
-def _logits_on(loaded: Loaded, texts: Sequence[Tensor]) -> Losses:
-    """Positions -> (B, classes) logits. Where a last linear layer alone is trained, its inputs are computed once."""
-    trained = [m for m in loaded.model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
-    if len(trained) == 1 and (features := _inputs_of(trained[0], loaded, texts)) is not None:
-        return lambda chosen: trained[0](features[list(chosen)]).float()
-    return lambda chosen: logits_of(loaded, [texts[i] for i in chosen])
-
-
-def _inputs_of(head: torch.nn.Module, loaded: Loaded, texts: Sequence[Tensor]) -> Tensor | None:
-    """(count, width) what a linear layer sees of each text; None if the logits are not simply what the layer says."""
-    seen: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
-    try:
-        with torch.no_grad():
-            for low in range(0, len(texts), CHUNK):
-                logits = logits_of(loaded, list(texts[low : low + CHUNK]))
-                simple = seen[-1].dim() == 2 and torch.equal(head.forward(seen[-1]).float(), logits)
-                if not simple:
-                    return None
-    finally:
-        handle.remove()
-    return torch.cat(seen) if seen else None
 
 
 def example_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from participant import dp_step
 from participant.dp_step import Step
+from participant.features import Standard, random_texts
 from participant.noise import SecretRandom
 from participant.training import Loaded, make_optimizer
 from privacy.budget.events import DpSgd
@@ -47,7 +48,7 @@ SAMPLER_RECORDS = 256
 #: Variance of the number of times that a record is drawn. A rate below the least one would need millions of draws for
 #: that, so the sampler is tried at the least one then.
 SAMPLER_VARIANCE, SAMPLER_LEAST_RATE = 100.0, 0.005
-#: Of the synthetic input and of the trained tensors meanwhile; public, and nothing of it stays.
+#: Of the trained tensors meanwhile; public, and nothing of it stays.
 SEED = 2026
 SPREAD = 0.02
 
@@ -90,7 +91,9 @@ class SelfTestFailed(Refusal):
         self.result = result
 
 
-def run_self_test(loaded: Loaded, plan: Plan, terms: DpSgd, random: SecretRandom) -> SelfTest:
+def run_self_test(
+    loaded: Loaded, plan: Plan, terms: DpSgd, random: SecretRandom, standard: Standard | None = None
+) -> SelfTest:
     """All checks, on a model that :func:`participant.dp_step.make_private` took and Opacus' hooks are attached to.
 
     Raises:
@@ -98,7 +101,8 @@ def run_self_test(loaded: Loaded, plan: Plan, terms: DpSgd, random: SecretRandom
     """
     weights = dp_step.trainable(loaded.model)
     with _random_weights(weights):
-        losses = dp_step.losses_on(loaded, *_synthetic(loaded, plan), dp_step.log_prior_of(plan).to(loaded.device))
+        prior = dp_step.log_prior_of(plan).to(loaded.device)
+        losses = dp_step.losses_on(loaded, *_synthetic(loaded, plan), prior, standard)
         step = dp_step.make_step(loaded, terms, losses, make_optimizer(plan, weights), random)
         try:
             checks = [
@@ -136,14 +140,10 @@ def _random_weights(weights: Sequence[torch.nn.Parameter]) -> Iterator[None]:
 
 
 def _synthetic(loaded: Loaded, plan: Plan) -> tuple[list[Tensor], Tensor]:
-    """(token ids of a few texts of different lengths, their labels) from a public seed."""
-    generator = torch.Generator().manual_seed(SEED)
-    size = min(len(loaded.tokenizer), loaded.model.config.vocab_size)
-    special = set(loaded.tokenizer.all_special_ids)
-    usable = torch.tensor([i for i in range(size) if i not in special])
+    """(token ids of a few texts of different lengths, their labels), public."""
     longest = max(2, min(plan.data.max_length, MAX_TOKENS))
-    lengths = [max(2, longest * (k + 1) // EXAMPLES) for k in range(EXAMPLES)]
-    texts = [usable[torch.randint(len(usable), (length,), generator=generator)] for length in lengths]
+    lengths = [max(1, longest * (k + 1) // EXAMPLES) for k in range(EXAMPLES)]
+    texts = random_texts(loaded, EXAMPLES, lengths, longest)
     return texts, torch.arange(EXAMPLES, device=loaded.device) % len(plan.data.labels)
 
 

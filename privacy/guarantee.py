@@ -16,6 +16,7 @@ from privacy.settings import Section
 
 #: Numbers that decide about privacy are decimal strings: no rule for printing floats can change them.
 Number = Annotated[str, Field(pattern=r"^[0-9]{1,7}(\.[0-9]{1,12})?(e-[0-9]{1,2})?$")]
+Unit = Literal["record", "user"]
 Count = Annotated[int, Field(ge=1, le=1 << 30)]
 
 #: What a mechanism's parameters may be; ``privacy/budget/events.py`` refuses the rest again, from any ledger.
@@ -33,7 +34,7 @@ class Privacy(Section):
     """DP-SGD at every site with full noise: (epsilon, delta) for one unit of one site's data set."""
 
     #: Whose presence is hidden: one record's, or a user's with at most ``max_records_per_unit`` records.
-    unit: Literal["record", "user"]
+    unit: Unit
     max_records_per_unit: Annotated[int, Field(ge=1, le=64)] = 1
     #: Neighbouring data sets: a unit is added or removed, or its records are replaced by nothing of the same number.
     adjacency: Literal["add-remove", "zero-out"] = "add-remove"

@@ -71,7 +71,7 @@ def tiny_plan(base: Path, **changes: Any) -> Plan:
     return parse_plan(draft_plan(**arguments | changes).encode()).plan
 
 
-def private_plan(base: Path, *, train: str = "all", prior: tuple[float, ...] = (), **changes: Any) -> Plan:
+def private_plan(base: Path, *, train: str = "all", training: dict[str, Any] | None = None, **changes: Any) -> Plan:
     """:func:`tiny_plan` with a section ``[privacy]`` for 24 records; ``changes`` are its keys."""
     privacy: dict[str, Any] = {
         "unit": "record",
@@ -82,11 +82,10 @@ def private_plan(base: Path, *, train: str = "all", prior: tuple[float, ...] = (
         "steps": 12,
         "nominal_batch": 6,
         "nominal_size": 24,
-        "prior": prior,
     }
     fields = tiny_plan(base).model_dump()
     fields["adapter"]["train"] = train
-    fields["training"] = {"learning_rate": 0.02}
+    fields["training"] = training or {"learning_rate": 0.02}
     fields["privacy"] = privacy | changes
     return Plan.model_validate(fields)
 

@@ -99,10 +99,10 @@ def bounded_pld_epsilon(
     return float(ask_child(task | {"what": "pld"}, seconds, mib))
 
 
-def ask_child(task: dict[str, Any], seconds: float, mib: int) -> Any:
-    """The answer of ``privacy.budget.worker`` to one task, JSON for JSON; raises :class:`LimitReached`."""
+def ask_child(task: dict[str, Any], seconds: float, mib: int, worker: str = "privacy.budget.worker") -> Any:
+    """The answer of a worker module to one task, JSON for JSON; raises :class:`LimitReached`."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "privacy.budget.worker", str(math.ceil(seconds)), str(mib)]
+    command = [sys.executable, "-m", worker, str(math.ceil(seconds)), str(mib)]
     limits = f"{seconds:g} s and {mib} MiB"
     try:
         done = subprocess.run(
@@ -128,7 +128,7 @@ def calibrate(
     delta: str,
     rate: str,
     steps: int,
-    unit: Literal["record", "user"] = "record",
+    unit: str = "record",
     max_records_per_unit: int = 1,
 ) -> str:
     """The smallest noise multiplier of three decimals whose PLD keeps ``epsilon`` at ``delta``, as a decimal string.
@@ -141,10 +141,13 @@ def calibrate(
         ValueError: no noise in the accepted range keeps it.
     """
     goal, at = float(epsilon), float(delta)
+    if unit not in ("record", "user"):
+        raise ValueError(f"expected unit 'record' or 'user', found '{unit}'")
+    whose: Literal["record", "user"] = "user" if unit == "user" else "record"
 
     def job(thousandths: int) -> DpSgd:
         sigma = f"{(Decimal(thousandths) / 1000).normalize():f}"
-        return DpSgd(rate, sigma, "1", delta, steps, 1, 1, unit, max_records_per_unit)
+        return DpSgd(rate, sigma, "1", delta, steps, 1, 1, whose, max_records_per_unit)
 
     def excess(thousandths: int) -> float:
         """How far above the goal, in the logarithm: nearly a straight line over that of the noise."""

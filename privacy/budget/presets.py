@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from privacy.budget.accounting import calibrate
 from privacy.budget.terms import canonical
 from privacy.errors import UserError
+from privacy.guarantee import Unit
 
 #: C where the plan's author has no reason for another; never tuned on norms of private gradients.
 CLIP = "1"
@@ -39,7 +40,7 @@ def preset_for(size: int) -> Preset:
     return max((p for p in PRESETS if p.size <= size), key=lambda p: p.size, default=PRESETS[0])
 
 
-def draft_privacy(size: int, epsilon: str, *, unit: str = "record", max_records_per_unit: int = 1) -> str:
+def draft_privacy(size: int, epsilon: str, *, unit: Unit = "record", max_records_per_unit: int = 1) -> str:
     """The text of a section ``[privacy]`` for sites of ``size`` records each, give or take; takes seconds.
 
     Raises:

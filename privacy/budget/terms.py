@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from privacy.budget.accounting import calibrate
 from privacy.budget.events import DpSgd, Mechanism, Unprotected
-from privacy.guarantee import Privacy
+from privacy.guarantee import Privacy, Unit
 from privacy.plan import Plan
 
 #: sigma / nominal_batch, the noise of one step beside a signal of at most C: above this a model learns little.
@@ -24,7 +24,7 @@ def canonical(number: str) -> str:
 
 
 @lru_cache(maxsize=64)
-def _noise_for(epsilon: str, delta: str, rate: str, steps: int, unit: str, records: int) -> str:
+def _noise_for(epsilon: str, delta: str, rate: str, steps: int, unit: Unit, records: int) -> str:
     return calibrate(epsilon, delta, rate, steps, unit, records)
 
 
