@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import opacus
 import pytest
+import structlog
 import torch
 from opacus.grad_sample import GradSampleHooks
 from scipy import stats
@@ -210,6 +211,14 @@ def test_a_private_job_tells_the_delta_and_nothing_else(plan: Plan, base: Path) 
     assert all(np.any(part) for part in unflatten(result.delta, layout_of(plan.adapter)).values())
     assert tested[0].passed
     assert not np.array_equal(result.delta, run(plan, base).delta), "two runs must not share their noise"
+
+
+def test_much_noise_is_said_in_the_sites_log(plan: Plan, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dp_sgd, "run_self_test", lambda *_: SelfTest(()))
+    monkeypatch.setattr(dp_step, "take_step", lambda *_: None)
+    with structlog.testing.capture_logs() as lines, pytest.raises(AssertionError, match="no LoRA B moved"):
+        run(plan, base)
+    assert [line["log_level"] for line in lines if "sigma / nominal_batch" in line.get("reason", "")] == ["warning"]
 
 
 def test_the_head_alone_is_trained_where_the_plan_says_so(base: Path) -> None:
