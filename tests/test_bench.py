@@ -197,7 +197,8 @@ def test_a_plan_for_the_fleet_has_whole_modules() -> None:
 @pytest.mark.slow
 def test_a_private_step_is_measured_beside_another(monkeypatch: pytest.MonkeyPatch, scale: Scale) -> None:
     monkeypatch.setattr(private, "_memory", lambda kind, *_: (kind + 1) << 20)
-    step, memory = private.dp_step(scale)
+    step, memory, tested = private.dp_step(scale)
+    assert 0 < tested.value < 100
     assert (step.name, step.d, memory.name) == ("dp_step", 38_789, "dp_step_memory")
     assert step.ratio is not None
     assert 0.2 < step.ratio < 20

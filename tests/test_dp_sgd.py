@@ -405,4 +405,6 @@ def test_numbers_have_one_form(number: str, wanted: str) -> None:
 
 def test_much_noise_is_said(base: Path) -> None:
     assert "sigma / nominal_batch is 0.167, above 0.01" in noise_warning(private_plan(base))
+    assert noise_warning(private_plan(base)).endswith("helps, or training the head alone")
+    assert noise_warning(private_plan(base, train="head")).endswith("helps")
     assert noise_warning(private_plan(base, nominal_batch=100, nominal_size=400)) == ""
