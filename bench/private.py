@@ -56,6 +56,7 @@ def dp_step(scale: Scale) -> list[Row]:
             d=size,
             note=f"peak over what stood before; per-example gradients are {4 * size * batch / 2**20:.1f} MiB of it",
         ),
+        row("dp_self_test", _self_test(tokens), "CPU s", n=1, d=size, note="before each private job, on its own model"),
     ]
 
 
@@ -75,17 +76,11 @@ def _steps(batch: int, tokens: int) -> tuple[Step, Step, int]:
     """(a step without privacy, a private step, trained coordinates), each on a model of its own."""
     import torch
 
-    from demo import corpus
     from participant.training import load_model
     from privacy.adapter import layout_of, start_adapter
-    from privacy.plan import Plan, load_plan
 
     torch.set_num_threads(1)
-    fields = load_plan(ROOT / "demo" / "plan.toml").plan.model_dump()
-    fields["data"]["max_length"] = tokens
-    fields["training"] = {"learning_rate": 0.003}
-    plan = Plan.model_validate(fields | {"privacy": PRIVACY})
-    base: Path = corpus.base_model()
+    plan, base = _plan(tokens)
     start = start_adapter(plan.adapter)
     models = [load_model(plan, base, start, "cpu") for _ in range(2)]
     generator = torch.Generator().manual_seed(0)
@@ -96,6 +91,40 @@ def _steps(batch: int, tokens: int) -> tuple[Step, Step, int]:
         _private(plan, models[1], texts, labels),
         layout_of(plan.adapter).size,
     )
+
+
+def _self_test(tokens: int) -> float:
+    """CPU seconds of the self-test of a job that trains LoRA and head."""
+    from opacus.grad_sample import GradSampleHooks
+
+    from participant import dp_step
+    from participant.noise import SecretRandom
+    from participant.self_test import run_self_test
+    from participant.training import load_model
+    from privacy.adapter import start_adapter
+    from privacy.budget.events import DpSgd
+    from privacy.budget.terms import mechanism
+
+    plan, base = _plan(tokens)
+    terms = mechanism(plan)
+    assert isinstance(terms, DpSgd)
+    loaded = load_model(plan, base, start_adapter(plan.adapter), "cpu")
+    dp_step.make_private(loaded.model)
+    GradSampleHooks(loaded.model, loss_reduction="sum")
+    began = cpu_seconds()
+    run_self_test(loaded, plan, terms, SecretRandom())
+    return cpu_seconds() - began
+
+
+def _plan(tokens: int) -> tuple[Any, Path]:
+    """(the demo's plan with privacy, for LoRA and head; the directory of its base model)."""
+    from demo import corpus
+    from privacy.plan import Plan, load_plan
+
+    fields = load_plan(ROOT / "demo" / "plan.toml").plan.model_dump()
+    fields["data"]["max_length"] = tokens
+    fields["training"] = {"learning_rate": 0.003}
+    return Plan.model_validate(fields | {"privacy": PRIVACY}), corpus.base_model()
 
 
 def _plain(plan: Any, loaded: Any, texts: Any, labels: Any) -> Step:

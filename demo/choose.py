@@ -1,9 +1,9 @@
-"""How the learning rate of ``demo/plan-private.toml`` was chosen: on training articles set aside, never on test articles.
+"""How the learning rate of ``demo/plan-private.toml`` was chosen: on training articles set aside, not on test articles.
 
     python -m demo.choose sgd=0.03 sgd=0.1 adamw=0.002
 
-Each site trains privately on four fifths of its articles; the mean of the heads is measured on the fifths set aside. In a
-federation these trials would be charged to the sites' budgets, or be done on public data: this is a demonstration.
+Each site trains privately on four fifths of its articles; the mean of the heads is measured on the fifths set aside. In
+a federation these trials would be charged to the sites' budgets, or be done on public data: this is a demonstration.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def measure(plan: Plan, sites: Sequence[Examples], aside: Examples) -> float:
         train_private(plan=plan, base=base, start=start, examples=site, threads=1, on_selftest=lambda _: None).delta
         for site in sites
     ]
-    mean = np.mean(deltas, axis=0, dtype=np.float64).astype(np.float32)
+    mean = np.stack(deltas).mean(0, dtype=np.float64).astype(np.float32)
     adapter = release(start, mean, 1.0, layout_of(plan.adapter))
     return accuracy(plan=plan, base=base, adapter=adapter, examples=aside).accuracy
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import opacus
 import pytest
+import structlog
 import torch
 from opacus.grad_sample import GradSampleHooks
 from scipy import stats
@@ -212,6 +213,14 @@ def test_a_private_job_tells_the_delta_and_nothing_else(plan: Plan, base: Path) 
     assert not np.array_equal(result.delta, run(plan, base).delta), "two runs must not share their noise"
 
 
+def test_much_noise_is_said_in_the_sites_log(plan: Plan, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dp_sgd, "run_self_test", lambda *_: SelfTest(()))
+    monkeypatch.setattr(dp_step, "take_step", lambda *_: None)
+    with structlog.testing.capture_logs() as lines, pytest.raises(AssertionError, match="no LoRA B moved"):
+        run(plan, base)
+    assert [line["log_level"] for line in lines if "sigma / nominal_batch" in line.get("reason", "")] == ["warning"]
+
+
 def test_the_head_alone_is_trained_where_the_plan_says_so(base: Path) -> None:
     plan = private_plan(base, train="head")
     result = run(plan, base)
@@ -396,4 +405,6 @@ def test_numbers_have_one_form(number: str, wanted: str) -> None:
 
 def test_much_noise_is_said(base: Path) -> None:
     assert "sigma / nominal_batch is 0.167, above 0.01" in noise_warning(private_plan(base))
+    assert noise_warning(private_plan(base)).endswith("helps, or training the head alone")
+    assert noise_warning(private_plan(base, train="head")).endswith("helps")
     assert noise_warning(private_plan(base, nominal_batch=100, nominal_size=400)) == ""
