@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from privacy.budget.audit import Terms
+from privacy.adapter import start_adapter
+from privacy.budget.audit import Terms, lack_of
 from privacy.budget.checkpoint import sign_checkpoint
 from privacy.budget.entries import Claim, PolicyChange, Start, decimal_text
 from privacy.budget.events import DpSgd, Unprotected
@@ -135,6 +136,23 @@ def test_private_jobs_before_an_unprotected_one_keep_their_numbers() -> None:
     assert [value == float("inf") for value in sums.pld.each] == [False, True, False]
     assert [value == float("inf") for value in sums.pld.after] == [False, True, True]
     assert [value == float("inf") for value in sums.rdp.after] == [False, True, True]
+
+
+def test_a_real_self_test_has_what_the_audit_asks_for(tmp_path: Path) -> None:
+    from participant.dp_sgd import train_private
+    from tests.helpers_learning import private_plan, tiny_base, word_examples
+
+    base, found = tiny_base(tmp_path), []
+    plan = private_plan(base, steps=1)
+    train_private(
+        plan=plan,
+        base=base,
+        start=start_adapter(plan.adapter),
+        examples=word_examples((9, 8, 7)),
+        on_selftest=lambda result: found.append(result.to_json()),
+    )
+    assert lack_of(found[0]) == ""
+    assert lack_of(found[0] | {"passed": "true"}) == "after a self-test that did not pass"
 
 
 def test_the_most_serious_class_decides() -> None:

@@ -217,11 +217,11 @@ def _check_self_tests(report: LedgerReport, book: Book) -> None:
     for entry in report.entries:
         if isinstance(entry.facts, Start):
             job = book.jobs[entry.facts.job]
-            if _kind(job) != "unprotected" and (lack := _lack(entry.facts.selftest)):
+            if _kind(job) != "unprotected" and (lack := lack_of(entry.facts.selftest)):
                 report.add(Code.SELF_TEST, f"line {entry.seq + 1}: job {_name(job)} started {lack}")
 
 
-def _lack(selftest: dict[str, object] | None) -> str:
+def lack_of(selftest: dict[str, object] | None) -> str:
     """What is missing in the result of a self-test; empty if nothing is."""
     if selftest is None:
         return "without a self-test"
