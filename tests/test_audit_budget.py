@@ -31,8 +31,6 @@ from tests.audits import (
 )
 from tests.ledgers import DATASET, OTHER_KEY, POLICY, SITE, abort, commit, job, new_ledger, release, reserve
 
-pytestmark = pytest.mark.usefixtures("each_ledger_once")
-
 
 def test_more_than_the_budget(tmp_path: Path) -> None:
     policy = POLICY.model_copy(update={"epsilon": "5.1"})
@@ -132,7 +130,7 @@ def test_opacus_is_asked_where_it_is_installed(tmp_path: Path) -> None:
 
 
 def test_private_jobs_before_an_unprotected_one_keep_their_numbers() -> None:
-    sums = recompute([MECHANISM, Unprotected(), MECHANISM], 1e-5, 60, 4096, with_opacus=False)
+    sums = recompute((MECHANISM, Unprotected(), MECHANISM), 1e-5, 60, 4096, with_opacus=False)
     assert [value == float("inf") for value in sums.pld.each] == [False, True, False]
     assert [value == float("inf") for value in sums.pld.after] == [False, True, True]
     assert [value == float("inf") for value in sums.rdp.after] == [False, True, True]

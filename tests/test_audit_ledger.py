@@ -28,8 +28,6 @@ from tests.audits import (
 )
 from tests.ledgers import KEY, OTHER_KEY, POLICY
 
-pytestmark = pytest.mark.usefixtures("each_ledger_once")
-
 Bodies = list[dict[str, Any]]
 
 

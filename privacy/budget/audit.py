@@ -262,7 +262,7 @@ def _account(report: LedgerReport, book: Book, terms: Terms) -> None:
     """Recompute every job and the composition, and compare with what the site claims."""
     policy = book.policy
     mechanisms = {job.reserve.job: _mechanism(report, job) for job in book.jobs.values()}
-    charged = [mechanisms[job.reserve.job] or Unprotected() for job in book.charged()]
+    charged = tuple(mechanisms[job.reserve.job] or Unprotected() for job in book.charged())
     sums = recompute.recompute(charged, float(policy.delta), terms.seconds, terms.mib, with_opacus=terms.with_opacus)
     if sums.limit:
         report.add(Code.UNSUPPORTED, sums.limit)
