@@ -62,6 +62,7 @@ class Witnesses:
         self._path, self._roster, self._clock = path, roster, clock
         self._keys, self._lock = roster.keys(), threading.Lock()
         self._last: dict[tuple[str, str], Checkpoint] = {}
+        self._shown: set[tuple[str, str, int, bytes]] = set()
         self._lines: Counter[str] = Counter()
         self._evidence: Counter[str] = Counter()
         self._load()
@@ -79,7 +80,11 @@ class Witnesses:
                     found = verify_checkpoint(str(entry["checkpoint"]).encode(), keys[name])
                 except ProtocolError:
                     continue  # of a member's key before this one: kept, and nothing to compare with
-                self._last[name, found.dataset] = found
+                self._remember(name, found)
+
+    def _remember(self, name: str, found: Checkpoint) -> None:
+        self._last[name, found.dataset] = found
+        self._shown.add((name, found.dataset, found.size, found.root))
 
     def take(self, member: int, note: bytes, advertised: tuple[int, bytes] | None = None) -> None:
         """Keep the checkpoint that came with a message; durable when this returns.
@@ -104,9 +109,10 @@ class Witnesses:
         last = self._last.get((name, found.dataset))
         if last is None or last.size < found.size:
             self._keep(name, found)
-            self._last[name, found.dataset] = found
+            self._remember(name, found)
         elif last.size > found.size:
-            self._accuse(name, found, last, "rollback")
+            if (name, found.dataset, found.size, found.root) not in self._shown:  # else a late message looks the same
+                self._accuse(name, found, last, "rollback")
             raise Refusal(
                 f"the ledger of '{name}' has {found.size} lines, {last.size} were witnessed: a part of it is missing; "
                 "restore it before you go on"
