@@ -27,7 +27,7 @@ class Budget(Section):
     #: The one order of the RDP filter; default: see :func:`default_order`. It never changes after the first job.
     order: Annotated[int, Field(ge=2, le=256)] | None = None
     unit: entries.Unit = "record"
-    max_records_per_unit: Annotated[int, Field(ge=1, le=1000)] = 1
+    max_records_per_unit: Annotated[int, Field(ge=1, le=64)] = 1
     adjacency: entries.Adjacency = "add-remove"
 
 

@@ -16,6 +16,8 @@ from privacy.errors import ProtocolError, UserError
 from privacy.files import read_file, write_durably
 from privacy.roster import Roster, load_roster
 
+NOT_PINNED = "note: the roster was taken from the directory: give --pin to compare it with the pinned one"
+
 if TYPE_CHECKING:  # accountants take a second to import, which other commands need not wait for
     from privacy.budget.audit import Anchor, LedgerReport, Terms
 
@@ -64,6 +66,30 @@ def ledger_command(
     notes = [(path, read_file(path, "an anchor file")) for path in anchor or []]
     reports = [_audit(path, members, single, notes, terms) for path in files]
     finish(reports, (), html, as_json)
+
+
+def federation_command(
+    directory: Annotated[
+        Path, typer.Argument(help="roster.toml, ledgers/MEMBER/NAME.jsonl, witnesses.jsonl, releases/.")
+    ],
+    pin: Pin = "",
+    html: Html = None,
+    as_json: AsJson = False,
+    open_days: OpenDays = 30,
+    seconds: Seconds = 300,
+    mib: Memory = 4096,
+) -> None:
+    """Audit all ledgers of a federation with its witnesses and released rounds. Exit codes as ``ledger``.
+
+    Example: veilsum-audit federation audit-2026/ --pin $(cat roster.pin) --html audit.html
+    """
+    from privacy.budget.audit import Terms
+    from privacy.budget.federation import audit_federation
+
+    terms = Terms(seconds=seconds, mib=mib, open_days=open_days)
+    report = audit_federation(directory, _hex(pin, "--pin", 32) if pin else None, terms)
+    rounds = report.rounds if pin else [*report.rounds, NOT_PINNED]
+    finish(report.ledgers, report.found, html, as_json, rounds)
 
 
 def _hex(text: str, option: str, length: int) -> bytes:
@@ -135,7 +161,8 @@ def finish(
     code = worst(every)
     if html is not None:
         when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-        write_durably(html, to_html(reports, found, when, rounds).encode(), private=False)
+        page = to_html(reports, found, when, rounds).encode(errors="replace")  # a file's name need not be UTF-8
+        write_durably(html, page, private=False)
     if as_json:
         typer.echo(json.dumps(to_json(reports, found, rounds=list(rounds), **more), allow_nan=False))
     else:

@@ -13,6 +13,7 @@ from demo.federation import Federation
 from participant import charging, prepare
 from participant.policy import admit as admitted
 from participant.site import Site
+from privacy.budget.rdp import rdp_epsilon
 from privacy.job import Job
 from privacy.plan import parse_plan
 from tests.test_end_to_end import SITE, toy_plan
@@ -111,7 +112,7 @@ def charged_site(set_up: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(training, "train", found.train)
     monkeypatch.setattr(dp_sgd, "train_private", found.train_private)
     # The claim is no part of any decision, and a tight one takes a process and a second.
-    monkeypatch.setattr(charging, "bounded_pld_epsilon", charging.rdp_epsilon)
+    monkeypatch.setattr(charging, "bounded_pld_epsilon", rdp_epsilon)
     found.configure("")
     return found
 

@@ -41,13 +41,13 @@ def job(number: int) -> str:
     return f"{number:032x}"
 
 
-def reserve(number: int, mechanism: Mechanism | None = None, **changes: Any) -> Reserve:
+def reserve(number: int, does: Mechanism | None = None, **changes: Any) -> Reserve:
     facts: dict[str, Any] = {
         "job": job(number),
         "plan": f"news-{number}",
         "plan_digest": f"{number:064x}",
         "stage": 1,
-        "mechanism": (mechanism or Unprotected()).to_json(),
+        "mechanism": (does or Unprotected()).to_json(),
         "rdp": {},
         "claim": Claim(pld="inf", rdp="inf", accountant="none", version="0"),
         "code": {"veilsum": "0.1.0"},

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from privacy.budget.audit import LedgerReport, Terms
+from privacy.budget.audit import Terms
 from privacy.budget.checkpoint import sign_checkpoint
 from privacy.budget.entries import Claim, PolicyChange, Start, decimal_text
 from privacy.budget.events import DpSgd, Unprotected
 from privacy.budget.findings import SEVERITY, Code, Found, worst
 from privacy.budget.rdp import rdp
 from privacy.budget.recompute import recompute
-from privacy.budget.report import ledger_text, to_html, to_json
+from privacy.budget.report import ledger_text, to_json
 from privacy.cli import app
 from tests.audits import (
     MECHANISM,
@@ -34,21 +34,23 @@ pytestmark = pytest.mark.usefixtures("each_ledger_once")
 
 
 def test_more_than_the_budget(tmp_path: Path) -> None:
-    ledger = honest(tmp_path / "news.jsonl", 20)  # the filter is the site's; here nobody asked it
+    policy = POLICY.model_copy(update={"epsilon": "5.1"})
+    ledger = honest(tmp_path / "news.jsonl", 2, policy)  # the filter is the site's; here nobody asked it
     report = audit(ledger.path.read_bytes(), anchor_of(ledger))
     assert report.code == Code.OVER_BUDGET
-    assert report.jobs[-1].enforced_after > 8 > report.jobs[0].enforced_after
-    first = next(i for i, j in enumerate(report.jobs) if j.enforced_after > 8)
-    assert f"line {4 * first + 2}: with this reservation" in report.found[0].text
+    assert report.jobs[1].enforced_after > 5.1 > report.jobs[0].enforced_after
+    assert [f.text.split(" (")[0] for f in report.found] == [
+        f"news: line 6: with this reservation {report.jobs[1].enforced_after:.4f} is charged of a budget of 5.1",
+        f"news: at the end {report.jobs[1].enforced_after:.4f} is charged of a budget of 5.1",
+    ]
 
 
 def test_a_budget_may_be_raised_for_a_reason_that_is_shown(tmp_path: Path) -> None:
-    ledger = honest(tmp_path / "news.jsonl")
-    raised = POLICY.model_copy(update={"epsilon": "20"})
-    ledger.append(PolicyChange(policy=raised, reason="a second study"))
-    for number in range(2, 13):
-        for line in private_job(number):
-            ledger.append(line)
+    low = POLICY.model_copy(update={"epsilon": "5.1"})
+    ledger = honest(tmp_path / "news.jsonl", 1, low)
+    ledger.append(PolicyChange(policy=POLICY.model_copy(update={"epsilon": "20"}), reason="a second study"))
+    for line in private_job(2):
+        ledger.append(line)
     report = audit(ledger.path.read_bytes(), anchor_of(ledger))
     assert report.found == []
     assert report.changes == [("20", "a second study")]
@@ -159,7 +161,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert "http" not in html.replace("http-equiv", "").replace('xmlns="http://www.w3.org/2000/svg"', "")
     assert "<script" not in html
     assert "<svg" in html
-    assert "It does not show that the site ran the recorded code" in html
+    assert "That the site ran the recorded code on the recorded data" in html
 
 
 def test_the_command_as_json(tmp_path: Path) -> None:
@@ -189,9 +191,13 @@ def test_what_others_wrote_is_escaped(tmp_path: Path) -> None:
     ledger = new_ledger(tmp_path / "news.jsonl", *private_job(1))
     ledger.append(PolicyChange(policy=POLICY.model_copy(update={"epsilon": "9"}), reason=evil))
     ledger.append(reservation(2, plan=evil))
-    report: LedgerReport = audit(ledger.path.read_bytes(), anchor_of(ledger))
-    assert "<script" not in to_html([report], report.found, "now")
-    assert "\x1b" not in "\n".join(ledger_text(report))
+    ledger.append(Start(job=job(2), selftest=None))
+    page = tmp_path / "audit.html"
+    found = run(str(ledger.path), "--key", SITE.hex(), "--html", str(page))
+    assert found.exit_code == Code.SELF_TEST
+    assert "<script" not in page.read_text(encoding="utf-8")
+    assert "\x1b" not in found.output
+    assert r"\x1b[31m" in found.output
 
 
 @pytest.mark.parametrize("sigma", ["0.2", "0.25"])

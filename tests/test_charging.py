@@ -6,16 +6,20 @@ from typing import Any
 
 import pytest
 
-from participant import charging, prepare
+from participant import charging, daemon, prepare
+from participant.client import Client, OfferedPlan, ReleasedCohort
+from participant.daemon import Daemon
 from participant.training import TrainingResult
 from privacy.budget import filter as budget_filter
 from privacy.budget import terms
 from privacy.budget.accounting import bounded_pld_epsilon
+from privacy.budget.checkpoint import verify_checkpoint
 from privacy.budget.events import DpSgd
 from privacy.budget.ledger import LedgerError
 from privacy.errors import Refusal, UserError
 from privacy.job import Job
 from privacy.plan import parse_plan
+from privacy.secagg.keys import identity_public
 from tests.charging import BUDGET, PRIVACY, SelfTest, World, admit, plan, spend
 
 
@@ -257,3 +261,63 @@ def test_ledger_and_registry_of_different_backups_are_refused(world: World) -> N
     manifest.write_bytes(manifest.read_bytes().replace(b'"records":20', b'"records":21'))
     with pytest.raises(Refusal, match="restore both from the same backup"):
         prepare.prepare(world.site, world.job(), 1)
+
+
+# --- the daemon -------------------------------------------------------------------------------------------------------
+
+
+class Silent(Client):
+    """A client of a coordinator that has released nothing."""
+
+    def __init__(self) -> None:
+        self.progress = 0
+
+    def releases(self, plan: bytes) -> list[ReleasedCohort]:
+        assert plan
+        return []
+
+
+def offered(name: str, state: str = "open") -> OfferedPlan:
+    return OfferedPlan(plan(name, PRIVACY), state, "wrong labels", 1)
+
+
+def test_a_plan_withdrawn_before_it_started_gives_its_charge_back(world: World) -> None:
+    charging.reserve(world.site, world.job("quiet", PRIVACY), 1)
+    spend(world)
+    for name in ("quiet", "quiet-0"):
+        assert Daemon(world.site, Silent())._consider(offered(name, "cancelled")) == "cancelled"
+    book = world.site.ledger("toy").book
+    assert [job.reserve.plan for job in book.charged()] == ["quiet-0"]
+    (abort,) = [entry.facts for entry in world.site.ledger("toy").entries if entry.kind == "ABORT"]
+    assert abort.model_dump()["reason"] == "the plan is cancelled: wrong labels"
+
+
+def test_a_training_that_failed_is_left_alone_for_a_while(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.fails = [UserError("out of memory"), UserError("out of memory")]
+    now = [1000.0]
+    monkeypatch.setattr(daemon.time, "monotonic", lambda: now[0])
+    found = Daemon(world.site, Silent())
+    for seconds, trained in ((0, 1), (2, 1), (50, 1), (10, 2)):
+        now[0] += seconds
+        assert found._consider(offered("quiet")) == "failed"
+        assert len(world.trained) == trained
+    assert world.site.notes()["quiet"]["reason"] == "out of memory"
+
+
+def test_a_plan_beyond_the_budget_is_refused_by_the_daemon_before_anything_is_read(world: World) -> None:
+    world.configure(BUDGET.format("4") + "order = 3\n")
+    (world.directory / "data.jsonl").unlink()
+    assert Daemon(world.site, Silent())._consider(offered("quiet")) == "refused"
+    assert "would cost epsilon 4." in world.site.notes()["quiet"]["reason"]
+    assert world.kinds() == []
+
+
+def test_a_checkpoint_goes_with_every_message_about_the_plan(world: World) -> None:
+    found = Daemon(world.site, Silent())
+    spend(world)
+    found._consider(offered("quiet-0", "cancelled"))
+    ledger = world.site.ledger("toy")
+    noted = verify_checkpoint(found.client.checkpoint(), identity_public(world.site.identity))
+    assert (noted.dataset, noted.size, noted.root) == (ledger.book.dataset, *ledger.head())
+    charging.reserve(world.site, world.job("next", PRIVACY), 1)
+    assert verify_checkpoint(found.client.checkpoint(), identity_public(world.site.identity)).size == noted.size + 1

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from contextlib import suppress
 
 import pytest
 
 from participant import charging, prepare
 from privacy.errors import UserError
-from tests.charging import BUDGET, PRIVACY, World, spend
+from tests.charging import BUDGET, PRIVACY, World, plan, spend
 
 # --- what the administrator is shown ---------------------------------------------------------------------------------
 
@@ -56,6 +59,51 @@ def test_the_commands_register_show_and_list(world: World, monkeypatch: pytest.M
     assert "toy: nothing to enter" in run(world, "dataset", "policy", "toy")
     with pytest.raises(UserError, match=r"expected a data set of participant\.toml, found 'mail'; there: toy"):
         run(world, "dataset", "show", "mail")
+
+
+RACE = """
+import sys
+from pathlib import Path
+from participant import charging
+from participant.site import Site
+from privacy.errors import Refusal
+from privacy.job import Job
+from privacy.plan import parse_plan
+site = Site.open(Path(sys.argv[1]))
+job = Job.of(parse_plan(sys.stdin.buffer.read()), site.roster)
+charging.bounded_pld_epsilon = charging.rdp_epsilon
+print("ready", flush=True)
+while not Path(sys.argv[2]).exists():
+    pass
+try:
+    charging.reserve(site, job, 1)
+    print("won")
+except Refusal as error:
+    print(f"lost: {error}")
+"""
+
+
+def test_of_two_sites_processes_that_race_for_the_last_of_a_budget_one_wins(world: World) -> None:
+    world.configure(BUDGET.format("4.91") + "order = 3\n")  # one job of this kind costs 4.87, two 4.94
+    charging.ledger_of(world.site, "toy")
+    environment, go = {**os.environ, "PYTHONPATH": os.getcwd()}, world.directory / "go"
+    racers = []
+    for name in ("one", "two"):
+        command = [sys.executable, "-c", RACE, str(world.directory), str(go)]
+        racer = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert racer.stdin is not None
+        racer.stdin.write(plan(name, PRIVACY))
+        racer.stdin.close()
+        racers.append(racer)
+    for racer in racers:
+        assert racer.stdout is not None
+        assert racer.stdout.readline() == b"ready\n"
+    go.touch()
+    said = sorted(racer.stdout.read().decode() for racer in racers if racer.stdout is not None)
+    assert [racer.wait() for racer in racers] == [0, 0]
+    assert said[1] == "won\n"
+    assert "would cost epsilon 4.871 alone and bring the data set to 4.939 of 4.91" in said[0]
+    assert world.kinds() == ["REGISTER", "RESERVE"]
 
 
 def test_a_crash_at_each_write_leaves_a_charge_or_no_training(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

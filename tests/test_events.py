@@ -64,6 +64,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
     },
     "an event with an extra key": {"event": {**RECORD.to_json()["event"], "note": ""}},
     "an event a thousand levels deep": {"event": deep(1000)},
+    "an event that counts in another type": {"event": {**RECORD.to_json()["event"], "count": 1000.0}},
     "no event": {"event": None},
 }
 
@@ -117,3 +118,24 @@ def test_the_records_of_a_user_in_a_batch_are_binomial(thousandths: int, records
     sampled = mechanism.sampled_records()
     assert float(sum(p for _, p in sampled)) == pytest.approx(1, abs=1e-12)
     assert float(sum(i * p for i, p in sampled)) == pytest.approx(records * thousandths / 1000)
+
+
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20)),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=20), inner, max_size=4)),
+    max_leaves=20,
+)
+
+
+@given(value=JSON, changes=st.dictionaries(st.sampled_from([*RECORD.to_json(), "more"]), JSON, max_size=3))
+def test_any_json_is_a_mechanism_or_refused_in_one_line(value: Any, changes: dict[str, Any]) -> None:
+    for candidate in (value, {**RECORD.to_json(), **changes}, {**USER.to_json(), **changes}):
+        try:
+            text = json.dumps(mechanism_from_json(candidate).to_json(), sort_keys=True)
+        except ProtocolError as error:
+            refusal = str(error)
+        else:
+            refusal = "none"
+            assert text == json.dumps(candidate, sort_keys=True)
+        assert refusal.isprintable()
+        assert len(refusal) < 300

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from privacy.budget.audit import LedgerReport
 
-WIDTH, HEIGHT = 720, 280
-LEFT, RIGHT, TOP, BOTTOM = 52, 16, 18, 40
+WIDTH, HEIGHT = 720, 300
+LEFT, RIGHT, TOP, BOTTOM = 52, 16, 34, 40
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class Policy(Section):
     """What a site allows to be done with a data set; ``epsilon`` is ``None`` where there is no budget."""
 
     unit: Unit = "record"
-    max_records_per_unit: Annotated[int, Field(ge=1, le=1000)] = 1
+    max_records_per_unit: Annotated[int, Field(ge=1, le=64)] = 1
     adjacency: Adjacency = "add-remove"
     delta: Amount
     epsilon: Amount | None

@@ -8,6 +8,7 @@ is compared with the only tree that the plain fields allow, never interpreted.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from dataclasses import dataclass
 from decimal import ROUND_HALF_EVEN, Context, Decimal
@@ -114,7 +115,9 @@ class DpSgd:
         table = _table(value, {"kind", "event"} | names)
         _choice("kind", table["kind"], ("dp-sgd",))
         found = cls(**{name: table[name] for name in names})
-        if table["event"] != found._event_json():
+        tree = found._event_json()
+        # Python takes True and 1.0 for 1, so what is equal is compared as text too.
+        if table["event"] != tree or json.dumps(table["event"], sort_keys=True) != json.dumps(tree, sort_keys=True):
             raise ProtocolError("mechanism: event: expected the event that rate, sigma, steps and unit give")
         return found
 

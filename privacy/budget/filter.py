@@ -94,6 +94,6 @@ def objection(standing: Standing, mechanism: Mechanism) -> str | None:
     if math.isinf(spent):
         return f"meets a spent budget of epsilon {policy.epsilon}: a job without privacy ran on this data set before"
     return (
-        f"would cost epsilon {alone:.3f} alone and bring the data set to {after:.3f} of {policy.epsilon}; {spent:.3f} is "
-        f"spent or reserved, {budget - spent:.3f} is left ({terms})"
+        f"would cost epsilon {alone:.3f} alone and bring the data set to {after:.3f} of {policy.epsilon}; {spent:.3f} "
+        f"is spent or reserved, {budget - spent:.3f} is left ({terms})"
     )

@@ -16,17 +16,17 @@ from privacy.budget.findings import Code, Found, worst
 from privacy.errors import shown
 
 SHOWS = (
-    "This shows what the site wrote down: that the lines are its own, unaltered and in order, that the recorded jobs "
-    "give the recorded epsilons, and whether they keep the budget. Two independent computations agree on the numbers. "
-    "The epsilons bound what can be learned about one unit of the data set (see the policy) from everything that left "
-    "the site in these jobs, for adding or removing that unit, with Poisson-sampled DP-SGD at the recorded rate, noise "
-    "and number of steps."
+    "Where nothing was found: that the lines are the site's own, unaltered and in order, that the recorded jobs give "
+    "the recorded epsilons by two computations that share no code, and that they keep the budget. The epsilons bound "
+    "what can be learned about one unit of the data set (see the policy) from everything that left the site in these "
+    "jobs, for adding or removing that unit, with Poisson-sampled DP-SGD at the recorded rate, noise and number of "
+    "steps."
 )
 SHOWS_NOT = (
-    "It does not show that the site ran the recorded code on the recorded data: the self-tests speak for the code, and "
-    "no ledger can say more. It does not show that there is no second ledger, beyond what others witnessed. It says "
-    "nothing about a person who has records at several sites or, where the unit is the record, several records in this "
-    "data set, nothing about the fact that a site took part, and nothing about jobs without differential privacy."
+    "That the site ran the recorded code on the recorded data: the self-tests speak for the code, and no ledger can "
+    "say more. That there is no second ledger, beyond what others witnessed. Nothing is said about a person who has "
+    "records at several sites or, where the unit is the record, several records in this data set, about the fact that "
+    "a site took part, and about jobs without differential privacy."
 )
 NUMBERS = {
     "enforced": "what the budget is held against: a Renyi filter at the one order fixed at registration; holds also "

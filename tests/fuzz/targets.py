@@ -48,7 +48,7 @@ from privacy.secagg.transcript import RoundContext
 from privacy.settings import parse_toml
 from privacy.wire.convert import parse, to_wire
 from privacy.wire.transport import MOST_CHUNK_BYTES, chunk_reply, put_chunk, read_chunk, read_chunk_reply
-from tests.fuzz import seeds
+from tests.fuzz import budget, seeds
 from tests.simulation import identity
 
 #: Longest text of a refusal: it goes into logs and onto terminals, and much of it was written by others.
@@ -360,6 +360,8 @@ TARGETS: dict[str, Target] = {
     "settings": Target(_settings, lambda: [b"p" + seeds.PARTICIPANT_TOML, b"c" + seeds.COORDINATOR_TOML], 1 << 12),
     "ledger": Target(_ledger, _ledger_seeds, 1 << 12),
     "checkpoint": Target(_checkpoint, _checkpoint_seeds, 1 << 10),
+    "mechanism": Target(budget.run_mechanism, budget.mechanism_seeds, 1 << 11),
+    "witnesses": Target(budget.run_witnesses, budget.witness_seeds, 1 << 11),
     "records": Target(_records, seeds.record_lines, 1 << 13),
     "adapter": Target(_adapter, seeds.adapters, 1 << 12),
     "manifest": Target(_manifest, _manifest_seeds, 1 << 15),
