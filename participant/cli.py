@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from participant import cli_data
+from participant import cli_audit, cli_data
 from privacy import __version__, console
 from privacy.errors import UserError
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.add_typer(cli_data.app, name="dataset")
 app.command()(cli_data.budget)
 app.command()(cli_data.witnesses)
+app.command()(cli_audit.audit_training)
 
 Directory = Annotated[
     Path, typer.Option("--dir", envvar="VEILSUM_PARTICIPANT", help="Directory of this site.", show_default=True)

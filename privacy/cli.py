@@ -66,6 +66,7 @@ def transcript_command(
 
 app.command("ledger")(cli_budget.ledger_command)
 app.command("federation")(cli_budget.federation_command)
+app.command("empirical")(cli_budget.empirical_command)
 
 
 @app.command()

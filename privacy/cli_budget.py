@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ from privacy.errors import ProtocolError, UserError
 from privacy.files import read_file, write_durably
 from privacy.roster import Roster, load_roster
 
+BROKEN = "the lower bound is above what is promised: this training is not what its mechanism says; do not release it"
 NOT_PINNED = "note: the roster was taken from the directory: give --pin to compare it with the pinned one"
 
 if TYPE_CHECKING:  # accountants take a second to import, which other commands need not wait for
@@ -171,3 +173,49 @@ def finish(
             typer.echo(line)
         typer.echo(f"result: {'nothing found' if not code else code.name.lower().replace('_', ' ')} (exit {int(code)})")
     raise typer.Exit(int(code))
+
+
+def empirical_command(
+    scores: Annotated[Path, typer.Argument(help="What veilsum-participant audit-training wrote.")],
+    confidence: Annotated[float, typer.Option(min=0.5, max=0.9999, help="Of each lower bound.")] = 0.95,
+    as_json: AsJson = False,
+    seconds: Seconds = 300,
+    mib: Memory = 4096,
+) -> None:
+    """Compare what canaries show of a training with what its mechanism promises: a lower bound beside the upper one.
+
+    Exit codes: 0 the lower bound is below the promise, which proves nothing; 30 it is above: the training is broken.
+
+    Example: veilsum-audit empirical scores.json
+    """
+    from privacy.budget.accounting import bounded_pld_epsilon
+    from privacy.budget.empirical import bounds, read_scores
+
+    found = read_scores(read_ledger(scores))
+    m, delta = len(found.scores), found.mechanism.delta
+    upper = bounded_pld_epsilon([found.mechanism], float(delta), seconds, mib, interval=1e-3)
+    b = bounds(found, confidence)
+    broken = b.general > upper
+    facts = {
+        "canaries": m,
+        "guesses": b.guesses,
+        "right": b.right,
+        "delta": delta,
+        "confidence": confidence,
+        "lower": b.general,
+        "lower_gaussian": b.gaussian,
+        "ceiling": b.ceiling,
+        "upper": "inf" if math.isinf(upper) else upper,
+        "broken": broken,
+    }
+    if as_json:
+        typer.echo(json.dumps(facts))
+    else:
+        promised = "no finite epsilon" if math.isinf(upper) else f"epsilon <= {upper:.2f}"
+        typer.echo(f"{m} canaries; {b.right} of {b.guesses} guesses right; delta {delta}, confidence {confidence:g}")
+        typer.echo(f"lower bound: epsilon >= {b.general:.2f} for any mechanism (Steinke et al. 2023)")
+        typer.echo(f"             epsilon >= {b.gaussian:.2f} if its trade-off curve is a Gaussian's (f-DP, 2024)")
+        typer.echo(f"upper bound: {promised} by PLD, what the mechanism promises")
+        typer.echo(f"ceiling:     {b.ceiling:.2f} is the most that so many canaries could show, every guess right")
+        typer.echo(BROKEN if broken else "a small lower bound proves nothing")
+    raise typer.Exit(int(Code.DIFFERS) if broken else 0)
