@@ -29,7 +29,7 @@ from participant.features import Standard, random_texts
 from participant.noise import SecretRandom
 from participant.training import Loaded, make_optimizer
 from privacy.budget.events import DpSgd
-from privacy.errors import Refusal
+from privacy.errors import Refusal, shown
 from privacy.plan import Plan
 
 #: Leave-one-out: how far the clipped sum may move, over C.
@@ -85,9 +85,10 @@ class SelfTest:
 class SelfTestFailed(Refusal):
     """This model or machine does not do what the accounting assumes: nothing private was read, nothing trained."""
 
-    def __init__(self, result: SelfTest) -> None:
+    def __init__(self, result: SelfTest, reason: str = "") -> None:
         found = ", ".join(f"{c.name} ({c.value:.6g})" for c in result.checks if not c.passed)
-        super().__init__(f"private training refused: the self-test failed in {found}; no record was read")
+        because = f": {shown(reason)}" if reason else ""
+        super().__init__(f"private training refused: the self-test failed in {found}{because}; no record was read")
         self.result = result
 
 
@@ -115,7 +116,7 @@ def run_self_test(
             ]
         except (RuntimeError, ValueError) as error:  # ours, and what Opacus raises where it sees no forward pass
             checks = [Check("per_example_gradients", 0.0, passed=False)]
-            raise SelfTestFailed(SelfTest(tuple(checks))) from error
+            raise SelfTestFailed(SelfTest(tuple(checks)), str(error)) from error
     result = SelfTest(tuple(checks))
     if not result.passed:
         raise SelfTestFailed(result)

@@ -180,6 +180,8 @@ class Plan(Section):
     def _privacy_fits(self) -> Plan:
         if self.privacy is None:
             return self
+        if self.privacy.prior and self.training.loss != "logit_adjusted":
+            raise ValueError(f"privacy.prior: expected none with the loss '{self.training.loss}', found one")
         if self.privacy.prior and len(self.privacy.prior) != len(self.data.labels):
             raise ValueError(
                 f"privacy.prior: expected one number for each of {len(self.data.labels)} labels, "

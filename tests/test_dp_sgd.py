@@ -24,9 +24,10 @@ from participant.noise import SecretRandom
 from participant.self_test import SelfTest
 from participant.training import Loaded, TrainingResult, load_model, make_optimizer, tokenise
 from privacy.adapter import layout_of, start_adapter, unflatten
+from privacy.budget.accounting import pld_epsilon
 from privacy.budget.events import DpSgd
 from privacy.budget.terms import canonical, mechanism, noise_warning
-from privacy.errors import Refusal
+from privacy.errors import Refusal, UserError
 from privacy.plan import Plan
 from tests.helpers_learning import private_plan, tiny_base, word_examples
 
@@ -278,6 +279,16 @@ def test_the_job_ends_where_the_ledger_does(plan: Plan, base: Path, monkeypatch:
         run(plan, base, on_selftest=full)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("train", ["all", "head"])
+def test_a_private_job_runs_on_a_gpu(base: Path, train: str) -> None:
+    tested: list[SelfTest] = []
+    result = run(private_plan(base, train=train), base, device="cuda", on_selftest=tested.append)
+    assert tested[0].passed
+    assert np.isfinite(result.delta).all()
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -394,6 +405,20 @@ def test_the_mechanism_is_the_plans_alone(plan: Plan) -> None:
     assert plan.privacy is not None
     assert (terms.sigma, terms.rate, terms.delta, terms.clip) == ("1", "0.25", "0.0001", "1")
     assert (terms.steps, terms.nominal_batch, terms.nominal_size) == (12, 6, 24)
+
+
+def test_an_epsilon_becomes_the_noise_that_keeps_it(base: Path) -> None:
+    plan = private_plan(base, sigma=None, epsilon="4")
+    terms = mechanism(plan)
+    assert isinstance(terms, DpSgd)
+    assert 3.9 < pld_epsilon([terms], 1e-4) <= 4.0
+    assert mechanism(plan) == terms
+
+
+def test_an_epsilon_that_no_noise_keeps_is_the_plans_fault(base: Path) -> None:
+    with pytest.raises(UserError, match="expected an epsilon that noise in range can keep, found 1e-9") as refused:
+        mechanism(private_plan(base, sigma=None, epsilon="1e-9"))
+    assert refused.value.hint
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,8 @@ BAD: dict[str, tuple[str, str, str]] = {
     "steps beyond a million": ("steps = 40", "steps = 1000001", "key 'privacy.steps'"),
     "no nominal batch": ("nominal_batch = 125\n", "", "missing key 'privacy.nominal_batch'"),
     "no nominal size": ("nominal_size = 500\n", "", "missing key 'privacy.nominal_size'"),
+    "a nominal batch just too small": ("nominal_batch = 125", "nominal_batch = 62", "privacy.nominal_batch: expected"),
+    "a nominal batch just too large": ("nominal_batch = 125", "nominal_batch = 251", "privacy.nominal_batch: expected"),
     "a nominal batch beside rate and size": (
         "nominal_batch = 125",
         "nominal_batch = 16",
@@ -78,6 +80,11 @@ BAD: dict[str, tuple[str, str, str]] = {
     "a prior for other labels": ("steps = 40", "steps = 40\nprior = [1.0]", "one number for each of 2 labels"),
     "a prior that is none": ("steps = 40", "steps = 40\nprior = [0.5, 0.6]", "sum to 1, found 1.1"),
     "a prior that names nobody": ("steps = 40", "steps = 40\nprior = [0.0, 1.0]", "key 'privacy.prior.0'"),
+    "a prior that the loss does not use": (
+        "learning_rate = 2e-3",
+        'learning_rate = 2e-3\nloss = "cross_entropy"',
+        "privacy.prior: expected none with the loss 'cross_entropy'",
+    ),
     "epochs": (
         "learning_rate = 2e-3",
         "learning_rate = 2e-3\nepochs = 2",
@@ -108,7 +115,8 @@ BAD: dict[str, tuple[str, str, str]] = {
 @pytest.mark.parametrize(("line", "instead", "fragment"), BAD.values(), ids=BAD.keys())
 def test_a_bad_guarantee_is_refused_with_its_key(line: str, instead: str, fragment: str) -> None:
     assert line in PRIVATE
-    text = PRIVATE.replace("max_weight = 1000", "max_weight = 500").replace(line, instead, 1)
+    text = PRIVATE.replace("max_weight = 1000", "max_weight = 500")
+    text = (text if "prior =" in instead else f"{text}prior = [0.5, 0.5]\n").replace(line, instead, 1)
     with pytest.raises(UserError) as refused:
         parse_plan(text.encode(), "plan.toml")
     assert fragment in str(refused.value)
@@ -120,6 +128,29 @@ def test_users_and_priors_are_read() -> None:
     privacy = parse_plan((text + "prior = [0.25, 0.75]\n").encode()).plan.privacy
     assert privacy is not None
     assert (privacy.unit, privacy.max_records_per_unit, privacy.prior) == ("user", 4, (0.25, 0.75))
+
+
+@pytest.mark.parametrize(
+    ("line", "edge"),
+    [
+        ('sigma = "1.14"', 'sigma = "0.2"'),
+        ('sigma = "1.14"', 'sigma = "100"'),
+        ('sigma = "1.14"', 'epsilon = "50"'),
+        ('sigma = "1.14"', 'epsilon = "1e-20"'),
+        ('delta = "1e-4"', 'delta = "0.009999999999"'),
+        ("steps = 40", "steps = 1000000"),
+        ("nominal_batch = 125", "nominal_batch = 63"),
+        ("nominal_batch = 125", "nominal_batch = 250"),
+        ('rate = "0.25"\nsteps = 40\nnominal_batch = 125', 'rate = "0.001"\nsteps = 1\nnominal_batch = 1'),
+        ('rate = "0.25"\nsteps = 40\nnominal_batch = 125', 'rate = "1"\nsteps = 1\nnominal_batch = 500'),
+        ("steps = 40", "steps = 40\nprior = [0.5009, 0.5]"),
+        ("max_weight = 1000", "max_weight = 500"),
+        ("max_weight = 1000", 'max_weight = 1\n[aggregation]\nweights = "uniform"'),
+    ],
+)
+def test_the_last_value_in_range_is_taken(line: str, edge: str) -> None:
+    assert line in PRIVATE
+    assert parse_plan(PRIVATE.replace(line, edge, 1).encode()).plan.privacy is not None
 
 
 @pytest.mark.parametrize("missing", ["epochs = 2\n", "batch_size = 16\n"])

@@ -97,6 +97,7 @@ def test_the_result_is_for_a_ledger(base: Path) -> None:
     failed = SelfTest((Check("one", 1.0, passed=True), Check("two", 0.5, passed=False)))
     assert (failed.passed, failed.failures) == (False, ["two"])
     assert "self-test failed in two (0.5); no record was read" in str(SelfTestFailed(failed))
+    assert "self-test failed in two (0.5): out of\\nmemory; no" in str(SelfTestFailed(failed, "out of\nmemory"))
 
 
 def test_the_model_is_as_it_was(base: Path, monkeypatch: Patch) -> None:

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from privacy.budget.accounting import calibrate
 from privacy.budget.events import DpSgd, Mechanism, Unprotected
+from privacy.errors import UserError
 from privacy.guarantee import Privacy, Unit
 from privacy.plan import Plan
 
@@ -34,16 +35,21 @@ def sigma_of(privacy: Privacy) -> str:
         return canonical(privacy.sigma)
     assert privacy.epsilon is not None  # the section has exactly one of the two
     delta, rate = canonical(privacy.delta), canonical(privacy.rate)
-    return _noise_for(
-        canonical(privacy.epsilon), delta, rate, privacy.steps, privacy.unit, privacy.max_records_per_unit
-    )
+    terms = (canonical(privacy.epsilon), delta, rate, privacy.steps, privacy.unit, privacy.max_records_per_unit)
+    try:
+        return _noise_for(*terms)
+    except ValueError as error:
+        raise UserError(
+            f"plan: expected an epsilon that noise in range can keep, found {privacy.epsilon} at delta {privacy.delta}",
+            hint="a larger epsilon, fewer steps or a lower rate",
+        ) from error
 
 
 def mechanism(plan: Plan) -> Mechanism:
     """What training under this plan does with a data set, before any of it runs.
 
     Raises:
-        ValueError: no noise in the accepted range keeps the plan's epsilon.
+        UserError: no noise in the accepted range keeps the plan's epsilon.
     """
     privacy = plan.privacy
     if privacy is None:
