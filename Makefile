@@ -1,7 +1,7 @@
 # Every target does its own set-up, and a second run skips what is done. `make help` lists them.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-compare test proofs chaos mutants model fuzz bench check proto clean distclean
+.PHONY: help demo demo-compare demo-private test proofs chaos mutants model fuzz bench check proto clean distclean
 
 PY := .venv/bin/python
 # The set-up is done when this file exists. Its name follows from what the set-up depends on.
@@ -15,6 +15,9 @@ demo: $(READY) ## one coordinator and five sites fine-tune one model together
 
 demo-compare: $(READY) ## the same, and beside it the model trained on all data pooled
 	$(PY) -m demo.run --pooled
+
+demo-private: $(READY) ## the same with differential privacy (epsilon 8), beside training without, and an audit of the ledgers
+	$(PY) -m demo.private
 
 test: $(READY) ## run the tests (ARGS="-k shamir" chooses some)
 	$(PY) -m pytest $(ARGS)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from bench import growth, masking, memory, peers, wire
+from bench import growth, masking, memory, peers, private, wire
 from bench.rows import Row, describe, table
 from bench.scale import ROOT, Scale, run_text
 from privacy.errors import UserError
@@ -36,6 +36,7 @@ GROUPS: dict[str, Callable[[Scale], list[Row]]] = {
     "round_end_to_end": wire.round_end_to_end,
     "growth": growth.growth,
     "shamir_128": growth.shamir_128,
+    "dp_step": private.dp_step,
 }
 
 

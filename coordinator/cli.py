@@ -134,6 +134,23 @@ def show(
 
 
 @app.command()
+def witnesses(
+    directory: Directory = HERE,
+    member: Annotated[str, typer.Option(help="Only ledgers of this member.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Print the last checkpoint witnessed of each ledger, an anchor file for auditors. Needs no running coordinator.
+
+    Example: veilsum-coordinator witnesses --member north > north.anchor
+    """
+    from coordinator.config import load_home
+    from coordinator.witnesses import anchor_file, anchors
+
+    found = anchors(load_home(directory).witnesses, member)
+    typer.echo(json.dumps(found) if as_json else anchor_file(found), nl=as_json)
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)

@@ -60,6 +60,11 @@ class Home:
         return self.directory / "releases"
 
     @property
+    def witnesses(self) -> Path:
+        """Checkpoints of the members' ledgers."""
+        return self.directory / "witnesses.jsonl"
+
+    @property
     def socket(self) -> Path:
         return self.directory / "operator.sock"
 

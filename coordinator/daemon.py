@@ -25,6 +25,7 @@ from coordinator.report import report
 from coordinator.service import FederationService, OperatorService, add_federation, add_operator
 from coordinator.store import Store
 from coordinator.uploads import Uploads
+from coordinator.witnesses import Witnesses
 from coordinator.work import Worker
 from privacy.errors import UserError
 from privacy.files import DiskError, make_private_directory, read_file, read_private
@@ -86,7 +87,8 @@ async def _start_operator(home: Home, engine: Engine) -> grpc.aio.Server:
 
 async def _start_federation(home: Home, engine: Engine) -> grpc.aio.Server:
     server = grpc.aio.server(interceptors=[Gate()], options=SERVER_OPTIONS, maximum_concurrent_rpcs=MOST_CALLS)
-    add_federation(server, FederationService(engine, Uploads(engine, home.settings.max_uploads)))
+    witnesses = Witnesses(home.witnesses, engine.roster.roster, engine.clock)
+    add_federation(server, FederationService(engine, Uploads(engine, home.settings.max_uploads), witnesses))
     try:
         server.add_secure_port(home.settings.listen, _credentials(home))
     except RuntimeError as error:

@@ -24,11 +24,13 @@ from coordinator.gate import Quotas
 from coordinator.peers import common_name, expired_on
 from coordinator.round import sender_of
 from coordinator.uploads import Uploads
+from coordinator.witnesses import Witnesses
 from privacy import PROTOCOL_VERSION, __version__
 from privacy.encoding import encode
 from privacy.errors import ProtocolError, Refusal, UserError, VeilsumError
+from privacy.job import Job
 from privacy.secagg.dialogue import FromMember, ToMember
-from privacy.secagg.messages import Evidence, MaskedInput
+from privacy.secagg.messages import Advertise, Evidence, MaskedInput
 from privacy.secagg.signed import Signed
 from privacy.wire import federation_pb2 as pb
 from privacy.wire import federation_pb2_grpc, secagg_pb2
@@ -101,8 +103,9 @@ class LastEncoded:
 class FederationService(federation_pb2_grpc.FederationServicer):
     """What participants call; each is the member its certificate names."""
 
-    def __init__(self, engine: Engine, uploads: Uploads) -> None:
+    def __init__(self, engine: Engine, uploads: Uploads, witnesses: Witnesses) -> None:
         self._engine, self._uploads, self._encoded = engine, uploads, LastEncoded()
+        self._witnesses = witnesses
         self._lines = Quotas()
         self._changed = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -160,7 +163,12 @@ class FederationService(federation_pb2_grpc.FederationServicer):
 
     async def Ready(self, request: pb.ReadyRequest, context: Call) -> pb.ReadyReply:
         member = await self._member(context)
-        work = asyncio.to_thread(self._engine.ready, request.plan, request.stage, member)
+
+        def take() -> tuple[int, int]:
+            self._witness(self._engine.open_plan(request.plan)[1], member, request.checkpoint)
+            return self._engine.ready(request.plan, request.stage, member)
+
+        work = asyncio.to_thread(take)
         ready, expected = await guarded(context, work, member=self._name(member))
         self._wake()
         return pb.ReadyReply(ready=ready, expected=expected)
@@ -191,6 +199,19 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         if round_id in self._engine.rounds:  # what a caller invents leaves no trace on disk
             self._engine.store.count_traffic(round_id, member, **counts)
 
+    def _witness(self, job: Job, member: int, note: bytes, advertised: tuple[int, bytes] | None = None) -> None:
+        """Keep the checkpoint that came with a message, or refuse the message.
+
+        Raises:
+            Refusal: none came and the plan is private, or the ledger went back or forked. ProtocolError: it is wrong.
+        """
+        if note:
+            self._witnesses.take(member, note, advertised)
+        elif job.plan.privacy is not None:
+            raise Refusal(f"plan '{job.plan.name}' is private: expected a signed checkpoint of the ledger, found none")
+        elif self._lines.shall_say(self._name(member).encode(), "no checkpoint"):
+            log.warning("no checkpoint of the ledger", member=self._name(member), plan=job.plan.name)
+
     async def Send(self, request: pb.SendRequest, context: Call) -> pb.SendReply:
         member = await self._member(context)
 
@@ -199,6 +220,9 @@ class FederationService(federation_pb2_grpc.FederationServicer):
             if isinstance(getattr(message, "body", None), MaskedInput):
                 raise ProtocolError("M5 comes with its upload: BeginUpload, PutChunk, FinishUpload")
             self._check_sender(sender_of(message), member)
+            job, body = self._engine.running(request.round).job, getattr(message, "body", None)
+            advertised = (body.ledger_size, body.ledger_root) if isinstance(body, Advertise) else None
+            self._witness(job, member, request.checkpoint, advertised)
             self._count(request.round, member, sent=request.ByteSize())
             return not self._engine.receive(request.round, message)
 
@@ -212,6 +236,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
     def _input(self, request: pb.UploadRequest, member: int) -> Signed[MaskedInput]:
         message: Signed[MaskedInput] = from_wire(request.input, Signed[MaskedInput])
         self._check_sender(message.sender, member)
+        self._witness(self._engine.running(request.round).job, member, request.checkpoint)
         self._count(request.round, member, sent=request.ByteSize())
         return message
 

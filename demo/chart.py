@@ -18,6 +18,7 @@ BARS = {
     "alone_mean": "alone, mean",
     "alone_best": "alone, best",
     "one_shot": "one round",
+    "without_privacy": "not private",
     "pooled": "pooled data",
 }
 GREY, BLUE = "#9aa5b1", "#1f6feb"

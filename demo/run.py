@@ -61,12 +61,12 @@ class Timing:
     peak_pss: int = 0
 
 
-def set_up(out: Path, plan: PlanFile) -> Federation:
-    """Write the sites' records and make the federation's directories."""
+def set_up(out: Path, plan: PlanFile, site_toml: str = SITE_TOML) -> Federation:
+    """Write the sites' records and make the federation's directories; ``site_toml`` is every site's file."""
     corpus.write(out / "data")
     base = corpus.base_model()
-    site_toml = {
-        name: SITE_TOML.format(
+    files = {
+        name: site_toml.format(
             base_name=plan.plan.base.name,
             base=base,
             dataset=plan.plan.data.dataset,
@@ -75,7 +75,7 @@ def set_up(out: Path, plan: PlanFile) -> Federation:
         )
         for name in NAMES
     }
-    federation = Federation(out / "federation", NAMES, POLICY, site_toml, OFFLINE, name="newsrooms")
+    federation = Federation(out / "federation", NAMES, POLICY, files, OFFLINE, name="newsrooms")
     federation.create()
     return federation
 
@@ -92,11 +92,11 @@ def pss(pids: list[int]) -> int:
     return total
 
 
-def run_round(federation: Federation, plan: PlanFile, screen: Console) -> Timing:
-    """Start everything, offer the plan, wait until every site has verified the release."""
+def run_round(federation: Federation, plan: PlanFile, screen: Console, path: Path = PLAN) -> Timing:
+    """Start everything, offer the plan at ``path``, wait until every site has verified the release."""
     timing, began = Timing(), time.time()
     federation.start_coordinator()
-    federation.operator("plan", "submit", str(PLAN))
+    federation.operator("plan", "submit", str(path))
     for name in NAMES:
         federation.start_site(name, "--once")
     with screen.status("five sites train, each on its own records …") as status:
@@ -124,14 +124,14 @@ def watch(federation: Federation, status: Status, seconds: float) -> None:
     )
 
 
-def accuracies(federation: Federation, out: Path) -> dict[str, float]:
+def accuracies(federation: Federation, out: Path, path: Path = PLAN) -> dict[str, float]:
     """Accuracy on the held-out fifth, measured by the sites' own command."""
 
     def measure(name: str) -> dict[str, Any]:
         adapters = ["local", *(("base", "release") if name == NAMES[0] else ())]
         options = [option for adapter in adapters for option in ("--adapter", adapter)]
         test = out / "data" / "test.jsonl"
-        found = federation.participant(name, "evaluate", str(PLAN), "--data", str(test), "--json", *options)
+        found = federation.participant(name, "evaluate", str(path), "--data", str(test), "--json", *options)
         result: dict[str, Any] = json.loads(found)
         return result
 
@@ -175,6 +175,7 @@ def show_table(summary: Mapping[str, Any], screen: Console) -> None:
         "alone_mean": "sites alone, mean",
         "alone_best": "sites alone, best",
         "one_shot": "one round together",
+        "without_privacy": "one round without differential privacy",
         "pooled": "all data pooled",
     }
     for key, value in summary["accuracy"].items():

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from participant import cli_audit, cli_data
 from privacy import __version__, console
 from privacy.errors import UserError
 
@@ -19,6 +20,10 @@ app = typer.Typer(
     help="Fine-tune on this site's data, mask the update, upload it once. "
     "Every command takes --dir, the site's directory (or VEILSUM_PARTICIPANT).",
 )
+app.add_typer(cli_data.app, name="dataset")
+app.command()(cli_data.budget)
+app.command()(cli_data.witnesses)
+app.command()(cli_audit.audit_training)
 
 Directory = Annotated[
     Path, typer.Option("--dir", envvar="VEILSUM_PARTICIPANT", help="Directory of this site.", show_default=True)
@@ -145,19 +150,50 @@ def draft(
     label: Annotated[list[str], typer.Option(help="A label; repeat for each, in order.")],
     rank: Annotated[int, typer.Option(help="Rank of the LoRA adapter.")] = 8,
     max_length: Annotated[int, typer.Option(help="Tokens of a record that are read.")] = 128,
+    train: Annotated[str, typer.Option(help="What is trained beside the head: all (B), or nothing: head.")] = "all",
+    epsilon: Annotated[
+        str | None, typer.Option(help="Train with differential privacy of this epsilon; needs --size.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(help="About how many records a site has; chooses batch and steps.")
+    ] = None,
+    max_records_per_user: Annotated[
+        int | None, typer.Option(help="Protect users with at most so many records, instead of single records.")
+    ] = None,
 ) -> None:
     """Write a complete plan for a base model to standard output, with every digest filled in.
 
     Example: veilsum-participant draft ./MiniLM --name news --base-name MiniLM --dataset news --label a --label b
     """
     from participant.drafting import draft_plan
+    from privacy.budget.presets import draft_privacy
+    from privacy.budget.terms import noise_warning
+    from privacy.plan import parse_plan
 
-    typer.echo(
-        draft_plan(
-            base=base, base_name=base_name, name=name, dataset=dataset, labels=label, rank=rank, max_length=max_length
-        ),
-        nl=False,
+    if (epsilon is None) != (size is None):
+        raise UserError("draft: expected --epsilon and --size together, or neither")
+    if train not in ("all", "head"):
+        raise UserError(f"draft: expected --train all or head, found '{train}'")
+    section = ""
+    if epsilon is not None and size is not None:
+        users = max_records_per_user is not None
+        section = draft_privacy(
+            size, epsilon, unit="user" if users else "record", max_records_per_unit=max_records_per_user or 1
+        )
+    text = draft_plan(
+        base=base,
+        base_name=base_name,
+        name=name,
+        dataset=dataset,
+        labels=label,
+        rank=rank,
+        max_length=max_length,
+        train="head" if train == "head" else "all",
+        privacy=section,
     )
+    if warning := noise_warning(parse_plan(text.encode()).plan):
+        typer.echo(f"note: {warning}", err=True)
+    typer.echo(text, nl=False)
 
 
 @app.command()

@@ -90,6 +90,8 @@ class Client:
         self._round_trip = TIMEOUT_S
         #: Counts what was acknowledged of uploads, so that somebody can see that it goes on.
         self.progress = 0
+        #: The signed note of the ledger that goes with every message about a round; set by who knows the plan.
+        self.checkpoint: Callable[[], bytes] = lambda: b""
         self._dial()
 
     def _dial(self) -> None:
@@ -164,7 +166,8 @@ class Client:
 
     def ready(self, plan: bytes, stage: int) -> tuple[int, int]:
         """Say that this site's delta is trained; (members ready, members of the roster)."""
-        reply: pb.ReadyReply = self._call(self._stub.Ready, pb.ReadyRequest(plan=plan, stage=stage))
+        request = pb.ReadyRequest(plan=plan, stage=stage, checkpoint=self.checkpoint())
+        reply: pb.ReadyReply = self._call(self._stub.Ready, request)
         return reply.ready, reply.expected
 
     def next(self, plan: bytes, stage: int, seen: bytes) -> tuple[bytes, ToMember] | None:
@@ -177,7 +180,8 @@ class Client:
 
     def send(self, round_id: bytes, message: FromMember) -> None:
         """One message of this member; repeating it is harmless."""
-        self._call(self._stub.Send, pb.SendRequest(round=round_id, message=to_wire(message, FromMember)))
+        request = pb.SendRequest(round=round_id, message=to_wire(message, FromMember), checkpoint=self.checkpoint())
+        self._call(self._stub.Send, request)
 
     def upload(self, round_id: bytes, message: Signed[MaskedInput], spool: Path, bits: int) -> None:
         """M5 with its vector: whatever is missing there goes, some chunks in flight; ends with a verified receipt.
@@ -185,7 +189,8 @@ class Client:
         Raises:
             Unreachable: call again later, it goes on where it stopped. ProtocolError: refused, e.g. too late.
         """
-        request = pb.UploadRequest(round=round_id, input=to_wire(message, Signed[MaskedInput]))
+        own = to_wire(message, Signed[MaskedInput])
+        request = pb.UploadRequest(round=round_id, input=own, checkpoint=self.checkpoint())
         state: pb.UploadState = self._call(self._stub.BeginUpload, request)
         if not state.finished:
             self._send_chunks(round_id, spool, state, message.body.length, bits)

@@ -3,24 +3,77 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from privacy.budget import entries
+from privacy.guarantee import Number
 from privacy.plan import Name, Positive
 from privacy.settings import Section, load_toml
 
 CONFIG_FILE = "participant.toml"
+#: What the ledger says where the site's file has no budget; a budget set later, after a first job, has to agree.
+DEFAULT_DELTA, DEFAULT_ORDER = "0.00001", 6
+
+
+class Budget(Section):
+    """How much may ever be learnt about one record, or one person, of a data set, over all plans together."""
+
+    epsilon: Number
+    delta: Number
+    #: The one order of the RDP filter; default: see :func:`default_order`. It never changes after the first job.
+    order: Annotated[int, Field(ge=2, le=256)] | None = None
+    unit: entries.Unit = "record"
+    max_records_per_unit: Annotated[int, Field(ge=1, le=64)] = 1
+    adjacency: entries.Adjacency = "add-remove"
+
+
+def default_order(epsilon: float) -> int:
+    """The order at which a budget of this size buys most; measured over mixed series of jobs at delta 1e-5."""
+    return next((order for least, order in ((5.0, 3), (2.0, 6), (0.75, 16)) if epsilon >= least), 32)
+
+
+def _plain(number: str) -> str:
+    """A decimal number without an exponent and without zeros that say nothing, as ledgers have it."""
+    return f"{Decimal(number).normalize():f}"
 
 
 class DataSet(Section):
-    """Where a registered data set lies and how to read it."""
+    """Where a data set lies, how to read it, and what may be learnt from it."""
 
     path: str
     format: Literal["csv", "jsonl", "parquet", "folder"]
     text: str = "text"
     label: str = "label"
+    #: Column that says whose record it is; needed where a plan or the budget protects users.
+    unit: str | None = None
+    #: Without a budget every plan is recorded and none is refused for what it reveals.
+    budget: Budget | None = None
+    #: ``false`` declares that these records need no protection.
+    protected: bool = True
+
+    @model_validator(mode="after")
+    def _policy_is_possible(self) -> DataSet:
+        self.policy()
+        return self
+
+    def policy(self) -> entries.Policy:
+        """What the ledger must say about this data set."""
+        if self.budget is None:
+            return entries.Policy(delta=DEFAULT_DELTA, epsilon=None, order=DEFAULT_ORDER, protected=self.protected)
+        own = self.budget
+        return entries.Policy(
+            unit=own.unit,
+            max_records_per_unit=own.max_records_per_unit,
+            adjacency=own.adjacency,
+            delta=_plain(own.delta),
+            epsilon=_plain(own.epsilon),
+            order=own.order or default_order(float(own.epsilon)),
+            protected=self.protected,
+        )
 
 
 class SitePolicy(Section):
@@ -83,8 +136,19 @@ class Home:
         return self.directory / "records.jsonl"
 
     @property
+    def witnesses(self) -> Path:
+        """What M2 of each round showed of the other members' ledgers."""
+        return self.directory / "witnesses.jsonl"
+
+    @property
     def ledgers(self) -> Path:
+        """One ledger for each data set, its checkpoint beside it."""
         return self.directory / "ledger"
+
+    @property
+    def registry(self) -> Path:
+        """Which records the site has registered under which name; none of it ever leaves."""
+        return self.directory / "registry"
 
 
 def load_home(directory: Path) -> Home:

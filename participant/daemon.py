@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from participant import charging
 from participant.client import Client, OfferedPlan, seen_hash
 from participant.fetch import fetch_release
 from participant.patience import patiently
@@ -26,6 +27,9 @@ from privacy.secagg.messages import Inbox, Offer, Outcome, RoundAborted
 log = structlog.get_logger()
 
 IDLE_S = 2.0
+#: Seconds before a training that failed is tried again.
+AGAIN_S = 60.0
+STAGE = 1
 
 
 @dataclass
@@ -36,6 +40,8 @@ class Daemon:
     client: Client
     progress: Callable[[Job], Progress] | None = None
     said: dict[str, str] = field(default_factory=dict)
+    #: Digest of a plan whose training failed -> when it is tried again, and why it failed.
+    failed: dict[bytes, tuple[float, VeilsumError]] = field(default_factory=dict)
 
     def run(self, *, once: bool = False) -> None:
         """Work until interrupted; with ``once``, until a release is here or a plan of this site has failed.
@@ -61,7 +67,7 @@ class Daemon:
             plan_file = parse_plan(offered.toml)
             name = plan_file.plan.name
             job = Job.of(plan_file, self.site.roster)
-            admit(job, self.site.home.settings)
+            admit(job, self.site.home.settings, charging.standing(self.site, job, STAGE))
             state, reason = self._work(job, offered)
         except Unreachable:
             raise
@@ -76,17 +82,31 @@ class Daemon:
         return state
 
     def _work(self, job: Job, offered: OfferedPlan) -> tuple[str, str]:
-        stage = 1
+        stage = STAGE
+        self.client.checkpoint = lambda: self.site.ledger(job.plan.data.dataset).checkpoint()
         if offered.state in ("cancelled", "aborted"):
             if self._fetch(job, stage):  # a release made before stays a release
                 return "released", str(self.site.release_directory(job.plan.name, stage) / "adapter")
+            charging.give_up(self.site, job, stage, f"the plan is {offered.state}: {offered.reason}")
             return offered.state, offered.reason
         if not self._is_released(job, stage):
-            prepare(self.site, job, stage, self.progress(job) if self.progress else None)
+            self._prepare(job, stage)
             self._take_part(job, stage)
         if self._fetch(job, stage):
             return "released", str(self.site.release_directory(job.plan.name, stage) / "adapter")
         return "waiting", "for the release"
+
+    def _prepare(self, job: Job, stage: int) -> None:
+        """Train, or say again for a while why that failed: a training that fails in a loop would fill the ledger."""
+        digest = job.plan_file.digest
+        until, error = self.failed.get(digest, (0.0, None))
+        if error is not None and time.monotonic() < until:
+            raise error
+        try:
+            prepare(self.site, job, stage, self.progress(job) if self.progress else None)
+        except VeilsumError as error:
+            self.failed[digest] = (time.monotonic() + AGAIN_S, error)
+            raise
 
     def _fetch(self, job: Job, stage: int) -> bool:
         return patiently(lambda: fetch_release(self.site, self.client, job, stage))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -41,10 +43,25 @@ class _Record:
     where: str
     text: object = field(repr=False)
     label: object
+    #: Whose record it is; asked for only where a plan protects users.
+    unit: object = field(default=None, repr=False)
 
 
-def load_examples(path: Path, fmt: Format, text_column: str, label_column: str, labels: Sequence[str]) -> Examples:
+def load_examples(
+    path: Path,
+    fmt: Format,
+    text_column: str,
+    label_column: str,
+    labels: Sequence[str],
+    *,
+    unit_column: str | None = None,
+    max_records_per_unit: int | None = None,
+) -> Examples:
     """Read a data set.
+
+    With ``max_records_per_unit`` = k only the first k records of each unit are kept, in the order of the file: what a
+    user-level guarantee is computed for must hold whatever the file has. Which records a unit keeps depends on that
+    unit's records alone, so adding or removing another unit changes nothing else.
 
     Args:
         path: a CSV file with a header line, a JSONL file of objects, a Parquet file; or, for ``folder``, a directory
@@ -53,41 +70,73 @@ def load_examples(path: Path, fmt: Format, text_column: str, label_column: str, 
         text_column: column or key of the text; not used for ``folder``.
         label_column: column or key of the label; not used for ``folder``.
         labels: the plan's labels, in its order.
+        unit_column: column or key of whom a record belongs to; needed with ``max_records_per_unit``.
+        max_records_per_unit: most records of one unit.
 
     Raises:
         UserError: no such file, not the format, a missing column, undecodable bytes, an empty text, a label that the
-            plan does not have, or no record at all.
+            plan does not have, a record of nobody where units count, or no record at all.
     """
+    if max_records_per_unit is not None and (unit_column is None or fmt == "folder"):
+        raise UserError(
+            f"{path}: expected to know whose record each is, since the plan protects users; found no column for it",
+            hint='name the column as unit = "..." beside the data set\'s path; a tree of text files has none',
+        )
     if fmt not in get_args(Format):
         raise UserError(f"data format: expected one of {', '.join(get_args(Format))}, found {fmt!r}")
     index = {label: number for number, label in enumerate(labels)}
+    columns = (text_column, label_column, *([unit_column] if unit_column and max_records_per_unit else []))
+    kept: Counter[str] = Counter()
     texts: list[str] = []
     numbers: list[int] = []
+    with _readable(path, fmt):
+        for record in _records(path, fmt, columns):
+            text, number = _text_of(record), _number_of(record, index)
+            if max_records_per_unit is not None:
+                unit = _unit_of(record)
+                kept[unit] += 1
+                if kept[unit] > max_records_per_unit:
+                    continue
+            texts.append(text)
+            numbers.append(number)
+    if not texts:
+        raise UserError(f"{path}: expected at least one record, found none", hint="check path and format of the data")
+    return Examples(tuple(texts), tuple(numbers))
+
+
+def load_texts(path: Path, fmt: Format, text_column: str, label_column: str) -> tuple[str, ...]:
+    """The texts of a data set alone, whatever their labels: what registering it looks at.
+
+    Raises:
+        UserError: as :func:`load_examples`, but for labels and units.
+    """
+    with _readable(path, fmt):
+        return tuple(_text_of(record) for record in _records(path, fmt, (text_column, label_column)))
+
+
+@contextmanager
+def _readable(path: Path, fmt: Format) -> Iterator[None]:
     try:
-        for record in _records(path, fmt, text_column, label_column):
-            texts.append(_text_of(record))
-            numbers.append(_number_of(record, index))
+        yield
     except OSError as error:
         raise UserError(
             f"{error.filename or path}: expected a readable {_kind(fmt)}, found: {error.strerror or error}",
             hint="check the path of the data set in this site's configuration",
         ) from error
-    if not texts:
-        raise UserError(f"{path}: expected at least one record, found none", hint="check path and format of the data")
-    return Examples(tuple(texts), tuple(numbers))
 
 
 def _kind(fmt: Format) -> str:
     return "directory" if fmt == "folder" else f"{fmt} file"
 
 
-def _records(path: Path, fmt: Format, text_column: str, label_column: str) -> Iterator[_Record]:
+def _records(path: Path, fmt: Format, columns: tuple[str, ...]) -> Iterator[_Record]:
+    """``columns``: of text and label, and of the unit where it is asked for."""
     if fmt == "csv":
-        return _from_csv(path, text_column, label_column)
+        return _from_csv(path, columns)
     if fmt == "jsonl":
-        return _from_jsonl(path, text_column, label_column)
+        return _from_jsonl(path, columns)
     if fmt == "parquet":
-        return _from_parquet(path, text_column, label_column)
+        return _from_parquet(path, columns)
     return _from_folder(path)
 
 
@@ -96,6 +145,16 @@ def _text_of(record: _Record) -> str:
         found = "an empty text" if isinstance(record.text, str) else type(record.text).__name__
         raise UserError(f"{record.where}: expected a text, found {found}", hint="correct or remove the record")
     return record.text
+
+
+def _unit_of(record: _Record) -> str:
+    """Whose record it is, as text; whole numbers are compared as text, as labels are."""
+    is_number = isinstance(record.unit, int) and not isinstance(record.unit, bool)
+    unit = str(record.unit) if is_number else record.unit
+    if not isinstance(unit, str) or not unit.strip():
+        found = "an empty text" if isinstance(unit, str) else type(unit).__name__
+        raise UserError(f"{record.where}: expected whose record it is, found {found}", hint="correct the unit's column")
+    return unit.strip()
 
 
 def _number_of(record: _Record, index: dict[str, int]) -> int:
@@ -114,8 +173,8 @@ def _names(columns: Iterable[str]) -> str:
     return shown(", ".join(map(repr, columns)), 400) or "(none)"
 
 
-def _require_columns(path: Path, found: Sequence[str], text_column: str, label_column: str) -> None:
-    for column in (text_column, label_column):
+def _require_columns(path: Path, found: Sequence[str], columns: tuple[str, ...]) -> None:
+    for column in columns:
         if column not in found:
             raise UserError(
                 f"{path}: expected a column {column!r}, found the columns {_names(found)}",
@@ -136,27 +195,27 @@ def _lines(path: Path) -> Iterator[str]:
                 ) from error
 
 
-def _from_csv(path: Path, text_column: str, label_column: str) -> Iterator[_Record]:
+def _from_csv(path: Path, columns: tuple[str, ...]) -> Iterator[_Record]:
     csv.field_size_limit(MAX_FIELD_CHARS)
     rows = csv.reader(_lines(path), strict=True)
     try:
         header = next(rows, [])
-        _require_columns(path, header, text_column, label_column)
-        text_at, label_at = header.index(text_column), header.index(label_column)
+        _require_columns(path, header, columns)
+        positions = [header.index(column) for column in columns]
         for row in rows:
             if not row:  # a blank line
                 continue
             where = f"{path}, line {rows.line_num}"
             if len(row) != len(header):
                 raise UserError(f"{where}: expected {len(header)} columns, found {len(row)}", hint="check the quoting")
-            yield _Record(where, row[text_at], row[label_at])
+            yield _Record(where, *(row[at] for at in positions))
     except csv.Error as error:
         raise UserError(
             f"{path}, line {rows.line_num}: expected a CSV row, found: {error}", hint="check the quoting"
         ) from error
 
 
-def _from_jsonl(path: Path, text_column: str, label_column: str) -> Iterator[_Record]:
+def _from_jsonl(path: Path, columns: tuple[str, ...]) -> Iterator[_Record]:
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
@@ -168,16 +227,16 @@ def _from_jsonl(path: Path, text_column: str, label_column: str) -> Iterator[_Re
             raise UserError(f"{where}: expected a JSON object, found invalid JSON", hint="one per line") from error
         if not isinstance(row, dict):
             raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}", hint="one per line")
-        for column in (text_column, label_column):
+        for column in columns:
             if column not in row:
                 raise UserError(
                     f"{where}: expected a column {column!r}, found the columns {_names(row)}",
                     hint="name the text and label columns in this site's configuration",
                 )
-        yield _Record(where, row[text_column], row[label_column])
+        yield _Record(where, *(row[column] for column in columns))
 
 
-def _from_parquet(path: Path, text_column: str, label_column: str) -> Iterator[_Record]:
+def _from_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[_Record]:
     # Imported here: it costs a tenth of a second and most sites have CSV or JSONL.
     import pyarrow
     import pyarrow.parquet
@@ -185,13 +244,12 @@ def _from_parquet(path: Path, text_column: str, label_column: str) -> Iterator[_
     with path.open("rb") as file:
         try:
             parquet = pyarrow.parquet.ParquetFile(file)
-            _require_columns(path, parquet.schema_arrow.names, text_column, label_column)
+            _require_columns(path, parquet.schema_arrow.names, columns)
             number = 0
-            for batch in parquet.iter_batches(columns=[text_column, label_column]):
-                pairs = zip(batch.column(text_column).to_pylist(), batch.column(label_column).to_pylist(), strict=True)
-                for text, label in pairs:
+            for batch in parquet.iter_batches(columns=list(columns)):
+                for values in zip(*(batch.column(column).to_pylist() for column in columns), strict=True):
                     number += 1
-                    yield _Record(f"{path}, row {number}", text, label)
+                    yield _Record(f"{path}, row {number}", *values)
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise UserError(
                 f"{path}: expected a Parquet file, found: {str(error).splitlines()[0]}", hint="check the data's format"

@@ -39,14 +39,11 @@ labels = {labels}
 max_length = {max_length}  # tokens; what is longer is cut
 
 [training]
-# Adds the log of a site's own class prior to the logits in training only (Menon et al. 2021): sites with different
+# Adds the log of a {prior} class prior to the logits in training only (Menon et al. 2021): sites with different
 # label mixes can then be averaged. The alternative is "cross_entropy".
 loss = {loss}
-epochs = {epochs}
 learning_rate = {learning_rate}  # for B and head alone; higher than usual for LoRA, since A is frozen
-batch_size = {batch_size}
-seed = {training_seed}  # of the order of examples; not secret
-
+{schedule}
 [aggregation]
 method = "freeze_a"  # A from the public seed, B trained: the mean of B is exact
 weights = {weights}  # sites count by their number of examples, or each the same: "uniform"
@@ -76,6 +73,7 @@ outcome_s = 3600
 # {coordinates} coordinates are trained.
 rank = {rank}
 alpha = {alpha}  # the adapter acts with alpha / rank
+train = {train}  # B and the head: "all"; or the "head" alone, on the base model's features
 seed = {seed}
 # SHA-256 of the start adapter that every site computes from seed, modules and head.
 digest = {start_digest}
@@ -85,6 +83,13 @@ digest = {start_digest}
 
 [adapter.head]  # trained beside the adapter, starting at zero
 {head}
+"""
+
+#: What stands in [training] for training without privacy; with it, [privacy] stands there instead.
+_SCHEDULE = """\
+epochs = {epochs}
+batch_size = {batch_size}
+seed = {training_seed}  # of the order of examples; not secret
 """
 
 
@@ -99,6 +104,8 @@ def draft_plan(
     rank: int = 8,
     alpha: float | None = None,
     max_length: int = 128,
+    train: Literal["all", "head"] = "all",
+    privacy: str = "",
     loss: Literal["logit_adjusted", "cross_entropy"] = "logit_adjusted",
     epochs: int = 2,
     learning_rate: float = 2e-3,
@@ -125,6 +132,8 @@ def draft_plan(
         rank: of each LoRA pair.
         alpha: LoRA's scale, the adapter acts with alpha / rank; 2 * rank where None.
         seed: public 32-byte seed of the frozen A; drawn at random where None.
+        privacy: a section ``[privacy]``, see :func:`privacy.budget.presets.draft_privacy`; ``epochs``, ``batch_size``
+            and ``training_seed`` have no place beside it and are left out.
 
     The other arguments are the plan's keys of the same name.
 
@@ -142,6 +151,7 @@ def draft_plan(
             digest=_UNSET_DIGEST,
             modules=modules,
             head=head,
+            train=train,
         )
     except ValidationError as error:
         raise UserError(f"draft: {explain(error)}", hint="choose another rank or alpha") from error
@@ -154,10 +164,11 @@ def draft_plan(
         labels=_toml(list(labels)),
         max_length=max_length,
         loss=_toml(loss),
-        epochs=epochs,
+        prior="public" if privacy else "site's own",
         learning_rate=float(learning_rate),
-        batch_size=batch_size,
-        training_seed=training_seed,
+        schedule="\n" + privacy
+        if privacy
+        else _SCHEDULE.format(epochs=epochs, batch_size=batch_size, training_seed=training_seed),
         weights=_toml(weights),
         max_cohort=max_cohort,
         min_cohort=min_cohort,
@@ -168,6 +179,7 @@ def draft_plan(
         coordinates=f"{layout_of(adapter).size:,}",
         rank=rank,
         alpha=adapter.alpha,
+        train=_toml(train),
         seed=_toml(adapter.seed),
         start_digest=_toml(digest),
         modules=_table(modules),

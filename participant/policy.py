@@ -1,4 +1,5 @@
-"""Does this site agree to a plan? Pure: plan, pinned roster and the site's own file in, a refusal or nothing out.
+"""Does this site agree to a plan? Pure: plan, pinned roster, the site's own file and what is charged to the data set
+in, a refusal or nothing out.
 
 Of roster policy, plan and the site's own file the strictest wins; a plan that is weaker than any of them is refused in
 one line that says what was asked and what is allowed.
@@ -7,19 +8,25 @@ one line that says what was asked and what is allowed.
 from __future__ import annotations
 
 from participant.config import Settings
+from privacy.budget import terms
+from privacy.budget.events import Mechanism
+from privacy.budget.filter import Standing, objection
 from privacy.errors import Refusal
 from privacy.job import Job
+from privacy.plan import Plan
 
 AUDITS = ("none", "spot", "divided")
 
 
-def admit(job: Job, settings: Settings) -> None:
+def admit(job: Job, settings: Settings, standing: Standing | None = None) -> None:
     """Refuse a plan this site does not agree to.
 
+    Args:
+        standing: what the ledger of the plan's data set says; ``None``: nothing is charged to it yet.
+
     Raises:
-        Refusal: consent, base model, data set, cohort sizes, colluders or audit; the roster's own rules were applied
-        when
-            the job was made.
+        Refusal: consent, base model, data set, cohort sizes, colluders, audit or the data set's budget; the
+            roster's own rules were applied when the job was made.
     """
     plan, own, rules = job.plan, settings.policy, job.rules
     name = f"plan '{plan.name}'"
@@ -42,3 +49,18 @@ def admit(job: Job, settings: Settings) -> None:
         raise Refusal(f"{name} allows sums of two members; this site has not opted in (allow_two_members)")
     if AUDITS.index(plan.round.audit) < AUDITS.index(own.audit):
         raise Refusal(f"{name} has audit '{plan.round.audit}'; this site demands '{own.audit}'")
+    data = settings.datasets[plan.data.dataset]
+    if plan.privacy is not None and plan.privacy.unit == "user" and data.unit is None:
+        raise Refusal(
+            f"{name} protects users; data set '{plan.data.dataset}' does not say whose a record is: "
+            "name the column under 'unit' in participant.toml"
+        )
+    if found := objection(standing or Standing(data.policy()), _mechanism(plan)):
+        raise Refusal(f"{name} {found}")
+
+
+def _mechanism(plan: Plan) -> Mechanism:
+    try:
+        return terms.mechanism(plan)
+    except ValueError as error:
+        raise Refusal(f"plan '{plan.name}': {error}") from error

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from participant import charging
+from participant.config import DataSet
+from participant.data import Examples, load_examples
 from participant.patience import patiently
+from participant.registry import Registry
 from participant.site import Site
 from participant.store import Quantised, Trained
-from privacy.adapter import check_start, release, save_peft, start_adapter
+from privacy.adapter import Tensors, check_start, release, save_peft, start_adapter
 from privacy.errors import Refusal, UserError
 from privacy.job import Job
 from privacy.secagg.masking import tiles_of
 from privacy.secagg.quantize import weighted_loss
+
+if TYPE_CHECKING:
+    from participant.training import TrainingResult
 
 log = structlog.get_logger()
 
@@ -35,41 +43,72 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None) 
     check_start(start, job.plan.adapter)
     kept = site.store.trained(name, stage)
     if kept is not None and kept.plan == digest:
+        charging.charged(site, job, stage)
         return kept
     if kept is not None and site.spent(job, stage):
         raise Refusal(f"the delta of plan '{name}' is spent under another plan file; a changed plan needs a new name")
-    # torch takes seconds to import, and only this needs it.
-    from participant.data import load_examples
-    from participant.training import train
-
-    settings = site.home.settings
-    data = settings.datasets[job.plan.data.dataset]
-    examples = load_examples(site.home.path(data.path), data.format, data.text, data.label, job.plan.data.labels)
+    data = site.home.settings.datasets[job.plan.data.dataset]
+    examples = _examples(site, job, data)
     weight = _weight(job, len(examples))
-    facts = {"plan": name, "plan_digest": digest, "stage": stage, "private": False}
-    site.ledger(job.plan.data.dataset).append("START", facts)
-    log.info("training", plan=name, examples=len(examples))
-    result = train(
-        plan=job.plan,
-        base=site.home.path(settings.models[job.plan.base.name]),
-        start=start,
-        examples=examples,
-        device=settings.device,
-        threads=settings.threads,
-        progress=progress,
-    )
+    patiently(lambda: Registry(site.home).take(job.plan.data.dataset, examples.texts))
+    identity = charging.reserve(site, job, stage)
+    log.info("training", plan=name)
+    result = _train(site, job, identity, start, examples, progress)
     local = release(start, result.delta, 1.0, job.layout)
     place, base_name = site.local_directory(name, stage), job.plan.base.name
     patiently(lambda: save_peft(place, local, adapter=job.plan.adapter, base_name=base_name))
-    trained = Trained(digest, weight, result.loss, result.seconds, result.examples)
+    loss = result.loss if job.plan.privacy is None else 0.0  # an un-noised mean over the records
+    trained = Trained(digest, weight, loss, result.seconds, result.examples)
     patiently(lambda: _keep(site, job, stage, result.delta, trained))
-    log.info("trained", plan=name, loss=round(result.loss, 4), seconds=round(result.seconds, 1))
+    log.info("trained", plan=name, loss=round(loss, 4), seconds=round(result.seconds, 1))
     return trained
 
 
+def _examples(site: Site, job: Job, data: DataSet) -> Examples:
+    privacy = job.plan.privacy
+    users = privacy is not None and privacy.unit == "user"
+    return load_examples(
+        site.home.path(data.path),
+        data.format,
+        data.text,
+        data.label,
+        job.plan.data.labels,
+        unit_column=data.unit if users else None,
+        max_records_per_unit=privacy.max_records_per_unit if privacy is not None and users else None,
+    )
+
+
+def _train(
+    site: Site, job: Job, identity: str, start: Tensors, examples: Examples, progress: Progress | None
+) -> TrainingResult:
+    """Train the charged job: START is durable before the first batch, after the self-test of a private one."""
+    # torch takes seconds to import, and only this needs it.
+    settings = site.home.settings
+    about: dict[str, Any] = {
+        "plan": job.plan,
+        "base": site.home.path(settings.models[job.plan.base.name]),
+        "start": start,
+        "examples": examples,
+        "device": settings.device,
+        "threads": settings.threads,
+        "progress": progress,
+    }
+    if job.plan.privacy is None:
+        from participant.training import train
+
+        charging.start(site, job, identity, None)
+        return train(**about)
+    from participant.dp_sgd import train_private
+
+    return train_private(**about, on_selftest=lambda found: charging.start(site, job, identity, found.to_json()))
+
+
 def _weight(job: Job, examples: int) -> int:
+    """What this site counts for; of a private data set the number of records is nobody's to know."""
     if job.plan.aggregation.weights == "uniform":
         return 1
+    if job.plan.privacy is not None:
+        return job.plan.privacy.nominal_size
     if examples > job.plan.round.max_weight:
         raise UserError(
             f"data set '{job.plan.data.dataset}': expected at most {job.plan.round.max_weight} examples "

@@ -1,7 +1,11 @@
-"""Training progress: a bar with loss and time left on a terminal, a log line every ten seconds elsewhere."""
+"""Training progress: a bar with loss and time left on a terminal, a log line every ten seconds elsewhere.
+
+A loss that is not a number is not shown: private training tells none.
+"""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,14 +33,16 @@ def training_progress(*, show: bool) -> Iterator[Callable[[Job], Report]]:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
+        TextColumn("{task.fields[loss]}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
 
         def start(job: Job) -> Report:
-            task = bar.add_task(f"training {job.plan.name}", total=None, loss=float("nan"))
-            return lambda step, steps, loss: bar.update(task, completed=step, total=steps, loss=loss)
+            task = bar.add_task(f"training {job.plan.name}", total=None, loss="")
+            return lambda step, steps, loss: bar.update(
+                task, completed=step, total=steps, loss="" if math.isnan(loss) else f"loss {loss:.4f}"
+            )
 
         yield start
 
@@ -48,6 +54,7 @@ def _log_lines(job: Job) -> Report:
         nonlocal last
         if time.monotonic() - last >= EVERY_S:
             last = time.monotonic()
-            log.info("training", plan=job.plan.name, step=step, steps=steps, loss=round(loss, 4))
+            told = {} if math.isnan(loss) else {"loss": round(loss, 4)}
+            log.info("training", plan=job.plan.name, step=step, steps=steps, **told)
 
     return report

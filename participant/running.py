@@ -12,6 +12,7 @@ from pathlib import Path
 
 import structlog
 
+from participant import charging
 from participant.client import Client
 from participant.fetch import audit_blocks, fetched_total
 from participant.patience import patiently
@@ -25,7 +26,7 @@ from privacy import faults
 from privacy.errors import ProtocolError, Refusal
 from privacy.job import Job
 from privacy.secagg.dialogue import FromMember, ToMember, message_name
-from privacy.secagg.messages import Header, MaskedInput, Offer, RoundAborted
+from privacy.secagg.messages import Header, KeyList, MaskedInput, Offer, RoundAborted
 from privacy.secagg.projection import project
 from privacy.secagg.signed import Signed, sign
 from privacy.vectors import file_root
@@ -46,11 +47,6 @@ def keep(site: Site, record: Record) -> None:
     patiently(lambda: site.store.keep(record))
 
 
-def enter(site: Site, job: Job, kind: str, **facts: object) -> None:
-    """One more line in the ledger of the job's data set, for as long as the disk takes."""
-    patiently(lambda: site.ledger(job.plan.data.dataset).append(kind, facts))
-
-
 def upload(site: Site, client: Client, job: Job, header: Header, message: Signed[MaskedInput]) -> None:
     """The spool of a round, the only bytes of it that ever leave, until they are there or come too late."""
     spool, bits = site.store.spool(job.plan.name, header), job.rules.bits
@@ -59,7 +55,7 @@ def upload(site: Site, client: Client, job: Job, header: Header, message: Signed
     except (ProtocolError, Refusal) as error:
         log.warning("upload not taken", plan=job.plan.name, reason=str(error))
         return
-    enter(site, job, "COMMIT", plan=job.plan.name, stage=header.stage, round=header.round)
+    charging.commit(site, job, header.stage, header.round, message.body.root)
     log.info("uploaded", plan=job.plan.name, bytes=message.body.length)
 
 
@@ -108,6 +104,7 @@ def join(site: Site, client: Client, job: Job, stage: int, round_id: bytes, offe
     kept = site.store.trained(job.plan.name, stage)
     if kept is None or kept.plan != job.plan_file.digest.hex():
         raise Refusal(f"the delta that lies here was not trained under this file of plan '{job.plan.name}'")
+    charging.charged(site, job, stage)
     run = RoundRun(site, client, job, stage, round_id, ParticipantRound(context, site.round_site(job, digest, bond)))
     run.answer(run.machine.join())
     return run
@@ -160,6 +157,9 @@ class RoundRun:
         except ProtocolError as error:
             log.warning("refused", plan=self.job.plan.name, message=type(message).__name__, reason=str(error))
             return
+        if isinstance(message, KeyList) and step.records:
+            store, header = self.site.store, self.machine.context.header
+            patiently(lambda: store.keep_witnesses(header, message.members))
         self.answer(step)
         phase = self.machine.phase
         if isinstance(phase, Masking):
@@ -174,8 +174,7 @@ class RoundRun:
         """Ledger line and spool on disk, then the record that the delta is spent, then the upload."""
         store, header = self.site.store, self.machine.context.header
         vector = kept_vector(self.site, self.job, self.stage)
-        plan = self.job.plan.name
-        enter(self.site, self.job, "RELEASE", plan=plan, stage=self.stage, round=header.round, t2=phase.t2.hex())
+        charging.release(self.site, self.job, self.stage, header.round, phase.t2, self.machine.site.vector)
         spool, bits = store.spool(self.job.plan.name, header), self.job.rules.bits
         root = patiently(lambda: store.write_spool(spool, vector, phase.streams, bits))
         self.answer(self.machine.commit(root))

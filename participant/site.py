@@ -40,6 +40,7 @@ class Site:
     me: int
     identity: Ed25519PrivateKey = field(repr=False)
     store: Store
+    _ledgers: dict[str, Ledger] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, directory: Path) -> Site:
@@ -71,8 +72,12 @@ class Site:
         return Client(self.home.directory, self.home.settings.coordinator, self.roster, self.me)
 
     def ledger(self, dataset: str) -> Ledger:
-        """The ledger of a data set."""
-        return Ledger(self.home.ledgers / f"{dataset}.jsonl", self.identity)
+        """The ledger of a data set, with every line that is on disk now."""
+        if dataset in self._ledgers:
+            self._ledgers[dataset].reload()
+        else:
+            self._ledgers[dataset] = Ledger(self.home.ledgers / f"{dataset}.jsonl", self.identity)
+        return self._ledgers[dataset]
 
     def spent(self, job: Job, stage: int) -> list[records.Spent]:
         """Rounds in which this stage's delta was spent."""

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,16 +23,17 @@ from privacy.encoding import decode, encode
 from privacy.errors import ProtocolError, UserError
 from privacy.files import (
     append_durably,
-    cut_durably,
     disk_errors,
     fsync_directory,
     fsync_file,
     make_private_directory,
     replace_durably,
+    whole_lines,
     write_durably,
 )
 from privacy.secagg.masking import TILE, engine_for, masked_blocks, tiles_of
-from privacy.secagg.messages import Header
+from privacy.secagg.messages import Advertise, Header
+from privacy.secagg.signed import Signed
 from privacy.secagg.transcript import Streams
 
 KINDS: dict[str, type[Record]] = {
@@ -100,17 +102,12 @@ class Store:
     def __init__(self, home: Home) -> None:
         self.home = home
         self._records: list[Record] = list(self._load())
+        whole_lines(home.witnesses)  # or the next line would continue half of one
 
     # --- records -----------------------------------------------------------------------------------------------------
 
     def _load(self) -> Iterator[Record]:
-        if not self.home.records.exists():
-            return
-        content = self.home.records.read_bytes()
-        whole, _, partial = content.rpartition(b"\n")
-        if partial:  # a crash in mid-append: the record was not durable, so its message never left
-            cut_durably(self.home.records, len(content) - len(partial))
-        for number, line in enumerate(whole.split(b"\n") if whole else []):
+        for number, line in enumerate(whole_lines(self.home.records)):
             try:
                 entry = json.loads(line)
                 yield decode(KINDS[entry["kind"]], bytes.fromhex(entry["record"]))
@@ -158,6 +155,28 @@ class Store:
     def all_records(self) -> list[Record]:
         """Every record of this site, oldest first."""
         return list(self._records)
+
+    def keep_witnesses(self, header: Header, members: Iterable[Signed[Advertise]]) -> None:
+        """Keep what M2 shows of the others' ledgers, each in its member's signed M1; durable when this returns."""
+        about = {"plan": header.plan.hex(), "round": header.round, "header": encode(header).hex()}
+        lines = [
+            about
+            | {
+                "member": one.sender,
+                "size": one.body.ledger_size,
+                "root": one.body.ledger_root.hex(),
+                "advertise": encode(one, Signed[Advertise]).hex(),
+            }
+            for one in members
+        ]
+        text = "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines)
+        append_durably(self.home.witnesses, text.encode())
+
+    def witnesses(self) -> list[dict[str, Any]]:
+        """What other members' ledgers were seen to be, oldest first; half a line at the end never counted."""
+        path = self.home.witnesses
+        content = path.read_bytes() if path.exists() else b""
+        return [json.loads(line) for line in content.rpartition(b"\n")[0].splitlines()]
 
     # --- what training leaves ----------------------------------------------------------------------------------------
 

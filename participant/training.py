@@ -142,7 +142,7 @@ def _check_model(model: Any, missing: set[str], adapter: Adapter, base: Path) ->
 
 
 def load_model(plan: Plan, base: Path, adapter: Mapping[str, Any], device: Device) -> Loaded:
-    """The plan's base model with ``adapter`` (PEFT names) in place: A frozen, B and the head trainable, dropout off.
+    """The plan's base model with ``adapter`` (PEFT names) in place: trainable is the plan's trained part, dropout off.
 
     Raises:
         UserError: the base model is not the plan's, or misses a tensor beyond the head.
@@ -169,7 +169,8 @@ def load_model(plan: Plan, base: Path, adapter: Mapping[str, Any], device: Devic
     report: Any = peft.set_peft_model_state_dict(wrapped, tensors)
     assert not report.unexpected_keys, report.unexpected_keys
     for name, parameter in wrapped.named_parameters():
-        parameter.requires_grad_("lora_B" in name or "modules_to_save" in name)
+        in_b = "lora_B" in name and plan.adapter.train == "all"
+        parameter.requires_grad_(in_b or "modules_to_save" in name)
     wrapped.eval()
     placed = read_adapter(wrapped)
     assert all(np.array_equal(placed[name], value) for name, value in adapter.items()), "PEFT lost a tensor"
@@ -217,7 +218,15 @@ def batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator
         yield order[start : start + batch_size]
 
 
-def _learning_rate(peak: float, step: int, steps: int) -> float:
+def make_optimizer(plan: Plan, weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The plan's optimiser without weight decay, which would move B and the head without looking at any record."""
+    rate = plan.training.learning_rate
+    if plan.training.optimizer == "sgd":
+        return torch.optim.SGD(weights, lr=rate)
+    return torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
+
+
+def learning_rate_at(peak: float, step: int, steps: int) -> float:
     """Linear warm-up, then linear decay to zero, so that a site does not end in the noise of its last steps."""
     warm = max(1, round(WARM_UP * steps))
     return peak * min((step + 1) / warm, (steps - step) / max(1, steps - warm + 1))
@@ -266,14 +275,17 @@ def train(
         prior = log_prior(examples.labels, len(prior))
     prior = prior.to(loaded.device)
     weights = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0)
+    optimizer = make_optimizer(plan, weights)
     generator = torch.Generator().manual_seed(settings.seed)
-    steps = settings.epochs * -(-len(texts) // settings.batch_size)
+    epochs, batch_size = settings.epochs, settings.batch_size
+    assert epochs is not None, "a private plan is trained by train_private"
+    assert batch_size is not None
+    steps = epochs * -(-len(texts) // batch_size)
     step, epoch_loss = 0, 0.0
-    for _ in range(settings.epochs):
+    for _ in range(epochs):
         epoch_loss = 0.0
-        for chosen in batches(len(texts), settings.batch_size, generator):
-            optimizer.param_groups[0]["lr"] = _learning_rate(settings.learning_rate, step, steps)
+        for chosen in batches(len(texts), batch_size, generator):
+            optimizer.param_groups[0]["lr"] = learning_rate_at(settings.learning_rate, step, steps)
             with autocast(loaded.device):
                 logits = logits_of(loaded, [texts[i] for i in chosen])
             loss = cross_entropy(logits + prior, labels[chosen])
@@ -286,7 +298,7 @@ def train(
             epoch_loss += value * len(chosen)
             if progress is not None:
                 progress(step, steps, value)
-    delta = _delta(start, read_adapter(loaded.model), plan.adapter)
+    delta = delta_of(start, read_adapter(loaded.model), plan.adapter)
     assert delta.shape == (layout.size,)
     return TrainingResult(delta, len(texts), epoch_loss / len(texts), time.monotonic() - began)
 
@@ -312,15 +324,16 @@ def _finite(loss: float, step: int, steps: int) -> float:
     return loss
 
 
-def _delta(start: Mapping[str, Any], after: Tensors, adapter: Adapter) -> Vector:
+def delta_of(start: Mapping[str, Any], after: Tensors, adapter: Adapter) -> Vector:
     """Trained minus start, with the invariants that the sum relies on: A is untouched, B moved, all is finite."""
     layout = layout_of(adapter)
     check_tensors(after, layout)
     for name, _ in layout.frozen:
         assert np.array_equal(after[name], start[name]), f"{name} is frozen and moved"
     delta = flatten(trained_part(after, layout), layout) - flatten(trained_part(start, layout), layout)
-    b_moved = any(np.any(after[name] != start[name]) for name, _ in layout.trained if name.endswith("lora_B.weight"))
-    assert b_moved, "no LoRA B moved: the adapter is not part of the graph"
+    in_b = [name for name, _ in layout.trained if name.endswith("lora_B.weight")]
+    moved = any(np.any(after[name] != start[name]) for name in in_b or trained_part(after, layout))
+    assert moved, f"no {'LoRA B' if in_b else 'tensor of the head'} moved: it is not part of the graph"
     return delta
 
 

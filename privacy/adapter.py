@@ -52,9 +52,9 @@ _PREFIX = "base_model.model."
 class Layout:
     """Names and shapes of the adapter's tensors; both tuples are in sorted-name order, which orders the vector."""
 
-    #: LoRA A, (rank, in_features) each; frozen, from the public seed.
+    #: LoRA A, (rank, in_features) each; frozen, from the public seed. Where the head alone is trained, B as well.
     frozen: tuple[tuple[str, Shape], ...]
-    #: LoRA B, (out_features, rank) each, and the head; these are trained, summed and released.
+    #: LoRA B, (out_features, rank) each, and the head, or the head alone; these are trained, summed and released.
     trained: tuple[tuple[str, Shape], ...]
 
     @property
@@ -65,17 +65,24 @@ class Layout:
 
 def layout_of(adapter: Adapter) -> Layout:
     """The tensors that a plan's adapter has, under the names in a saved PEFT adapter."""
-    frozen = {a_name(module): (adapter.rank, inputs) for module, (_, inputs) in adapter.modules.items()}
-    trained: dict[str, Shape] = {
-        f"{_PREFIX}{module}.lora_B.weight": (outputs, adapter.rank) for module, (outputs, _) in adapter.modules.items()
+    frozen: dict[str, Shape] = {
+        a_name(module): (adapter.rank, inputs) for module, (_, inputs) in adapter.modules.items()
     }
-    trained |= {f"{_PREFIX}{name}": tuple(shape) for name, shape in adapter.head.items()}
+    trained: dict[str, Shape] = {f"{_PREFIX}{name}": tuple(shape) for name, shape in adapter.head.items()}
+    (trained if adapter.train == "all" else frozen).update(
+        {b_name(module): (outputs, adapter.rank) for module, (outputs, _) in adapter.modules.items()}
+    )
     return Layout(tuple(sorted(frozen.items())), tuple(sorted(trained.items())))
 
 
 def a_name(module: str) -> str:
     """PEFT's name of a module's A matrix."""
     return f"{_PREFIX}{module}.lora_A.weight"
+
+
+def b_name(module: str) -> str:
+    """PEFT's name of a module's B matrix."""
+    return f"{_PREFIX}{module}.lora_B.weight"
 
 
 def _require(tensors: Mapping[str, NDArray[np.float32]], wanted: tuple[tuple[str, Shape], ...]) -> None:
@@ -188,6 +195,8 @@ def frozen_a(seed: bytes, module: str, rank: int, in_features: int) -> NDArray[n
 def start_adapter(adapter: Adapter) -> Tensors:
     """The whole adapter before stage 1: A from the public seed; B and the head zero, so the base model is unchanged.
 
+    Trained or not makes no difference: the digest is that of the same tensors.
+
     Raises:
         ValueError: the rank is larger than a module's in_features.
     """
@@ -195,7 +204,8 @@ def start_adapter(adapter: Adapter) -> Tensors:
     tensors = {
         a_name(module): frozen_a(seed, module, adapter.rank, inputs) for module, (_, inputs) in adapter.modules.items()
     }
-    return tensors | {name: np.zeros(shape, np.float32) for name, shape in layout_of(adapter).trained}
+    layout = layout_of(adapter)
+    return {name: np.zeros(shape, np.float32) for name, shape in layout.frozen + layout.trained} | tensors
 
 
 def start_digest(tensors: Mapping[str, NDArray[np.float32]]) -> bytes:
@@ -229,8 +239,9 @@ def release(
     *,
     in_place: bool = False,
 ) -> Tensors:
-    """start + server_lr * mean of the deltas, on the trained tensors; A stays. The mean, never the sum, is scaled.
+    """start + server_lr * mean of the deltas, on the trained tensors; the frozen ones stay.
 
+    The mean, never the sum, is scaled.
     Computed in float64 and rounded once, elementwise, so that every member gets the coordinator's bits.
 
     Args:

@@ -8,20 +8,15 @@ from typing import Annotated
 
 import typer
 
-from privacy import __version__, console
+from privacy import __version__, cli_budget, console
 from privacy.errors import UserError
 
 app = typer.Typer(
     name="veilsum-audit",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Verify rounds and releases from their published transcripts, trusting nobody.",
+    help="Verify rounds, releases and privacy ledgers from files alone, trusting nobody.",
 )
-
-
-@app.callback()
-def _main() -> None:
-    """Keep ``transcript`` a subcommand while it is the only one beside ``version``."""
 
 
 @app.command("transcript")
@@ -67,6 +62,11 @@ def transcript_command(
     typer.echo(f"adapter {report.facts['adapter_digest'][:16]}… is what these totals give")
     for line in not_shown:
         typer.echo(f"note: {line}")
+
+
+app.command("ledger")(cli_budget.ledger_command)
+app.command("federation")(cli_budget.federation_command)
+app.command("empirical")(cli_budget.empirical_command)
 
 
 @app.command()

@@ -59,6 +59,24 @@ def only_one(directory: Path, what: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextmanager
+def exclusively(lock: Path) -> Iterator[None]:
+    """Wait for the lock of a file, and hold it: one process, and one thread of it, at a time.
+
+    The lock ends with the process, however it ends.
+
+    Raises:
+        DiskError: the file cannot be made.
+    """
+    with disk_errors(lock):
+        descriptor = os.open(lock, os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def fsync_file(descriptor: int, path: Path | str) -> None:
     """Make what was written to an open file durable; ``path`` names the fault points around it."""
     faults.point("before-fsync", path)
@@ -98,6 +116,21 @@ def cut_durably(path: Path, size: int) -> None:
         faults.point("before-truncate", path)
         file.truncate(size)
         fsync_file(file.fileno(), path)
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of an append-only file, without their ends; none if there is no file.
+
+    Half a line at the end is what a crash in mid-append left: it was never acknowledged, and is cut off.
+
+    Raises:
+        DiskError: half a line cannot be cut off.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        cut_durably(path, whole)
+    return content[:whole].split(b"\n")[:-1]
 
 
 def reserve(path: Path, length: int) -> None:

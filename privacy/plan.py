@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from privacy.errors import UserError
+from privacy.guarantee import Privacy, unsuitable
 from privacy.settings import Section, parse_toml
 
 MAX_PLAN_BYTES = 1 << 20
@@ -50,6 +51,14 @@ class Adapter(Section):
     modules: Annotated[dict[str, tuple[Positive, Positive]], Field(min_length=1)]
     #: Tensors trained beside the adapter -> shape; they start at zero.
     head: dict[str, Annotated[tuple[Positive, ...], Field(min_length=1, max_length=8)]] = Field(default_factory=dict)
+    #: B and the head, or the head alone: then A and B both stay as they start, and the model's features too.
+    train: Literal["all", "head"] = "all"
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> Adapter:
+        if self.train == "head" and not self.head:
+            raise ValueError('train: expected a tensor in adapter.head for train = "head", found none')
+        return self
 
     @model_validator(mode="after")
     def _tensors_are_possible(self) -> Adapter:
@@ -84,9 +93,11 @@ class Training(Section):
     """Local fine-tuning, the same at every site."""
 
     loss: Literal["logit_adjusted", "cross_entropy"] = "logit_adjusted"
-    epochs: Annotated[int, Field(ge=1, le=1000)]
     learning_rate: Annotated[float, Field(gt=0, le=1)]
-    batch_size: Annotated[int, Field(ge=1, le=65536)]
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    #: These three not under [privacy], which counts steps and takes its batches by secret chance.
+    epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=65536)] | None = None
     #: Seed of the order of examples; not secret.
     seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
 
@@ -136,6 +147,8 @@ class Plan(Section):
     adapter: Adapter
     data: Data
     training: Training
+    #: Without it a site's training gives no guarantee beyond that of the masking.
+    privacy: Privacy | None = None
     aggregation: Aggregation = Aggregation()
     round: Round
     deadlines: Deadlines = Deadlines()
@@ -144,6 +157,44 @@ class Plan(Section):
     def _task_fits_labels(self) -> Plan:
         if self.task == "classification" and len(self.data.labels) < 2:
             raise ValueError("data.labels: a classification task needs at least two labels")
+        return self
+
+    @model_validator(mode="after")
+    def _training_fits_privacy(self) -> Plan:
+        given = self.training.model_fields_set
+        if self.privacy is None:
+            for name in ("epochs", "batch_size"):
+                if name not in given:
+                    raise ValueError(f"missing key 'training.{name}'")
+            return self
+        for name, instead in (
+            ("epochs", "privacy.steps counts steps: the length of an epoch tells the number of records"),
+            ("batch_size", "privacy.rate draws the batches and privacy.nominal_batch divides their sums"),
+            ("seed", "batches are drawn by the system's secret randomness"),
+        ):
+            if name in given:
+                raise ValueError(f"training.{name}: expected none under [privacy], found one; {instead}")
+        return self
+
+    @model_validator(mode="after")
+    def _privacy_fits(self) -> Plan:
+        if self.privacy is None:
+            return self
+        if self.privacy.prior and self.training.loss != "logit_adjusted":
+            raise ValueError(f"privacy.prior: expected none with the loss '{self.training.loss}', found one")
+        if self.privacy.prior and len(self.privacy.prior) != len(self.data.labels):
+            raise ValueError(
+                f"privacy.prior: expected one number for each of {len(self.data.labels)} labels, "
+                f"found {len(self.privacy.prior)}"
+            )
+        if self.aggregation.weights == "examples" and self.privacy.nominal_size > self.round.max_weight:
+            raise ValueError(
+                f"privacy.nominal_size: expected at most round.max_weight = {self.round.max_weight}, "
+                f"found {self.privacy.nominal_size}"
+            )
+        for name in (*self.adapter.modules, *self.adapter.head):
+            if reason := unsuitable(name):
+                raise ValueError(f"adapter: '{name}' cannot be trained under [privacy]: {reason}")
         return self
 
     @model_validator(mode="after")

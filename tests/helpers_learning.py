@@ -71,6 +71,25 @@ def tiny_plan(base: Path, **changes: Any) -> Plan:
     return parse_plan(draft_plan(**arguments | changes).encode()).plan
 
 
+def private_plan(base: Path, *, train: str = "all", training: dict[str, Any] | None = None, **changes: Any) -> Plan:
+    """:func:`tiny_plan` with a section ``[privacy]`` for 24 records; ``changes`` are its keys."""
+    privacy: dict[str, Any] = {
+        "unit": "record",
+        "sigma": "1.0",
+        "delta": "1e-4",
+        "clip": "1.0",
+        "rate": "0.25",
+        "steps": 12,
+        "nominal_batch": 6,
+        "nominal_size": 24,
+    }
+    fields = tiny_plan(base).model_dump()
+    fields["adapter"]["train"] = train
+    fields["training"] = training or {"learning_rate": 0.02}
+    fields["privacy"] = privacy | changes
+    return Plan.model_validate(fields)
+
+
 def word_examples(counts: tuple[int, ...]) -> Examples:
     """``counts[c]`` texts of class c: two of its words and a filler."""
     texts: list[str] = []

@@ -72,6 +72,7 @@ UNIT = tuple(
         *(
             "test_dealing",
             "test_encoding",
+            "test_guarantee",
             "test_keys",
             "test_liveness",
             "test_masking",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import masking, own, peers, run, wire
+from bench import masking, own, peers, private, run, wire
 from bench.costs import SIZE
 from bench.fleet import Fleet, plan_text
 from bench.growth import exponents, measure_cells, slope
@@ -192,3 +192,14 @@ def test_a_round_of_real_processes_near_and_far_and_its_total_is_checked(tmp_pat
 def test_a_plan_for_the_fleet_has_whole_modules() -> None:
     with pytest.raises(ValueError, match="multiple of 64"):
         plan_text("bench", 100, 3)
+
+
+@pytest.mark.slow
+def test_a_private_step_is_measured_beside_another(monkeypatch: pytest.MonkeyPatch, scale: Scale) -> None:
+    monkeypatch.setattr(private, "_memory", lambda kind, *_: (kind + 1) << 20)
+    step, memory, tested = private.dp_step(scale)
+    assert 0 < tested.value < 100
+    assert (step.name, step.d, memory.name) == ("dp_step", 38_789, "dp_step_memory")
+    assert step.ratio is not None
+    assert 0.2 < step.ratio < 20
+    assert (memory.value, memory.reference) == (2.0, 1.0)

@@ -179,6 +179,68 @@ def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
         load_examples(tmp_path, "xml", "text", "label", LABELS)  # type: ignore[arg-type]
 
 
+# --- users -----------------------------------------------------------------------------------------------------------
+
+OF_USERS = [("a", 7), ("b", "eve"), ("c", 7), ("d", 7), ("e", " 7 "), ("f", "eve"), ("g", "adam")]
+
+
+def write_of_users(fmt: Format, path: Path) -> None:
+    texts, users = ([text for text, _ in OF_USERS], [str(user) for _, user in OF_USERS])
+    if fmt == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"who": users, "text": texts, "label": ["cat"] * 7}), path)
+    elif fmt == "csv":
+        path.write_text("who,text,label\n" + "".join(f"{u},{t},cat\n" for t, u in zip(texts, users, strict=True)))
+    else:
+        path.write_text("\n".join(json.dumps({"text": t, "who": u, "label": "cat"}) for t, u in OF_USERS))
+
+
+@pytest.mark.parametrize("fmt", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize(("most", "kept"), [(1, "abg"), (2, "abcfg"), (4, "abcdefg")])
+def test_only_the_first_records_of_each_user_are_kept(fmt: Format, most: int, kept: str, tmp_path: Path) -> None:
+    write_of_users(fmt, tmp_path / "data")
+    found = load_examples(tmp_path / "data", fmt, "text", "label", LABELS, unit_column="who", max_records_per_unit=most)
+    assert "".join(found.texts) == kept
+
+
+def test_one_user_more_changes_no_other_users_records(tmp_path: Path) -> None:
+    """What the accounting of users stands on: data sets that differ in one user's records differ in nothing else."""
+    kept = []
+    for left in (None, 7):
+        rows = [{"text": t, "who": u, "label": "cat"} for t, u in OF_USERS if left is None or str(u).strip() != "7"]
+        (tmp_path / "data").write_text("\n".join(map(json.dumps, rows)))
+        found = load_examples(
+            tmp_path / "data", "jsonl", "text", "label", LABELS, unit_column="who", max_records_per_unit=2
+        )
+        kept.append(set(found.texts))
+    assert kept[0] - kept[1] == {"a", "c"}
+    assert kept[1] <= kept[0]
+
+
+def test_a_unit_column_alone_drops_nothing(tmp_path: Path) -> None:
+    write_of_users("csv", tmp_path / "data")
+    assert len(load_examples(tmp_path / "data", "csv", "text", "label", LABELS, unit_column="who")) == 7
+
+
+@pytest.mark.parametrize("unit", ["", "  ", None, 1.5, True])
+def test_a_record_of_nobody_is_named(unit: object, tmp_path: Path) -> None:
+    (tmp_path / "data").write_text(json.dumps({"text": "x", "label": "cat", "who": unit}))
+    with pytest.raises(UserError, match="data, line 1: expected whose record it is, found"):
+        load_examples(tmp_path / "data", "jsonl", "text", "label", LABELS, unit_column="who", max_records_per_unit=1)
+
+
+@pytest.mark.parametrize(("fmt", "column"), [("csv", None), ("folder", "who")])
+def test_users_without_a_column_are_refused(fmt: Format, column: str | None, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected to know whose record each is") as refused:
+        load_examples(tmp_path, fmt, "text", "label", LABELS, unit_column=column, max_records_per_unit=1)
+    assert refused.value.hint
+
+
+def test_a_missing_user_column_is_named(tmp_path: Path) -> None:
+    write_of_users("csv", tmp_path / "data")
+    with pytest.raises(UserError, match="expected a column 'patient'"):
+        load_examples(tmp_path / "data", "csv", "text", "label", LABELS, unit_column="patient", max_records_per_unit=1)
+
+
 def test_reading_data_and_drafting_need_no_torch() -> None:
     code = "import sys, participant.data, participant.drafting, privacy.adapter; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

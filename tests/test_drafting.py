@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,22 @@ import transformers
 
 from demo.corpus import LABELS as DESKS
 from demo.corpus import articles, base_model, split
+from demo.private import SITE_TOML
 from participant.base_model import base_digest
 from participant.data import Examples, load_examples
+from participant.dp_sgd import train_private
 from participant.drafting import draft_plan
 from participant.training import train
 from privacy.adapter import check_start, layout_of, start_adapter
+from privacy.budget.accounting import epsilon_of_rdp, pld_epsilon, rdp
+from privacy.budget.events import DpSgd
+from privacy.budget.terms import mechanism
 from privacy.errors import UserError
 from privacy.plan import load_plan, parse_plan
 from tests.helpers_learning import LABELS, VOCABULARY, tiny_base, tiny_plan
 
 DEMO_PLAN = Path(__file__).parent.parent / "demo" / "plan.toml"
+PRIVATE_PLAN = DEMO_PLAN.with_name("plan-private.toml")
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +126,37 @@ def test_the_demos_plan_fits_the_demos_model_and_start() -> None:
     check_start(start_adapter(plan.adapter), plan.adapter)
     assert layout_of(plan.adapter).size == 12 * 384 * 8 + 5 * 384 + 5
     assert plan.round.max_weight > max(len(site) for site in split(articles()).sites)
+
+
+def test_the_demos_private_plan_fits_the_model_and_the_sites_budgets() -> None:
+    plan, usual = load_plan(PRIVATE_PLAN).plan, load_plan(DEMO_PLAN).plan
+    check_start(start_adapter(plan.adapter), plan.adapter)
+    assert (plan.base, plan.data.labels, plan.round.max_cohort) == (usual.base, usual.data.labels, 5)
+    assert layout_of(plan.adapter).size == 5 * 384 + 5
+    terms = mechanism(plan)
+    assert isinstance(terms, DpSgd)
+    budget = tomllib.loads(SITE_TOML.format(base_name="b", base="b", dataset="d", data="d", plan="p"))["datasets"]["d"]
+    assert budget["budget"] == {"epsilon": "8", "delta": "1e-4"}
+    assert f"{epsilon_of_rdp(rdp(terms, 3), 3, 1e-4):.2f}" == "7.94"
+    assert f"{pld_epsilon([terms], 1e-4):.2f}" == "7.13"
+
+
+@pytest.mark.slow
+def test_the_demos_private_plan_trains_within_its_clipping_range() -> None:
+    plan = load_plan(PRIVATE_PLAN).plan
+    some = split(articles()).sites[0][:32]
+    examples = Examples(tuple(a.text for a in some), tuple(DESKS.index(a.label) for a in some))
+    start = start_adapter(plan.adapter)
+    result = train_private(
+        plan=plan,
+        base=base_model(),
+        start=start,
+        examples=examples,
+        device="cpu",
+        threads=1,
+        on_selftest=lambda _: None,
+    )
+    assert 0 < abs(result.delta).max() < plan.round.clip / 2
 
 
 @pytest.mark.slow

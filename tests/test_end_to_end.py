@@ -17,9 +17,16 @@ from demo.federation import BIN, Federation
 from participant.prepare import PLAIN_VECTOR
 from participant.store import Trained
 from privacy.adapter import load_peft, start_adapter, start_digest
+from privacy.budget.checkpoint import split_notes, verify_checkpoint
+from privacy.budget.ledger import check_against, head_of, verify_lines
+from privacy.encoding import decode
+from privacy.identity import load_identity
 from privacy.job import Job
 from privacy.plan import Adapter, parse_plan
 from privacy.roster import load_roster
+from privacy.secagg.keys import identity_public
+from privacy.secagg.messages import Advertise, Header
+from privacy.secagg.signed import Signed, has_valid_signature
 
 NAMES = [f"site-{i}" for i in range(1, 6)]
 POLICY = {"max_colluders": 1, "min_cohort": 4, "min_survivors": 3}
@@ -154,6 +161,26 @@ def test_five_sites_release_one_adapter_that_every_site_verified(federation: Fed
     assert cohort["certified"]
     check_comparison_bites(federation)
     check_audit(federation)
+    check_witnesses(federation)
+
+
+def check_witnesses(federation: Federation) -> None:
+    """The coordinator's notes verify by the roster and fit each site's ledger; the peers saw the same heads in M2."""
+    for name in NAMES:
+        site = federation.site(name)
+        key = identity_public(load_identity(site))
+        entries = verify_lines((site / "ledger" / "toy.jsonl").read_bytes(), key)
+        assert [e.kind for e in entries] == ["REGISTER", "RESERVE", "START", "RELEASE", "COMMIT"]
+        anchor = federation.operator("witnesses", "--member", name).encode()
+        noted = [verify_checkpoint(note, key, entries[0].dataset) for note in split_notes(anchor)]
+        check_against(entries, noted[0].size, noted[0].root)
+        assert [n.size for n in noted] == [5], "the last message of a site comes after its COMMIT"
+        lines = [json.loads(line) for line in federation.participant(name, "witnesses").splitlines()]
+        assert [line["member"] for line in lines] == NAMES
+        seen = next(line for line in lines if line["member"] == name)
+        assert (seen["size"], seen["root"]) == (3, head_of(entries, 3)[1].hex())
+        signed = decode(Signed[Advertise], bytes.fromhex(seen["advertise"]))
+        assert has_valid_signature(signed, key, decode(Header, bytes.fromhex(seen["header"])).hash())
 
 
 def check_comparison_bites(federation: Federation) -> None:

@@ -56,7 +56,7 @@ def plan_with(old: str, new: str) -> bytes:
 
 
 QUERY, HEAD = '"layer.0.query" = [384, 384]', '"classifier.bias" = [5]'
-LINE = b'{"seq": 0, "previous": "%s", "signature": "%s"' % (b"00" * 32, b"00" * 64)
+SIGNED = b',"signature":"%s"}\n' % (b"00" * 64)
 #: What fuzzing and a close look found once: the parser, the input, and the refusal it gets now.
 FOUND: dict[str, tuple[str, bytes, str]] = {
     "an integer of 5,000 digits in TOML": ("settings", b"cmax_uploads = " + b"1" * 5000, "expected a TOML file"),
@@ -77,8 +77,14 @@ FOUND: dict[str, tuple[str, bytes, str]] = {
         plan_with(HEAD, '"layer.0.query.lora_A.weight" = [5]'),
         "is a tensor of the adapter itself",
     ),
-    "a ledger line that is no number": ("ledger", LINE + b', "x": NaN}\n', "expected a ledger line"),
-    "a ledger line nested too deep": ("ledger", b"[" * 100_000 + b"\n", "expected a ledger line"),
+    "a ledger line that is no number": ("ledger", b'{"x":NaN' + SIGNED, "no floating-point number"),
+    "a ledger line nested too deep": ("ledger", b'{"x":' + b"[" * 60_000 + SIGNED, "nested too deep"),
+    "a ledger line of a megabyte": ("ledger", b"[" * (1 << 20) + b"\n", "at most 65536 bytes"),
+    "a ledger line with a whole number of 5,000 digits": (
+        "ledger",
+        b'{"x":' + b"9" * 5000 + SIGNED,
+        "whole numbers below 2\\*\\*53",
+    ),
     "a record nested too deep": ("records", b"[" * 100_000 + b"\n", "expected a record"),
     "a manifest that is no JSON": ("manifest", b"", "expected the manifest of a release"),
     "a manifest that is a list": ("manifest", b"[]", "expected the manifest of a release"),

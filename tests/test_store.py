@@ -22,9 +22,12 @@ from participant.prepare import kept_vector
 from participant.records import Aborted, Joined, PeersSeen, Record, Released, SignedSurvivors, Spent
 from participant.store import Store, Trained
 from privacy import PROTOCOL_VERSION
+from privacy.encoding import decode, encode
 from privacy.errors import UserError
+from privacy.secagg.keys import HPKE_PUBLIC_BYTES
 from privacy.secagg.masking import TILE, Engine, MaskStreams, packed_length, pyca, tiles_of, unpack
-from privacy.secagg.messages import Header
+from privacy.secagg.messages import Advertise, Header
+from privacy.secagg.signed import Signed
 from privacy.secagg.transcript import Streams
 from privacy.vectors import file_root
 from tests.on_disk import OnDisk
@@ -231,6 +234,28 @@ def test_a_spool_is_the_masked_vector_and_its_root_is_that_of_the_file(tmp_path:
     assert np.array_equal(tile & low, vector.astype(np.uint32) & low)
     assert store.write_spool(path, vector, streams, bits) == root  # again, the very same
     assert store.spool("toy", replace(HEADER, round=4)) != path
+
+
+def test_what_m2_shows_of_other_ledgers_is_kept_with_the_signatures(tmp_path: Path) -> None:
+    store = load(tmp_path)
+    header = decode(Header, encode(HEADER))
+    body = Advertise(b"k" * HPKE_PUBLIC_BYTES, b"m" * HPKE_PUBLIC_BYTES, X, Y, 4, 17, Y)
+    members = [Signed(number, body, bytes([number]) * 64) for number in (0, 3)]
+    store.keep_witnesses(header, members)
+    with store.home.witnesses.open("ab") as file:
+        file.write(b'{"member": 4, "si')  # a power cut in mid-append
+    assert len(store.witnesses()) == 2
+    again = load(tmp_path)
+    again.keep_witnesses(header, members[:1])
+    found = again.witnesses()
+    assert [(line["member"], line["size"], line["root"], line["round"]) for line in found] == [
+        (0, 17, Y.hex(), 3),
+        (3, 17, Y.hex(), 3),
+        (0, 17, Y.hex(), 3),
+    ]
+    assert decode(Signed[Advertise], bytes.fromhex(found[1]["advertise"])) == members[1]
+    assert decode(Header, bytes.fromhex(found[1]["header"])) == HEADER
+    assert store.home.witnesses.stat().st_mode & 0o777 == 0o600
 
 
 # --- records.jsonl ---

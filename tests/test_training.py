@@ -116,6 +116,36 @@ def test_peft_loads_a_saved_adapter_bit_for_bit(plan: Plan, base: Path, start: T
     assert (config["r"], config["lora_alpha"], config["task_type"]) == (4, 8.0, "SEQ_CLS")
 
 
+def test_the_head_alone_is_trained_and_loads_like_any_adapter(base: Path, tmp_path: Path) -> None:
+    plan = tiny_plan(base, train="head")
+    start, layout = start_adapter(plan.adapter), layout_of(plan.adapter)
+    model = load_model(plan, base, start, "cpu").model
+    assert all("modules_to_save" in name for name, p in model.named_parameters() if p.requires_grad)
+    result = run(plan, base)
+    assert result.delta.shape == (3 * 32 + 3,)
+    released = release(start, result.delta, 1.0, layout)
+    assert all(np.array_equal(released[name], start[name]) for name, _ in layout.frozen), "A and B stay"
+    save_peft(tmp_path / "released", released, adapter=plan.adapter, base_name="tiny")
+    plain, tokenizer, _ = load_classifier(base, len(LABELS))
+    loaded: Any = peft.PeftModel.from_pretrained(plain, str(tmp_path / "released"))
+    inputs = tokenizer(["the apple", "the rhine"], return_tensors="pt")
+    assert torch.equal(loaded.eval()(**inputs).logits, load_model(plan, base, released, "cpu").model(**inputs).logits)
+    evaluated = accuracy(plan=plan, base=base, adapter=released, examples=EXAMPLES, device="cpu")
+    assert evaluated.accuracy > accuracy(plan=plan, base=base, adapter=start, examples=EXAMPLES, device="cpu").accuracy
+
+
+def test_a_head_that_does_not_move_is_our_bug(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "learning_rate_at", lambda *_: 0.0)
+    with pytest.raises(AssertionError, match="no tensor of the head moved"):
+        run(tiny_plan(base, train="head"), base)
+
+
+def test_sgd_is_plain(plan: Plan) -> None:
+    some = training.make_optimizer(changed(plan, "training", optimizer="sgd"), [torch.nn.Parameter(torch.zeros(1))])
+    assert isinstance(some, torch.optim.SGD)
+    assert (some.defaults["momentum"], some.defaults["weight_decay"]) == (0, 0)
+
+
 def test_log_prior_is_the_sites_frequency() -> None:
     prior = log_prior((0, 0, 0, 1), 3)
     assert torch.equal(prior, torch.log(torch.tensor([0.75, 0.25, 0.0])))
@@ -169,7 +199,7 @@ def test_a_loss_that_is_not_finite_is_named(plan: Plan, base: Path, monkeypatch:
 
 
 def test_b_that_does_not_move_is_our_bug(plan: Plan, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "_learning_rate", lambda *_: 0.0)
+    monkeypatch.setattr(training, "learning_rate_at", lambda *_: 0.0)
     with pytest.raises(AssertionError, match="no LoRA B moved"):
         run(plan, base)
 

@@ -119,19 +119,26 @@ Global___ListPlansReply: typing_extensions.TypeAlias = ListPlansReply
 
 @typing.final
 class ReadyRequest(google.protobuf.message.Message):
+    """`checkpoint`: the signed note of the member's last ledger line for the plan's data set (docs/ledger.md); in every
+    message of a member about a round. Empty: none, which a plan with [privacy] does not allow.
+    """
+
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     PLAN_FIELD_NUMBER: builtins.int
     STAGE_FIELD_NUMBER: builtins.int
+    CHECKPOINT_FIELD_NUMBER: builtins.int
     plan: builtins.bytes
     stage: builtins.int
+    checkpoint: builtins.bytes
     def __init__(
         self,
         *,
         plan: builtins.bytes = ...,
         stage: builtins.int = ...,
+        checkpoint: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["plan", b"plan", "stage", b"stage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "plan", b"plan", "stage", b"stage"]) -> None: ...
 
 Global___ReadyRequest: typing_extensions.TypeAlias = ReadyRequest
 
@@ -206,7 +213,9 @@ class SendRequest(google.protobuf.message.Message):
 
     ROUND_FIELD_NUMBER: builtins.int
     MESSAGE_FIELD_NUMBER: builtins.int
+    CHECKPOINT_FIELD_NUMBER: builtins.int
     round: builtins.bytes
+    checkpoint: builtins.bytes
     @property
     def message(self) -> privacy.wire.secagg_pb2.FromMember: ...
     def __init__(
@@ -214,9 +223,10 @@ class SendRequest(google.protobuf.message.Message):
         *,
         round: builtins.bytes = ...,
         message: privacy.wire.secagg_pb2.FromMember | None = ...,
+        checkpoint: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["message", b"message"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["message", b"message", "round", b"round"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "message", b"message", "round", b"round"]) -> None: ...
 
 Global___SendRequest: typing_extensions.TypeAlias = SendRequest
 
@@ -241,7 +251,9 @@ class UploadRequest(google.protobuf.message.Message):
 
     ROUND_FIELD_NUMBER: builtins.int
     INPUT_FIELD_NUMBER: builtins.int
+    CHECKPOINT_FIELD_NUMBER: builtins.int
     round: builtins.bytes
+    checkpoint: builtins.bytes
     @property
     def input(self) -> privacy.wire.secagg_pb2.SignedMaskedInput: ...
     def __init__(
@@ -249,9 +261,10 @@ class UploadRequest(google.protobuf.message.Message):
         *,
         round: builtins.bytes = ...,
         input: privacy.wire.secagg_pb2.SignedMaskedInput | None = ...,
+        checkpoint: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["input", b"input"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["input", b"input", "round", b"round"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "input", b"input", "round", b"round"]) -> None: ...
 
 Global___UploadRequest: typing_extensions.TypeAlias = UploadRequest
 

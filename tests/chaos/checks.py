@@ -204,7 +204,9 @@ def commits_wrong(world: World, plan: PlanFile, report: Report) -> Iterator[str]
     """A receipt that a site verified is still at the coordinator."""
     receipts = {row["round"]: set(row["receipts"]) for row in report["rounds"]}
     for name in world.shape.names:
-        lines = [e for e in ledger(world.federation.site(name)) if e.get("plan") == plan.plan.name]
+        entries = ledger(world.federation.site(name))
+        jobs = {e["job"] for e in entries if e["kind"] == "RESERVE" and e["plan"] == plan.plan.name}
+        lines = [e for e in entries if e.get("job") in jobs]
         for number in {e["round"] for e in lines if e["kind"] == "COMMIT"}:
             if name not in receipts.get(number, set()):
                 yield f"{name}: the coordinator lost its receipt of round {number}"

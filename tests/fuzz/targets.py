@@ -28,6 +28,9 @@ from participant.data import load_examples
 from participant.store import Store
 from privacy import audit, vectors
 from privacy.adapter import WEIGHTS_FILE, check_tensors, load_peft, start_adapter
+from privacy.budget import entries
+from privacy.budget.checkpoint import read_checkpoint, sign_checkpoint, split_notes, verify_checkpoint
+from privacy.budget.entries import parse_line
 from privacy.budget.ledger import Ledger
 from privacy.encoding import decode, encode
 from privacy.errors import VeilsumError
@@ -45,7 +48,7 @@ from privacy.secagg.transcript import RoundContext
 from privacy.settings import parse_toml
 from privacy.wire.convert import parse, to_wire
 from privacy.wire.transport import MOST_CHUNK_BYTES, chunk_reply, put_chunk, read_chunk, read_chunk_reply
-from tests.fuzz import seeds
+from tests.fuzz import budget, seeds
 from tests.simulation import identity
 
 #: Longest text of a refusal: it goes into logs and onto terminals, and much of it was written by others.
@@ -237,18 +240,38 @@ def _identity() -> Ed25519PrivateKey:
 def _ledger(data: bytes) -> None:
     path = scratch() / "ledger.jsonl"
     path.write_bytes(data)
+    path.with_suffix(".checkpoint").unlink(missing_ok=True)
     ledger = Ledger(path, _identity())
-    ledger.append("START", {"plan": "news-1"})
-    assert len(Ledger(path, _identity()).entries()) == ledger.head()[0] == len(ledger.entries())
+    assert [parse_line(line).line for line in path.read_bytes().splitlines()] == [e.line for e in ledger.entries]
+    if ledger.entries and ledger.entries[-1].kind == "REGISTER":
+        ledger.append(entries.PolicyChange(policy=ledger.book.policy, reason="once more"))
+    assert len(Ledger(path, _identity()).entries) == ledger.head()[0] == len(ledger.entries)
 
 
 def _ledger_seeds() -> list[bytes]:
     path = scratch() / "seed.jsonl"
     path.unlink(missing_ok=True)
-    for entry in range(3):
-        Ledger(path, _identity()).append("START", {"plan": "news-1", "stage": entry})
+    path.with_suffix(".checkpoint").unlink(missing_ok=True)
+    ledger, job = Ledger(path, _identity()), "5a" * 16
+    policy = entries.Policy(delta="0.00001", epsilon="8", order=3)
+    ledger.append(entries.Register(name="news", policy=policy), dataset="ab" * 32)
+    claim = entries.Claim(pld="1.5", rdp="inf", accountant="none", version="0")
+    about: dict[str, Any] = {"plan": "news-1", "plan_digest": "cd" * 32, "stage": 1, "mechanism": {"n": 1}}
+    ledger.append(entries.Reserve(job=job, rdp={"3": "0.25"}, claim=claim, code={}, model={}, **about))
+    ledger.append(entries.Start(job=job, selftest={"passed": True}))
     whole = path.read_bytes()
     return [whole, whole[:-9], whole.splitlines(keepends=True)[0], b'{"signature": "00", "seq": NaN}\n']
+
+
+def _checkpoint(data: bytes) -> None:
+    found = verify_checkpoint(data, keys.identity_public(_identity()))
+    assert found == read_checkpoint(data)
+    assert split_notes(data) == [data]
+
+
+def _checkpoint_seeds() -> list[bytes]:
+    note = sign_checkpoint(_identity(), "ab" * 32, 3, bytes(32))
+    return [note, note + note.split(b"\n\n")[1].replace(b"veilsum", b"another")]
 
 
 def _records(data: bytes) -> None:
@@ -336,6 +359,9 @@ TARGETS: dict[str, Target] = {
     "roster": Target(lambda data: void(parse_roster(data)), seeds.rosters, 1 << 12),
     "settings": Target(_settings, lambda: [b"p" + seeds.PARTICIPANT_TOML, b"c" + seeds.COORDINATOR_TOML], 1 << 12),
     "ledger": Target(_ledger, _ledger_seeds, 1 << 12),
+    "checkpoint": Target(_checkpoint, _checkpoint_seeds, 1 << 10),
+    "mechanism": Target(budget.run_mechanism, budget.mechanism_seeds, 1 << 11),
+    "witnesses": Target(budget.run_witnesses, budget.witness_seeds, 1 << 11),
     "records": Target(_records, seeds.record_lines, 1 << 13),
     "adapter": Target(_adapter, seeds.adapters, 1 << 12),
     "manifest": Target(_manifest, _manifest_seeds, 1 << 15),

@@ -1,0 +1,138 @@
+"""``veilsum-participant dataset`` and ``budget``: what a site has registered, and what its ledgers say is left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from privacy.errors import UserError
+
+app = typer.Typer(no_args_is_help=True, help="Register data sets and look at what was done with them.")
+
+Directory = Annotated[
+    Path, typer.Option("--dir", envvar="VEILSUM_PARTICIPANT", help="Directory of this site.", show_default=True)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Name = Annotated[str, typer.Argument(help="Name of the data set in participant.toml.")]
+HERE = Path()
+
+
+def _site(directory: Path, name: str = "") -> Any:
+    from participant.site import Site
+
+    site = Site.open(directory)
+    known = site.home.settings.datasets
+    if name and name not in known:
+        raise UserError(
+            f"expected a data set of participant.toml, found '{name}'; there: {', '.join(sorted(known)) or 'none'}",
+            hint=f"add [datasets.{name}] with its path and format",
+        )
+    return site
+
+
+def _shown(found: dict[str, Any]) -> str:
+    if not found["registered"]:
+        return f"{found['dataset']}: not registered; the first job does it, or: dataset register {found['dataset']}"
+    lines = [f"{found['dataset']}: {found['policy']}", f"  identity {found['identity']}"]
+    lines.append(f"  {found['records']} records registered, {found['lines']} lines in its ledger")
+    spent = f"  epsilon {found['spent']} spent, {found['reserved']} with open reservations"
+    lines.append(spent + (f", {found['left']} left" if found["left"] is not None else ""))
+    lines += [f"  {job['state']}: plan '{job['plan']}', stage {job['stage']}" for job in found["jobs"]]
+    return "\n".join(lines)
+
+
+def _print(found: list[dict[str, Any]], as_json: bool) -> None:
+    typer.echo(json.dumps(found) if as_json else "\n".join(map(_shown, found)) or "no data sets in participant.toml")
+
+
+@app.command("list")
+def list_all(directory: Directory = HERE, as_json: AsJson = False) -> None:
+    """List the data sets of participant.toml, with what is charged to each. Needs no network.
+
+    Example: veilsum-participant dataset list
+    """
+    from participant.charging import account
+
+    site = _site(directory)
+    _print([account(site, name) for name in sorted(site.home.settings.datasets)], as_json)
+
+
+@app.command()
+def show(name: Name, directory: Directory = HERE, as_json: AsJson = False) -> None:
+    """Show one data set: its policy, its identity, what is spent, and every job.
+
+    Example: veilsum-participant dataset show news
+    """
+    from participant.charging import account
+
+    _print([account(_site(directory, name), name)], as_json)
+
+
+@app.command()
+def register(name: Name, directory: Directory = HERE, as_json: AsJson = False) -> None:
+    """Register a data set, or its new records. The first job does the same; the records stay here.
+
+    Example: veilsum-participant dataset register news
+    """
+    from participant.charging import ledger_of
+    from participant.data import load_texts
+    from participant.registry import Registry
+
+    site = _site(directory, name)
+    data = site.home.settings.datasets[name]
+    texts = load_texts(site.home.path(data.path), data.format, data.text, data.label)
+    growth = Registry(site.home).take(name, texts)
+    identity = ledger_of(site, name).book.dataset
+    found = {"dataset": name, "identity": identity, "records": growth.records, "added": growth.added}
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        typer.echo(f"{name}: {growth.records} records registered, {growth.added} of them new; identity {identity}")
+
+
+@app.command()
+def policy(
+    name: Name,
+    directory: Directory = HERE,
+    reason: Annotated[str, typer.Option(help="Why; a weaker policy needs one, and auditors see it.")] = "",
+) -> None:
+    """Enter the budget that participant.toml has now into the data set's ledger.
+
+    Example: veilsum-participant dataset policy news --reason "consent renewed in 2027"
+    """
+    from participant.charging import change_policy, described
+
+    site = _site(directory, name)
+    changed = change_policy(site, name, reason)
+    text = described(site.ledger(name).book.policy)
+    typer.echo(f"{name}: {'entered' if changed else 'nothing to enter'}: {text}")
+
+
+def budget(directory: Directory = HERE, as_json: AsJson = False) -> None:
+    """Show what is spent, reserved and left of each data set's budget. Needs no network.
+
+    Example: veilsum-participant budget --json
+    """
+    from participant.charging import account
+
+    site = _site(directory)
+    found = [account(site, name) for name in sorted(site.home.settings.datasets)]
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for row in found:
+        left = "no budget" if row["left"] is None else f"{row['left']} of {row['budget']} left"
+        typer.echo(f"{row['dataset']}: epsilon {row['spent']} spent, {row['reserved']} with open reservations; {left}")
+
+
+def witnesses(directory: Directory = HERE) -> None:
+    """Print what M2 of each round showed of the other members' ledgers, one JSON object a line, for an auditor.
+
+    Example: veilsum-participant witnesses > seen-by-north.jsonl
+    """
+    site = _site(directory)
+    for line in site.store.witnesses():
+        typer.echo(json.dumps(line | {"member": site.roster.roster.name(line["member"])}, sort_keys=True))
