@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from participant.config import DataSet, Home
 from privacy.encoding import label
 from privacy.errors import Refusal, UserError
-from privacy.files import make_private_directory, read_private, write_durably
+from privacy.files import exclusively, make_private_directory, read_private, write_durably
 
 SECRET_BYTES, HASH_BYTES = 32, 16
-SECRET_FILE = "secret"
+SECRET_FILE, LOCK_FILE = "secret", "lock"
 LOST = "restore the directory 'registry' from your backup: without it the same records cannot be recognised"
 
 #: Sorted, distinct, 16 bytes each.
@@ -57,7 +57,7 @@ class Registry:
 
     def __init__(self, home: Home) -> None:
         self._directory = make_private_directory(home.registry)
-        self._secret_path = self._directory / SECRET_FILE
+        self._secret_path, self._lock_path = self._directory / SECRET_FILE, self._directory / LOCK_FILE
 
     def _secret(self) -> bytes:
         """The site's secret, made at the first registration.
@@ -107,6 +107,10 @@ class Registry:
 
     def register(self, name: str, data: DataSet, site: str, time: str) -> str:
         """The identity of a data set; writes its manifest if there is none, durable when this returns."""
+        with exclusively(self._lock_path):
+            return self._registered(name, data, site, time)
+
+    def _registered(self, name: str, data: DataSet, site: str, time: str) -> str:
         known = self.identity(name)
         if known is not None:
             return known
@@ -154,6 +158,10 @@ class Registry:
         Raises:
             Refusal: some of them are registered under another name.
         """
+        with exclusively(self._lock_path):  # or two names could take the same records at the same time
+            return self._taken(name, texts)
+
+    def _taken(self, name: str, texts: Iterable[str]) -> Growth:
         found, known = self.hashes(texts), self._load(name)
         if overlaps := self.overlaps(name, found):
             shared = ", ".join(f"{count} under '{other}'" for other, count in overlaps.items())

@@ -59,6 +59,24 @@ def only_one(directory: Path, what: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextmanager
+def exclusively(lock: Path) -> Iterator[None]:
+    """Wait for the lock of a file, and hold it: one process, and one thread of it, at a time.
+
+    The lock ends with the process, however it ends.
+
+    Raises:
+        DiskError: the file cannot be made.
+    """
+    with disk_errors(lock):
+        descriptor = os.open(lock, os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def fsync_file(descriptor: int, path: Path | str) -> None:
     """Make what was written to an open file durable; ``path`` names the fault points around it."""
     faults.point("before-fsync", path)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from participant import charging, daemon, prepare
+from participant import charging, prepare
 from participant.client import Client, OfferedPlan, ReleasedCohort
 from participant.daemon import Daemon
 from participant.training import TrainingResult
@@ -295,7 +295,7 @@ def test_a_plan_withdrawn_before_it_started_gives_its_charge_back(world: World) 
 def test_a_training_that_failed_is_left_alone_for_a_while(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.fails = [UserError("out of memory"), UserError("out of memory")]
     now = [1000.0]
-    monkeypatch.setattr(daemon.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("participant.daemon.time.monotonic", lambda: now[0])
     found = Daemon(world.site, Silent())
     for seconds, trained in ((0, 1), (2, 1), (50, 1), (10, 2)):
         now[0] += seconds

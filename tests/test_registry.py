@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,45 @@ def registry(tmp_path: Path) -> Registry:
 
 def files(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (directory / "registry").iterdir()}
+
+
+RACE = """
+import sys
+from pathlib import Path
+from participant.registry import Registry
+from privacy.errors import Refusal
+from tests.test_registry import TEXTS, home
+registry = Registry(home(Path(sys.argv[1])))
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    registry.take(sys.argv[2], TEXTS)
+    print("taken")
+except Refusal:
+    print("refused")
+"""
+
+
+def test_of_two_names_that_take_the_same_records_at_once_one_gets_them(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACE, str(tmp_path), name],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("news", "fresh", "other")
+    ]
+    for racer in racers:
+        assert racer.stdout is not None
+        assert racer.stdout.readline() == "ready\n"
+    for racer in racers:
+        assert racer.stdin is not None
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    assert sorted(racer.communicate()[0] for racer in racers) == ["refused\n", "refused\n", "taken\n"]
 
 
 def test_the_same_records_under_another_name_are_refused_with_count_and_names(registry: Registry) -> None:
@@ -78,7 +120,7 @@ def test_files_are_private_sorted_and_tell_nothing_without_the_secret(registry: 
     registry.take("news", TEXTS)
     registry.register("news", DATA, SITE, TIME)
     found = files(tmp_path)
-    assert set(found) == {"secret", "news.json", "news.records"}
+    assert set(found) == {"lock", "secret", "news.json", "news.records"}
     assert {p.stat().st_mode & 0o777 for p in (tmp_path / "registry").iterdir()} == {0o600}
     hashes = [found["news.records"][i : i + 16] for i in range(0, len(found["news.records"]), 16)]
     assert hashes == sorted(set(hashes))

@@ -78,6 +78,20 @@ def test_a_shorter_ledger_is_refused_and_both_notes_are_kept(path: Path, restart
 
 
 @pytest.mark.parametrize("restart", [False, True])
+def test_an_old_note_that_comes_again_is_refused_and_accuses_nobody(path: Path, restart: bool) -> None:
+    found = opened(path)
+    for taken in (note(3), note(5, 1)):
+        found.take(0, taken)
+    found = opened(path) if restart else found
+    with pytest.raises(Refusal, match="ledger of 'north' has 3 lines, 5 were witnessed"):
+        found.take(0, note(3))
+    assert len(kept(path)) == 2
+    with pytest.raises(Refusal, match="has 3 lines"):
+        found.take(0, note(3, 7))  # as long, and another history
+    assert kept(path)[-1]["rollback"] == note(5, 1).decode()
+
+
+@pytest.mark.parametrize("restart", [False, True])
 def test_as_many_lines_under_another_root_are_a_fork(path: Path, restart: bool) -> None:
     found = opened(path)
     found.take(0, note(5, 1))

@@ -8,12 +8,10 @@ checkpoint beside the file: what coordinator and peers keep of them is what a sh
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +23,7 @@ from privacy.budget.book import Book, Finding, LedgerError
 from privacy.budget.checkpoint import sign_checkpoint, verify_checkpoint
 from privacy.budget.entries import NAMES, VERSION, Entry, Facts, canonical, line_of, parse_line, signed_bytes
 from privacy.errors import ProtocolError
-from privacy.files import DiskError, append_durably, cut_durably, disk_errors, make_private_directory, write_durably
+from privacy.files import DiskError, append_durably, cut_durably, exclusively, make_private_directory, write_durably
 from privacy.secagg.keys import identity_public, verify_signature
 
 GENESIS = bytes(32).hex()
@@ -130,17 +128,8 @@ class Ledger:
         """Where the signed checkpoint lies, beside the ledger."""
         return self.path.with_suffix(".checkpoint")
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """One process, and one thread of it, at a time; the lock ends with the process, however it ends."""
-        lock = self.path.with_suffix(".lock")
-        with disk_errors(lock):
-            descriptor = os.open(lock, os.O_WRONLY | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
+    def _locked(self) -> AbstractContextManager[None]:
+        return exclusively(self.path.with_suffix(".lock"))
 
     def reload(self) -> None:
         """Read again what other processes may have written; raises as the constructor."""
