@@ -229,6 +229,7 @@ class Fleet:
         site = Site.open(self.federation.site(name))
         address = f"localhost:{port}" if port else site.home.settings.coordinator
         client = Client(site.home.directory, address, site.roster, site.me)
+        client.checkpoint = lambda: site.ledger(job.plan.data.dataset).checkpoint()
         try:
             patiently(client.hello)
             patiently(lambda: client.ready(job.plan_file.digest, STAGE))

@@ -11,6 +11,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import structlog
 
 from privacy.budget.checkpoint import Checkpoint, verify_checkpoint
+from privacy.encoding import digest
 from privacy.errors import ProtocolError, Refusal, UserError
 from privacy.files import append_durably, whole_lines
 from privacy.roster import Roster
@@ -62,7 +64,7 @@ class Witnesses:
         self._path, self._roster, self._clock = path, roster, clock
         self._keys, self._lock = roster.keys(), threading.Lock()
         self._last: dict[tuple[str, str], Checkpoint] = {}
-        self._shown: set[tuple[str, str, int, bytes]] = set()
+        self._shown: set[bytes] = set()
         self._lines: Counter[str] = Counter()
         self._evidence: Counter[str] = Counter()
         self._load()
@@ -75,16 +77,14 @@ class Witnesses:
             self._lines[name] += 1
             if "fork" in entry or "rollback" in entry:
                 self._evidence[name] += 1
-            elif name in keys:  # of somebody who left the roster nothing is expected any more
-                try:
+            else:
+                self._shown.add(_mark(name, str(entry["checkpoint"]).encode()))
+        for entry in anchors(self._path):
+            name = entry["member"]
+            if name in keys:  # of somebody who left the roster nothing is expected any more
+                with suppress(ProtocolError):  # of a member's key before this one: nothing to compare with
                     found = verify_checkpoint(str(entry["checkpoint"]).encode(), keys[name])
-                except ProtocolError:
-                    continue  # of a member's key before this one: kept, and nothing to compare with
-                self._remember(name, found)
-
-    def _remember(self, name: str, found: Checkpoint) -> None:
-        self._last[name, found.dataset] = found
-        self._shown.add((name, found.dataset, found.size, found.root))
+                    self._last[name, found.dataset] = found
 
     def take(self, member: int, note: bytes, advertised: tuple[int, bytes] | None = None) -> None:
         """Keep the checkpoint that came with a message; durable when this returns.
@@ -109,9 +109,10 @@ class Witnesses:
         last = self._last.get((name, found.dataset))
         if last is None or last.size < found.size:
             self._keep(name, found)
-            self._remember(name, found)
+            self._last[name, found.dataset] = found
+            self._shown.add(_mark(name, found.note))
         elif last.size > found.size:
-            if (name, found.dataset, found.size, found.root) not in self._shown:  # else a late message looks the same
+            if _mark(name, found.note) not in self._shown:  # else a late message looks the same
                 self._accuse(name, found, last, "rollback")
             raise Refusal(
                 f"the ledger of '{name}' has {found.size} lines, {last.size} were witnessed: a part of it is missing; "
@@ -134,6 +135,11 @@ class Witnesses:
         if self._evidence[name] < MOST_EVIDENCE:  # the first ones convict as well as all of them
             self._keep(name, found, **{kind: last.note.decode()})
             self._evidence[name] += 1
+
+
+def _mark(name: str, note: bytes) -> bytes:
+    """A few bytes to know a kept note by."""
+    return digest("witnessed", name.encode(), note)[:16]
 
 
 def _check_stated(found: Checkpoint, size: int, root: bytes) -> None:

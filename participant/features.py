@@ -21,8 +21,6 @@ from privacy.plan import Plan
 #: Of the random words; public.
 SEED = 2026
 RANDOM_TEXTS, RANDOM_WORDS = 32, 32
-#: Texts that go through the model at a time.
-CHUNK = 32
 
 
 @dataclass(frozen=True)
@@ -65,13 +63,17 @@ def standard_of(loaded: Loaded, plan: Plan) -> Standard | None:
 
 
 def inputs_of(head: torch.nn.Linear, loaded: Loaded, texts: Sequence[Tensor]) -> Tensor | None:
-    """(count, width) what a head sees of each text; None if the logits are not simply what the head says of it."""
+    """(count, width) what a head sees of each text; None if the logits are not simply what the head says of it.
+
+    One text at a time and unpadded: in other company a text would get other low bits, and one record more or less would
+    change what is seen of those after it.
+    """
     seen: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     try:
         with torch.no_grad():
-            for low in range(0, len(texts), CHUNK):
-                logits = logits_of(loaded, list(texts[low : low + CHUNK]))
+            for text in texts:
+                logits = logits_of(loaded, [text])
                 if seen[-1].dim() != 2 or not torch.equal(head.forward(seen[-1]).float(), logits):
                     return None
     finally:

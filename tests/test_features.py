@@ -85,6 +85,15 @@ def test_no_record_has_a_part_in_it(base: Path, monkeypatch: pytest.MonkeyPatch)
     assert seen == ["standard", "test", "records"]
 
 
+def test_what_is_seen_of_a_text_is_the_same_to_the_bit_in_any_company(base: Path) -> None:
+    plan = private_plan(base, train="head")
+    loaded = loaded_for(plan, base)
+    standard = the_standard(loaded, plan)
+    texts = tokenise(loaded.tokenizer, EXAMPLES.texts[:40], 8)
+    everyone, others = (standardised(standard, loaded, some) for some in (texts, texts[1:]))
+    assert torch.equal(everyone[1:], others)
+
+
 def test_a_model_that_does_more_than_its_head_is_not_cut_short(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = private_plan(base, train="head")
     loaded = loaded_for(plan, base)
