@@ -160,9 +160,9 @@ def test_calibration_rounds_up_to_three_decimals(epsilon: str, rate: str, steps:
 
 
 def test_a_user_needs_more_noise_than_a_record() -> None:
-    user = calibrate("8", "0.0001", "0.05", 20, "user", 2)
-    assert float(user) > float(calibrate("8", "0.0001", "0.05", 20))
-    assert pld_epsilon([job("0.05", user, 20, "0.0001", 2)], 1e-4, 1e-3) <= 8
+    user = calibrate("1", "0.0001", "0.05", 20, "user", 2)
+    assert float(user) > float(calibrate("1", "0.0001", "0.05", 20))
+    assert pld_epsilon([job("0.05", user, 20, "0.0001", 2)], 1e-4, 1e-3) <= 1
 
 
 def test_no_noise_is_enough() -> None:
