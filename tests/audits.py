@@ -9,16 +9,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from privacy.budget import recompute as recomputation
 from privacy.budget.accounting import pld_epsilon, rdp, rdp_epsilon
 from privacy.budget.audit import Anchor, LedgerReport, Terms, audit_ledger
 from privacy.budget.entries import Claim, Commit, Facts, Policy, Reserve, Start, decimal_text
-from privacy.budget.events import DpSgd, Mechanism
+from privacy.budget.events import DpSgd
 from privacy.budget.ledger import GENESIS, Ledger, line_hash
-from privacy.budget.recompute import Recomputed, recompute
 from privacy.secagg.keys import identity_public
 from tests.ledgers import KEY, POLICY, SITE, job, new_ledger, release, reserve, resigned
 
@@ -34,19 +31,6 @@ SELF_TEST = {
 }
 NOW = datetime(2026, 11, 25, 12, 0, 30, tzinfo=UTC)
 TERMS = Terms(now=NOW, with_opacus=False)
-
-
-_recompute = cache(recompute)
-
-
-@pytest.fixture
-def each_ledger_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the accountants' processes said about the same mechanisms before is not asked again."""
-
-    def remembered(mechanisms: Sequence[Mechanism], *limits: Any, **options: Any) -> Recomputed:
-        return _recompute(tuple(mechanisms), *limits, **options)
-
-    monkeypatch.setattr(recomputation, "recompute", remembered)
 
 
 @cache

@@ -8,10 +8,9 @@ import pytest
 import structlog
 from hypothesis import settings
 
-from tests.audits import each_ledger_once
 from tests.charging import charged_site, set_up_federation
 
-__all__ = ["charged_site", "each_ledger_once", "set_up_federation"]
+__all__ = ["charged_site", "set_up_federation"]
 
 # On a busy machine any example may take long; that says nothing about the code.
 settings.register_profile("veilsum", deadline=None)

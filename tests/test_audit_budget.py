@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from privacy.budget.audit import Terms
+from privacy.adapter import start_adapter
+from privacy.budget.audit import Terms, lack_of
 from privacy.budget.checkpoint import sign_checkpoint
 from privacy.budget.entries import Claim, PolicyChange, Start, decimal_text
 from privacy.budget.events import DpSgd, Unprotected
@@ -29,8 +30,6 @@ from tests.audits import (
     reservation,
 )
 from tests.ledgers import DATASET, OTHER_KEY, POLICY, SITE, abort, commit, job, new_ledger, release, reserve
-
-pytestmark = pytest.mark.usefixtures("each_ledger_once")
 
 
 def test_more_than_the_budget(tmp_path: Path) -> None:
@@ -131,10 +130,27 @@ def test_opacus_is_asked_where_it_is_installed(tmp_path: Path) -> None:
 
 
 def test_private_jobs_before_an_unprotected_one_keep_their_numbers() -> None:
-    sums = recompute([MECHANISM, Unprotected(), MECHANISM], 1e-5, 60, 4096, with_opacus=False)
+    sums = recompute((MECHANISM, Unprotected(), MECHANISM), 1e-5, 60, 4096, with_opacus=False)
     assert [value == float("inf") for value in sums.pld.each] == [False, True, False]
     assert [value == float("inf") for value in sums.pld.after] == [False, True, True]
     assert [value == float("inf") for value in sums.rdp.after] == [False, True, True]
+
+
+def test_a_real_self_test_has_what_the_audit_asks_for(tmp_path: Path) -> None:
+    from participant.dp_sgd import train_private
+    from tests.helpers_learning import private_plan, tiny_base, word_examples
+
+    base, found = tiny_base(tmp_path), []
+    plan = private_plan(base, steps=1)
+    train_private(
+        plan=plan,
+        base=base,
+        start=start_adapter(plan.adapter),
+        examples=word_examples((9, 8, 7)),
+        on_selftest=lambda result: found.append(result.to_json()),
+    )
+    assert lack_of(found[0]) == ""
+    assert lack_of(found[0] | {"passed": "true"}) == "after a self-test that did not pass"
 
 
 def test_the_most_serious_class_decides() -> None:

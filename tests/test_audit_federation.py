@@ -26,8 +26,6 @@ from tests.ledgers import OTHER_KEY
 from tests.on_disk import OnDisk
 from tests.test_end_to_end import SITE
 
-pytestmark = pytest.mark.usefixtures("each_ledger_once")
-
 TOML = SITE.replace("[policy]", BUDGET.format(8) + "[policy]")
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from privacy import merkle
 from privacy.budget.audit import Anchor, audit_ledger
@@ -27,8 +29,6 @@ from tests.audits import (
     rewritten,
 )
 from tests.ledgers import KEY, OTHER_KEY, POLICY
-
-pytestmark = pytest.mark.usefixtures("each_ledger_once")
 
 Bodies = list[dict[str, Any]]
 
@@ -63,6 +63,49 @@ def test_attacks_on_the_file(attack: str, tmp_path: Path) -> None:
     report = audit(b"".join(tamper(lines_of(ledger))), anchor_of(ledger))
     assert report.code == code
     assert "complete" not in completeness(report)
+    assert ledger_text(report)
+    assert to_html([report], [], "now")
+    assert to_json([report])["exit"] == code
+
+
+@settings(max_examples=80)
+@given(data=st.data())
+def test_no_file_makes_the_auditor_fail(data: st.DataObject, ledger_lines: list[bytes], anchor: Anchor) -> None:
+    """Bytes and lines changed, doubled, deleted and moved anywhere: each time a finding, never an error."""
+    lines = list(ledger_lines)
+    for _ in range(data.draw(st.integers(1, 3))):
+        where = data.draw(st.integers(0, len(lines) - 1))
+        kind = data.draw(st.sampled_from(["byte", "cut", "delete", "double", "move"]))
+        line = lines[where]
+        if kind == "byte":
+            at = data.draw(st.integers(0, len(line) - 1))
+            lines[where] = line[:at] + bytes([data.draw(st.integers(0, 255))]) + line[at + 1 :]
+        elif kind == "cut":
+            lines[where] = line[: data.draw(st.integers(0, len(line)))] + b"\n"
+        elif kind == "delete" and len(lines) > 1:
+            del lines[where]
+        elif kind == "double":
+            lines.insert(data.draw(st.integers(0, len(lines))), line)
+        else:
+            lines.insert(data.draw(st.integers(0, len(lines) - 1)), lines.pop(where))
+    report = audit(b"".join(lines), anchor)
+    assert (report.code == Code.OK) == (lines == ledger_lines)
+
+
+@pytest.fixture(scope="module")
+def ledger_lines(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    return lines_of(honest(tmp_path_factory.mktemp("ledger") / "news.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def anchor(ledger_lines: list[bytes]) -> Anchor:
+    return _anchor_of(b"".join(ledger_lines))
+
+
+def test_a_witness_with_an_impossible_date_is_no_clock(tmp_path: Path) -> None:
+    ledger = honest(tmp_path / "news.jsonl")
+    for time in ("0001-01-01T00:00:00Z", "9999-12-31T23:59:59Z", "2026-11-25T23:00:00", "soon", ""):
+        assert audit(ledger.path.read_bytes(), anchor_of(ledger, 2, time)).found == []
 
 
 def test_an_honest_ledger_has_no_finding(tmp_path: Path) -> None:

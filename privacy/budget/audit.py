@@ -174,22 +174,27 @@ def _check_anchors(report: LedgerReport, anchors: Sequence[Anchor]) -> None:
     if not anchors:
         report.add(Code.NO_ANCHOR, "nobody else's memory was compared: lines may be missing at the end")
         return
-    for anchor in anchors:
-        if not report.whole and anchor.size > len(report.entries):
+    sources: dict[tuple[int, bytes], str] = {}
+    for anchor in anchors:  # many remember the same, and each comparison takes the whole file
+        sources.setdefault((anchor.size, anchor.root), anchor.source)
+    for (size, root), source in sources.items():
+        if not report.whole and size > len(report.entries):
             continue  # the first broken line is a finding already
         try:
-            check_against(report.entries, anchor.size, anchor.root)
-            report.anchored = max(report.anchored or 0, anchor.size)
+            check_against(report.entries, size, root)
+            report.anchored = max(report.anchored or 0, size)
         except LedgerError as error:
             found = Found.of(error)
-            report.add(found.code, f"{anchor.source}: {found.text}")
+            report.add(found.code, f"{source}: {found.text}")
 
 
 def _moment(text: str) -> datetime | None:
+    """A date of this millennium with its offset from UTC, ``None`` for anything else."""
     try:
-        return datetime.fromisoformat(text)
+        found = datetime.fromisoformat(text)
     except ValueError:
         return None
+    return found if found.tzinfo is not None and 2000 <= found.year < 9000 else None
 
 
 def _check_clocks(report: LedgerReport, anchors: Iterable[Anchor], terms: Terms) -> None:
@@ -217,11 +222,11 @@ def _check_self_tests(report: LedgerReport, book: Book) -> None:
     for entry in report.entries:
         if isinstance(entry.facts, Start):
             job = book.jobs[entry.facts.job]
-            if _kind(job) != "unprotected" and (lack := _lack(entry.facts.selftest)):
+            if _kind(job) != "unprotected" and (lack := lack_of(entry.facts.selftest)):
                 report.add(Code.SELF_TEST, f"line {entry.seq + 1}: job {_name(job)} started {lack}")
 
 
-def _lack(selftest: dict[str, object] | None) -> str:
+def lack_of(selftest: dict[str, object] | None) -> str:
     """What is missing in the result of a self-test; empty if nothing is."""
     if selftest is None:
         return "without a self-test"
@@ -262,7 +267,7 @@ def _account(report: LedgerReport, book: Book, terms: Terms) -> None:
     """Recompute every job and the composition, and compare with what the site claims."""
     policy = book.policy
     mechanisms = {job.reserve.job: _mechanism(report, job) for job in book.jobs.values()}
-    charged = [mechanisms[job.reserve.job] or Unprotected() for job in book.charged()]
+    charged = tuple(mechanisms[job.reserve.job] or Unprotected() for job in book.charged())
     sums = recompute.recompute(charged, float(policy.delta), terms.seconds, terms.mib, with_opacus=terms.with_opacus)
     if sums.limit:
         report.add(Code.UNSUPPORTED, sums.limit)
@@ -336,30 +341,23 @@ def _check_steps(report: LedgerReport, mechanisms: dict[str, Mechanism | None]) 
 
 def _check_budget(report: LedgerReport) -> None:
     """Was any reservation above the budget of its time, and is the sum above the present one?"""
-    book = Book()
+    book, known = Book(), {job.job: job.mechanism or Unprotected() for job in report.jobs}
     for entry in report.entries:
         book.take(entry)
-        if isinstance(entry.facts, Reserve) and (text := _excess(book)):
+        if isinstance(entry.facts, Reserve) and (text := _excess(book, known)):
             report.add(Code.OVER_BUDGET, f"line {entry.seq + 1}: with this reservation {text}")
-        if entry.seq + 1 == len(report.entries) and not isinstance(entry.facts, Reserve) and (text := _excess(book)):
-            report.add(Code.OVER_BUDGET, f"at the end {text}")
+    if not isinstance(report.entries[-1].facts, Reserve) and (text := _excess(book, known)):
+        report.add(Code.OVER_BUDGET, f"at the end {text}")
 
 
-def _excess(book: Book) -> str:
+def _excess(book: Book, known: dict[str, Mechanism]) -> str:
     policy = book.policy
     if policy.epsilon is None:
         return ""
-    spent = enforced_epsilon(policy, [_or_unprotected(job) for job in book.charged()])
+    spent = enforced_epsilon(policy, [known[job.reserve.job] for job in book.charged()])
     if spent <= float(policy.epsilon):
         return ""
     return f"{spent:.4f} is charged of a budget of {policy.epsilon} (order {policy.order}, delta {policy.delta})"
-
-
-def _or_unprotected(job: Job) -> Mechanism:
-    try:
-        return mechanism_from_json(job.reserve.mechanism)
-    except ProtocolError:
-        return Unprotected()
 
 
 def _check_open(report: LedgerReport, terms: Terms) -> None:

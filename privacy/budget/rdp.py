@@ -104,6 +104,7 @@ def _step(probabilities: tuple[float, ...], sigma: float, order: float) -> float
     return max(0.0, log_moment) / (order - 1)
 
 
+@lru_cache(maxsize=65536)
 def rdp(mechanism: Mechanism, order: float) -> float:
     """Renyi divergence of ``order`` > 1 over all steps of a mechanism; infinite without privacy.
 

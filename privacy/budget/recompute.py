@@ -9,6 +9,7 @@ import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from dp_accounting.pld import PLDAccountant
@@ -84,8 +85,9 @@ def by_rdp(mechanisms: Sequence[DpSgd], delta: float) -> Sums:
     return Sums(tuple(each), tuple(after))
 
 
+@lru_cache(maxsize=1024)  # sites of a federation often ran the same jobs
 def recompute(
-    mechanisms: Sequence[Mechanism], delta: float, seconds: float, mib: int, *, with_opacus: bool = True
+    mechanisms: tuple[Mechanism, ...], delta: float, seconds: float, mib: int, *, with_opacus: bool = True
 ) -> Recomputed:
     """Compute all jobs of a ledger anew; from the first unprotected one on the composition is infinite."""
     first = next((i for i, m in enumerate(mechanisms) if isinstance(m, Unprotected)), len(mechanisms))

@@ -158,6 +158,8 @@ def ledger_text(report: LedgerReport) -> list[str]:
         lines.append(f"  PLD so far       {number(last.pld_after)}  (if all jobs had been fixed in advance)")
         lines.append(f"  RDP so far       {number(report.rdp_after)}  (best order, the same condition)")
         lines.append(f"  naive sum        {number(last.naive_after)}  (at the sum of the deltas)")
+    else:
+        lines.append("  no job is charged")
     if waiting := sum(job.is_open for job in report.jobs):
         lines.append(f"  {waiting} open reservation(s), counted in full")
     return lines
