@@ -100,7 +100,8 @@ def change_policy(site: Site, name: str, reason: str) -> bool:
     """Enter the policy of the site's file into the ledger; ``False`` if it stands there already.
 
     Raises:
-        Refusal: a change of what is fixed after the first job. UserError: a weaker policy without a reason, or a long one.
+        Refusal: a change of what is fixed after the first job. UserError: a weaker policy without a
+            reason, or too long a reason.
     """
     ledger, new = site.ledger(name), site.home.settings.datasets[name].policy()
     if not ledger.entries:
