@@ -19,7 +19,7 @@ from participant.site import Site
 from privacy import __version__
 from privacy.budget import terms
 from privacy.budget.accounting import bounded_pld_epsilon, rdp, rdp_epsilon
-from privacy.budget.book import Book, fixed_terms
+from privacy.budget.book import Book, fixed_terms, weakened
 from privacy.budget.entries import (
     Abort,
     Claim,
@@ -36,7 +36,7 @@ from privacy.budget.entries import (
 from privacy.budget.events import DpSgd, Mechanism, Unprotected
 from privacy.budget.filter import Standing, enforced_epsilon, mechanisms_of, objection
 from privacy.budget.ledger import Ledger, Stamp
-from privacy.errors import Refusal, shown
+from privacy.errors import Refusal, UserError, shown
 from privacy.job import Job
 
 MOST_REASON = 400
@@ -100,7 +100,8 @@ def change_policy(site: Site, name: str, reason: str) -> bool:
     """Enter the policy of the site's file into the ledger; ``False`` if it stands there already.
 
     Raises:
-        Refusal: a change of what is fixed after the first job. LedgerError: a weaker policy without a reason.
+        Refusal: a change of what is fixed after the first job. UserError: a weaker policy without a
+            reason, or too long a reason.
     """
     ledger, new = site.ledger(name), site.home.settings.datasets[name].policy()
     if not ledger.entries:
@@ -113,6 +114,11 @@ def change_policy(site: Site, name: str, reason: str) -> bool:
             f"data set '{name}': unit, adjacency, delta and order stay what they were at the first job "
             f"({described(ledger.book.policy)}), found {described(new)}"
         )
+    weaker = weakened(ledger.book.policy, new)
+    if (weaker and not reason.strip()) or len(reason) > MOST_REASON:
+        text = f"a reason of at most {MOST_REASON} characters" + (f" for {', '.join(weaker)}" if weaker else "")
+        found = f"{len(reason)} characters" if reason.strip() else "none"
+        raise UserError(f"data set '{name}': expected {text}, found {found}", hint="say why by --reason")
     _enter(ledger, PolicyChange(policy=new, reason=reason))
     return True
 

@@ -11,7 +11,7 @@ from participant.config import Settings
 from privacy.budget import terms
 from privacy.budget.events import Mechanism
 from privacy.budget.filter import Standing, objection
-from privacy.errors import Refusal
+from privacy.errors import Refusal, UserError
 from privacy.job import Job
 from privacy.plan import Plan
 
@@ -62,5 +62,5 @@ def admit(job: Job, settings: Settings, standing: Standing | None = None) -> Non
 def _mechanism(plan: Plan) -> Mechanism:
     try:
         return terms.mechanism(plan)
-    except ValueError as error:
+    except UserError as error:  # no noise keeps its epsilon: nothing the administrator of this site could mend
         raise Refusal(f"plan '{plan.name}': {error}") from error

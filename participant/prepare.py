@@ -60,7 +60,8 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None) 
     loss = result.loss if job.plan.privacy is None else 0.0  # an un-noised mean over the records
     trained = Trained(digest, weight, loss, result.seconds, result.examples)
     patiently(lambda: _keep(site, job, stage, result.delta, trained))
-    log.info("trained", plan=name, loss=round(loss, 4), seconds=round(result.seconds, 1))
+    said = {"loss": round(loss, 4)} if job.plan.privacy is None else {}
+    log.info("trained", plan=name, **said, seconds=round(result.seconds, 1))
     return trained
 
 

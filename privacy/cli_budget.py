@@ -21,7 +21,8 @@ BROKEN = "the lower bound is above what is promised: this training is not what i
 NOT_PINNED = "note: the roster was taken from the directory: give --pin to compare it with the pinned one"
 
 if TYPE_CHECKING:  # accountants take a second to import, which other commands need not wait for
-    from privacy.budget.audit import Anchor, LedgerReport, Terms
+    from privacy.budget.anchors import Anchor
+    from privacy.budget.audit import LedgerReport, Terms
 
 #: A ledger of more lines than anybody's patience; it would be read into memory.
 MAX_LEDGER_BYTES = 1 << 28
@@ -115,7 +116,9 @@ def read_ledger(path: Path) -> bytes:
 def _audit(
     path: Path, members: Roster | None, key: bytes | None, notes: Sequence[tuple[Path, bytes]], terms: Terms
 ) -> LedgerReport:
-    from privacy.budget.audit import audit_ledger, claimed_site, read_anchors
+    from privacy.budget.anchors import claimed_site, read_anchors
+    from privacy.budget.audit import audit_ledger
+    from privacy.budget.federation import own_checkpoint
 
     raw, owner = read_ledger(path), ""
     if members is not None:
@@ -135,7 +138,8 @@ def _audit(
             anchors += read_anchors(note, key, _dataset(raw), str(source))
         except ProtocolError as error:
             found.append(Found(Code.BROKEN, f"{source}: {error}"))
-    report = audit_ledger(raw, key, source=str(path), anchors=anchors, terms=terms, owner=owner)
+    own = own_checkpoint(path)
+    report = audit_ledger(raw, key, source=str(path), anchors=anchors, own=own, terms=terms, owner=owner)
     report.found += found
     return report
 

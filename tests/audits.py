@@ -12,7 +12,8 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from privacy.budget.accounting import pld_epsilon, rdp, rdp_epsilon
-from privacy.budget.audit import Anchor, LedgerReport, Terms, audit_ledger
+from privacy.budget.anchors import Anchor
+from privacy.budget.audit import LedgerReport, Terms, audit_ledger
 from privacy.budget.entries import Claim, Commit, Facts, Policy, Reserve, Start, decimal_text
 from privacy.budget.events import DpSgd
 from privacy.budget.ledger import GENESIS, Ledger, line_hash

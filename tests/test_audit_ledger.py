@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privacy import merkle
-from privacy.budget.audit import Anchor, audit_ledger
+from privacy.budget.anchors import Anchor
+from privacy.budget.audit import audit_ledger
+from privacy.budget.checkpoint import sign_checkpoint
 from privacy.budget.entries import canonical, line_of, signed_bytes
 from privacy.budget.findings import Code
 from privacy.budget.ledger import Ledger
@@ -28,7 +30,7 @@ from tests.audits import (
     private_job,
     rewritten,
 )
-from tests.ledgers import KEY, OTHER_KEY, POLICY
+from tests.ledgers import DATASET, KEY, OTHER_KEY, POLICY, SITE
 
 Bodies = list[dict[str, Any]]
 
@@ -262,6 +264,23 @@ def test_an_old_anchor_vouches_for_its_own_lines_only(tmp_path: Path) -> None:
     report = audit(ledger.path.read_bytes(), anchor_of(ledger, 5))
     assert report.found == []
     assert completeness(report) == "9 lines; the first 5 are complete by the anchors, 4 came later"
+
+
+def test_a_sites_own_checkpoint_convicts_and_vouches_for_nothing(tmp_path: Path) -> None:
+    ledger = honest(tmp_path / "news.jsonl")
+    raw, note, anchor = ledger.path.read_bytes(), ledger.checkpoint(), anchor_of(ledger, 2)
+    short = b"".join(lines_of(ledger)[:4])
+    other = sign_checkpoint(KEY, DATASET, 5, bytes(32))
+    forged = sign_checkpoint(OTHER_KEY, DATASET, *ledger.head())
+
+    def code(lines: bytes, own: bytes, *anchors: Anchor) -> Code:
+        return audit_ledger(lines, SITE, source="", anchors=anchors, own=own, terms=TERMS).code
+
+    assert code(raw, note) == Code.NO_ANCHOR
+    assert code(raw, note, anchor) == Code.OK
+    assert code(short, note, anchor) == Code.TRUNCATED
+    assert code(raw, other, anchor) == Code.FORK
+    assert code(raw, forged, anchor) == code(raw, b"garbage", anchor) == Code.BROKEN
 
 
 def test_a_line_that_is_older_than_a_witness_of_those_before(tmp_path: Path) -> None:

@@ -15,10 +15,9 @@ from privacy.budget import terms
 from privacy.budget.accounting import bounded_pld_epsilon
 from privacy.budget.checkpoint import verify_checkpoint
 from privacy.budget.events import DpSgd
-from privacy.budget.ledger import LedgerError
 from privacy.errors import Refusal, UserError
 from privacy.job import Job
-from privacy.plan import parse_plan
+from privacy.plan import Plan, parse_plan
 from privacy.secagg.keys import identity_public
 from tests.charging import BUDGET, PRIVACY, SelfTest, World, admit, plan, spend
 
@@ -144,6 +143,16 @@ def test_terms_that_promise_less_than_the_budget_are_refused(
         admit(world, world.job("quiet", privacy))
 
 
+def test_a_plan_whose_epsilon_no_noise_can_keep_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: Plan) -> None:
+        raise UserError("expected an epsilon that noise in range can keep, found 0.001")
+
+    job = world.job("quiet", PRIVACY)
+    monkeypatch.setattr(terms, "mechanism", fails)
+    with pytest.raises(Refusal, match="plan 'quiet': expected an epsilon that noise in range can keep"):
+        admit(world, job)
+
+
 def test_stricter_terms_are_admitted(world: World) -> None:
     world.configure('unit = "who"\n' + BUDGET.format(20))
     admit(world, world.job("quiet", changed("1e-5", "1e-6")))
@@ -182,8 +191,9 @@ def test_a_change_of_the_budget_is_entered_by_command_and_a_weaker_one_with_its_
     world.configure(BUDGET.format(8))
     spend(world)
     world.configure(BUDGET.format(9))
-    with pytest.raises(LedgerError, match="a weaker policy carries a reason"):
-        charging.change_policy(world.site, "toy", "")
+    for reason, text in (("", "for epsilon: 8 -> 9, found none"), ("x" * 401, "found 401 characters")):
+        with pytest.raises(UserError, match=text):
+            charging.change_policy(world.site, "toy", reason)
     assert charging.change_policy(world.site, "toy", "the patients agreed")
     assert not charging.change_policy(world.site, "toy", "again")
     admit(world, world.job("quiet-9", PRIVACY))

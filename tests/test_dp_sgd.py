@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,20 +13,16 @@ import pytest
 import structlog
 import torch
 from opacus.grad_sample import GradSampleHooks
-from scipy import stats
 from torch import Tensor
 
-from participant import dp_sgd, dp_step, noise
+from participant import dp_sgd, dp_step
 from participant.data import Examples
 from participant.dp_sgd import train_private
 from participant.noise import SecretRandom
 from participant.self_test import SelfTest
 from participant.training import Loaded, TrainingResult, load_model, make_optimizer, tokenise
 from privacy.adapter import layout_of, start_adapter, unflatten
-from privacy.budget.accounting import pld_epsilon
-from privacy.budget.events import DpSgd
-from privacy.budget.terms import canonical, mechanism, noise_warning
-from privacy.errors import Refusal, UserError
+from privacy.errors import Refusal
 from privacy.plan import Plan
 from tests.helpers_learning import private_plan, tiny_base, word_examples
 
@@ -338,98 +333,3 @@ def test_dropout_and_checkpointing_are_refused(plan: Plan, base: Path) -> None:
     model.eval().gradient_checkpointing_enable()
     with pytest.raises(Refusal, match="is checkpointed"):
         dp_step.make_private(model)
-
-
-# --- chance ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_noise_is_gaussian_at_every_length() -> None:
-    random = SecretRandom()
-    drawn = random.normal(200_001)
-    assert drawn.shape == (200_001,)
-    assert stats.kstest(drawn, "norm").pvalue > 1e-9
-    assert abs(drawn.mean()) < 6 / math.sqrt(len(drawn))
-    assert len(random.normal(1)) == 1
-    assert abs(np.corrcoef(drawn[:-1], drawn[1:])[0, 1]) < 6 / math.sqrt(len(drawn))
-
-
-def test_four_gaussians_make_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two uniform numbers alone the result could be traced back to them."""
-    asked: list[int] = []
-
-    def counted(_: SecretRandom, count: int) -> noise.Floats:
-        asked.append(count)
-        return np.full(count, 0.25)
-
-    monkeypatch.setattr(SecretRandom, "uniform", counted)
-    SecretRandom().normal(10)
-    assert asked == [5] * 8
-
-
-def test_no_two_streams_are_alike_and_none_survives_a_fork() -> None:
-    random = SecretRandom()
-    assert not np.array_equal(random.uniform(8), SecretRandom().uniform(8))
-    assert not np.array_equal(random.uniform(8), random.uniform(8))
-    random._process = os.getppid()
-    with pytest.raises(RuntimeError, match="does not survive a fork"):
-        random.uniform(1)
-
-
-def test_uniform_numbers_lie_inside_the_interval() -> None:
-    class Ends:
-        def update(self, zeros: bytes) -> bytes:
-            return (bytes(8) + b"\xff" * 8)[: len(zeros)]
-
-    random = SecretRandom()
-    random._stream = Ends()  # type: ignore[assignment]
-    low, high = random.uniform(2)
-    assert 0 < low < high < 1
-    assert np.isfinite(random.normal(2)).all()
-
-
-def test_subsets_are_poisson() -> None:
-    random = SecretRandom()
-    sizes = [len(random.subset(1000, 0.3)) for _ in range(400)]
-    assert abs(np.mean(sizes) - 300) < 6 * math.sqrt(210 / 400)
-    assert 210 / 2 < np.var(sizes) < 210 * 2
-    assert random.subset(5, 1.0) == [0, 1, 2, 3, 4]
-    assert random.subset(0, 0.5) == []
-
-
-# --- from plan to mechanism ------------------------------------------------------------------------------------------
-
-
-def test_the_mechanism_is_the_plans_alone(plan: Plan) -> None:
-    terms = mechanism(plan)
-    assert isinstance(terms, DpSgd)
-    assert plan.privacy is not None
-    assert (terms.sigma, terms.rate, terms.delta, terms.clip) == ("1", "0.25", "0.0001", "1")
-    assert (terms.steps, terms.nominal_batch, terms.nominal_size) == (12, 6, 24)
-
-
-def test_an_epsilon_becomes_the_noise_that_keeps_it(base: Path) -> None:
-    plan = private_plan(base, sigma=None, epsilon="4")
-    terms = mechanism(plan)
-    assert isinstance(terms, DpSgd)
-    assert 3.9 < pld_epsilon([terms], 1e-4) <= 4.0
-    assert mechanism(plan) == terms
-
-
-def test_an_epsilon_that_no_noise_keeps_is_the_plans_fault(base: Path) -> None:
-    with pytest.raises(UserError, match="expected an epsilon that noise in range can keep, found 1e-9") as refused:
-        mechanism(private_plan(base, sigma=None, epsilon="1e-9"))
-    assert refused.value.hint
-
-
-@pytest.mark.parametrize(
-    ("number", "wanted"), [("1e-4", "0.0001"), ("1.50", "1.5"), ("100", "100"), ("0.25", "0.25"), ("8", "8")]
-)
-def test_numbers_have_one_form(number: str, wanted: str) -> None:
-    assert canonical(number) == wanted
-
-
-def test_much_noise_is_said(base: Path) -> None:
-    assert "sigma / nominal_batch is 0.167, above 0.01" in noise_warning(private_plan(base))
-    assert noise_warning(private_plan(base)).endswith("helps, or training the head alone")
-    assert noise_warning(private_plan(base, train="head")).endswith("helps")
-    assert noise_warning(private_plan(base, nominal_batch=100, nominal_size=400)) == ""

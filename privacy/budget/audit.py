@@ -13,9 +13,10 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
 from privacy.budget import recompute
+from privacy.budget.anchors import Anchor
 from privacy.budget.book import Book, Job, LedgerError
-from privacy.budget.checkpoint import read_checkpoint, split_notes, verify_checkpoint
-from privacy.budget.entries import Commit, Entry, Policy, Register, Reserve, Start, parse_line
+from privacy.budget.checkpoint import verify_checkpoint
+from privacy.budget.entries import Commit, Entry, Policy, Reserve, Start
 from privacy.budget.events import DpSgd, Mechanism, Unprotected, mechanism_from_json
 from privacy.budget.filter import enforced_epsilon, mismatch
 from privacy.budget.findings import Code, Found, worst
@@ -32,16 +33,6 @@ SKEW = timedelta(minutes=5)
 #: What the result of a self-test must hold besides that it passed (``participant/self_test.py``).
 CHECKS = ("sensitivity", "chunking", "not_finite", "empty_batch_sum", "noise_ks_p", "sampler_repeats")
 MAX_SENSITIVITY = Decimal("1.00001")
-
-
-@dataclass(frozen=True)
-class Anchor:
-    """What somebody else remembers of a ledger: its size and root; at what time, where that is known."""
-
-    size: int
-    root: bytes
-    source: str
-    time: str = ""
 
 
 @dataclass(frozen=True)
@@ -120,13 +111,21 @@ class LedgerReport:
 
 
 def audit_ledger(
-    raw: bytes, site_key: bytes, *, source: str, anchors: Sequence[Anchor] = (), terms: Terms, owner: str = ""
+    raw: bytes,
+    site_key: bytes,
+    *,
+    source: str,
+    anchors: Sequence[Anchor] = (),
+    own: bytes = b"",
+    terms: Terms,
+    owner: str = "",
 ) -> LedgerReport:
     """Audit the bytes of one ledger; everything that does not hold is in the report, nothing is raised.
 
     Args:
         site_key: the site's Ed25519 public key, 32 bytes.
         anchors: what others remember of this data set's ledger.
+        own: the checkpoint that the site keeps beside the ledger; it can convict the site and vouches for nothing.
     """
     report = LedgerReport(source, site_key.hex(), owner)
     report.entries = _verified(raw, site_key, report)
@@ -139,6 +138,7 @@ def audit_ledger(
     report.root = head_of(report.entries)[1].hex()
     report.changes = [(change.policy.epsilon or "no budget", change.reason) for change in book.changes]
     _check_anchors(report, anchors)
+    _check_own(report, own, site_key)
     _check_clocks(report, anchors, terms)
     _check_self_tests(report, book)
     _account(report, book, terms)
@@ -159,17 +159,6 @@ def _verified(raw: bytes, site_key: bytes, report: LedgerReport) -> list[Entry]:
         return verify_lines(b"".join(line + b"\n" for line in good), site_key)
 
 
-def read_anchors(raw: bytes, site_key: bytes, dataset: str, source: str) -> list[Anchor]:
-    """The notes of an anchor file that are about this data set; those about others are passed over.
-
-    Raises:
-        ProtocolError: no anchor file, or a note about this data set that its site did not sign.
-    """
-    about = [note for note in split_notes(raw) if read_checkpoint(note).dataset == dataset]
-    checked = [verify_checkpoint(note, site_key, dataset) for note in about]
-    return [Anchor(one.size, one.root, source) for one in checked]
-
-
 def _check_anchors(report: LedgerReport, anchors: Sequence[Anchor]) -> None:
     if not anchors:
         report.add(Code.NO_ANCHOR, "nobody else's memory was compared: lines may be missing at the end")
@@ -186,6 +175,19 @@ def _check_anchors(report: LedgerReport, anchors: Sequence[Anchor]) -> None:
         except LedgerError as error:
             found = Found.of(error)
             report.add(found.code, f"{source}: {found.text}")
+
+
+def _check_own(report: LedgerReport, note: bytes, site_key: bytes) -> None:
+    """Is the site's own checkpoint about these lines? A crash may leave it behind them, never ahead."""
+    if not note or not report.whole:
+        return
+    try:
+        found = verify_checkpoint(note, site_key, report.dataset)
+        check_against(report.entries, found.size, found.root)
+    except ProtocolError as error:
+        report.add(Code.BROKEN, f"the checkpoint beside it: {error}")
+    except LedgerError as error:
+        report.add(Found.of(error).code, f"the checkpoint beside it: {error}")
 
 
 def _moment(text: str) -> datetime | None:
@@ -366,12 +368,3 @@ def _check_open(report: LedgerReport, terms: Terms) -> None:
         if job.is_open and since is not None and terms.now - since > timedelta(days=terms.open_days):
             text = f"job {job.job[:8]} (plan '{job.plan}') is {job.state} since {job.time}"
             report.add(Code.OPEN_TOO_LONG, f"{text}, longer than {terms.open_days:g} days; it counts in full")
-
-
-def claimed_site(raw: bytes) -> bytes | None:
-    """The key that the first line names as its site's, unverified; ``None`` if there is no such line."""
-    try:
-        entry = parse_line(raw.partition(b"\n")[0])
-    except ProtocolError:
-        return None
-    return bytes.fromhex(entry.site) if isinstance(entry.facts, Register) else None

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from privacy.budget.accounting import LimitReached, ask_child
-from privacy.budget.audit import Anchor, LedgerReport, Terms, audit_ledger
+from privacy.budget.anchors import Anchor
+from privacy.budget.audit import LedgerReport, Terms, audit_ledger
 from privacy.budget.book import LedgerError
 from privacy.budget.entries import Commit, Release, Reserve
 from privacy.budget.findings import Code, Found, worst
@@ -75,6 +76,7 @@ def audit_federation(directory: Path, pin: bytes | None, terms: Terms) -> Federa
                 _key(roster, file.member),
                 source=file.path.relative_to(directory).as_posix(),
                 anchors=anchors.get((file.member, file.dataset), ()),
+                own=own_checkpoint(file.path),
                 terms=terms,
                 owner=file.member,
             )
@@ -84,6 +86,12 @@ def audit_federation(directory: Path, pin: bytes | None, terms: Terms) -> Federa
         _check_round(one, report, terms)
     _note_unmatched(rounds, report)
     return report
+
+
+def own_checkpoint(ledger: Path) -> bytes:
+    """The checkpoint that a site keeps beside a ledger, if it was given along."""
+    path = ledger.with_suffix(".checkpoint")
+    return read_file(path, "a checkpoint") if path.exists() else b""
 
 
 def _key(roster: RosterFile, member: str) -> bytes:

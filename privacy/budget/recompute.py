@@ -14,12 +14,11 @@ from typing import Any
 
 from dp_accounting.pld import PLDAccountant
 
-from privacy.budget.accounting import INTERVAL, MEANINGLESS, LimitReached, ask_child, merged
+from privacy.budget.accounting import MEANINGLESS, LimitReached, ask_child, interval_for, merged
 from privacy.budget.events import DpSgd, Mechanism, Unprotected
 from privacy.budget.rdp import ORDERS, epsilon_of_rdp, rdp
 
-#: Mixtures take minutes at 1e-4; an upper bound comes out of any interval.
-MIXTURE_INTERVAL = 1e-3
+#: Where the limits are not enough for better.
 COARSE = 1e-2
 
 
@@ -106,8 +105,7 @@ def recompute(
 def _ask(task: dict[str, Any], private: Sequence[DpSgd], seconds: float, mib: int) -> tuple[Sums, Sums, str]:
     """(PLD, RDP, why one of them is missing): as finely as the limits allow, then coarsely, then without PLD."""
     unknown, said = Sums((), ()).padded(len(private)), ""
-    mixtures = any(m.max_records_per_unit > 1 for m in private)
-    for interval in (MIXTURE_INTERVAL if mixtures else INTERVAL, COARSE, None):
+    for interval in (interval_for(private), COARSE, None):
         try:
             found = ask_child(task | {"what": "ledger", "interval": interval}, seconds, mib)
         except LimitReached as error:

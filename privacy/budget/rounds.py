@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from privacy.budget.audit import Anchor
+from privacy.budget.anchors import Anchor
 from privacy.budget.checkpoint import verify_checkpoint
 from privacy.budget.findings import Code, Found
 from privacy.encoding import decode
