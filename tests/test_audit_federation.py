@@ -257,6 +257,22 @@ def test_what_is_wrong_in_a_federation(case: str, given: Path, released: Release
     assert any(text in said for _, said in found(report)), found(report)
 
 
+def test_an_old_note_that_comes_again_convicts_nobody(given: Path, released: Released) -> None:
+    """A coordinator that replays what it once saw can write "rollback" beside it: the ledger has the lines of both."""
+    site, path = released.site(2), given / "witnesses.jsonl"
+    ledger = site.ledger("toy")
+    old = sign_checkpoint(site.identity, ledger.book.dataset, *head_of(ledger.entries, 2))
+    line = {
+        "member": "site-2",
+        "dataset": ledger.book.dataset,
+        "checkpoint": old.decode(),
+        "rollback": ledger.checkpoint().decode(),
+        "time": Stamp.now().time,
+    }
+    path.write_text(path.read_text() + json.dumps(line) + "\n")
+    assert found(audit(given)) == []
+
+
 def test_the_command(given: Path, tmp_path: Path, released: Released) -> None:
     pin, page = released.world.job.roster_file.hash.hex(), tmp_path / "audit.html"
     run = CliRunner().invoke(app, ["federation", str(given), "--pin", pin, "--html", str(page), "--json"])

@@ -77,7 +77,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def coordinators_witnesses(path: Path, roster: RosterFile, found: list[Found]) -> list[Seen]:
-    """The checkpoints that a coordinator kept; a forged one, and evidence of forks and rollbacks, are findings."""
+    """The checkpoints that a coordinator kept; a forged one, and two of one size, are findings."""
     keys = {member.name: bytes.fromhex(member.key) for member in roster.roster.members}
     seen = []
     for number, line in _lines(path):
@@ -97,10 +97,12 @@ def coordinators_witnesses(path: Path, roster: RosterFile, found: list[Found]) -
         except (ProtocolError, KeyError) as error:
             found.append(Found(Code.BROKEN, f"{where}: {member}: {error}"))
             continue
-        for kind, code in (("fork", Code.FORK), ("rollback", Code.TRUNCATED)):
-            if kind in notes and (now.dataset, now.root) != (notes[kind].dataset, notes[kind].root):
-                text = f"showed {now.size} lines after {notes[kind].size}, both signed, of data set {now.dataset[:16]}…"
-                found.append(Found(code, f"{where}: {member} {text}"))
+        other = notes.get("fork")
+        if other is not None and (now.dataset, now.size) == (other.dataset, other.size) and now.root != other.root:
+            text = f"two ledgers of {now.size} lines, both signed, of data set {now.dataset[:16]}…"
+            found.append(Found(Code.FORK, f"{where}: {member} showed {text}"))
+        # A rollback is no finding by itself: a message that was late, or an old note that the coordinator shows again,
+        # looks the same. Both notes are anchors, and the ledger says whether it has the lines of both.
         for kind, note in notes.items():
             dated = time if kind == "checkpoint" else ""
             source = f"the coordinator ({where})"
