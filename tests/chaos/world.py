@@ -142,9 +142,11 @@ class World:
             subprocess.run(["umount", "-l", str(self.federation.coordinator)], check=False)
 
     def _kill_all(self) -> None:
-        for process in list(self.federation.processes.values()):
+        # One list for both: the supervisor may start another process between them, which nobody would have killed.
+        processes = list(self.federation.processes.values())
+        for process in processes:
             process.kill()
-        for process in list(self.federation.processes.values()):
+        for process in processes:
             process.wait()
 
     def count(self, kind: str) -> None:
