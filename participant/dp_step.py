@@ -158,13 +158,15 @@ def example_gradients(weights: Sequence[Parameter], losses: Losses, chosen: Sequ
 def clip_examples(gradients: Sequence[Tensor], clip: float) -> list[Tensor]:
     """The same, each example scaled to an L2 norm of at most ``clip`` over all tensors; one that is not finite is zero.
 
-    The norm is that of the very float32 numbers that are summed.
+    The norm is that of the very float32 numbers that are summed. Where the factor would be below float32's normal
+    numbers it has too few bits to bound anything, and the example is zero too.
     """
     norms = torch.stack([torch.linalg.vector_norm(g.flatten(1).double(), dim=1) for g in gradients]).norm(dim=0)  # (B,)
-    finite = torch.isfinite(norms)
+    factors = (clip / (norms * (1 + MARGIN))).clamp(max=1.0)
+    usable = torch.isfinite(norms) & (factors >= torch.finfo(torch.float32).tiny)
     # Zero times infinity is not a number: hence where, not a factor.
-    scale = torch.where(finite, (clip / (norms * (1 + MARGIN))).clamp(max=1.0), 0.0).float()
-    return [torch.where(_column(finite, g), g * _column(scale, g), 0.0) for g in gradients]
+    scale = torch.where(usable, factors, 0.0).float()
+    return [torch.where(_column(usable, g), g * _column(scale, g), 0.0) for g in gradients]
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:

@@ -74,11 +74,16 @@ def inputs_of(head: torch.nn.Linear, loaded: Loaded, texts: Sequence[Tensor]) ->
         with torch.no_grad():
             for text in texts:
                 logits = logits_of(loaded, [text])
-                if seen[-1].dim() != 2 or not torch.equal(head.forward(seen[-1]).float(), logits):
+                if seen[-1].dim() != 2 or not _same(head.forward(seen[-1]).float(), logits):
                     return None
     finally:
         handle.remove()
     return torch.cat(seen)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Equal to the bit, NaN to NaN: a record that is not finite must not end the job, which would tell of it."""
+    return torch.equal(one.isnan(), other.isnan()) and torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 def standardised(standard: Standard, loaded: Loaded, texts: Sequence[Tensor]) -> Tensor:

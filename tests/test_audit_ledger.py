@@ -106,7 +106,14 @@ def anchor(ledger_lines: list[bytes]) -> Anchor:
 
 def test_a_witness_with_an_impossible_date_is_no_clock(tmp_path: Path) -> None:
     ledger = honest(tmp_path / "news.jsonl")
-    for time in ("0001-01-01T00:00:00Z", "9999-12-31T23:59:59Z", "2026-11-25T23:00:00", "soon", ""):
+    for time in (
+        "0001-01-01T00:00:00Z",
+        "8000-01-01T00:00:00Z",
+        "9999-12-31T23:59:59Z",
+        "2026-11-25T23:00:00",
+        "soon",
+        "",
+    ):
         assert audit(ledger.path.read_bytes(), anchor_of(ledger, 2, time)).found == []
 
 

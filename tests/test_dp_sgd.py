@@ -108,6 +108,13 @@ def test_an_example_that_is_not_finite_counts_nothing() -> None:
     assert [float(flat([g[i] for g in clipped]).norm()) for i in range(3)] == pytest.approx([1.0, 0.0, 0.0], abs=1e-5)
 
 
+@pytest.mark.parametrize(("clip", "size"), [(1e-20, 8e24), (1e-20, 3e24), (1e-6, 3e37), (1.0, 1e38), (1e-20, 1.0)])
+def test_no_gradient_is_too_large_to_be_clipped(clip: float, size: float) -> None:
+    """A factor of few bits, below float32's normal numbers, once let an example count for 1.12 C."""
+    (clipped,) = dp_step.clip_examples([torch.tensor([[size, 0.0]])], clip)
+    assert float(clipped.double().norm()) <= clip
+
+
 def test_gradients_of_tokens_are_refused() -> None:
     weight = torch.nn.Parameter(torch.zeros(2, 3))
     weight.grad_sample = torch.zeros(12, 2, 3)  # type: ignore[attr-defined]

@@ -94,6 +94,26 @@ def test_what_is_seen_of_a_text_is_the_same_to_the_bit_in_any_company(base: Path
     assert torch.equal(everyone[1:], others)
 
 
+def test_a_record_that_is_not_finite_ends_no_job(base: Path) -> None:
+    """Whether there is such a record would show; its gradient is zeroed instead."""
+    plan = private_plan(base, train="head")
+    loaded = loaded_for(plan, base)
+    standard = the_standard(loaded, plan)
+    texts = tokenise(loaded.tokenizer, EXAMPLES.texts[:2], 8)
+    before = standardised(standard, loaded, texts)
+
+    def poison(_: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (inputs[0] * float("nan"),)
+
+    handle = standard.head.register_forward_pre_hook(poison)
+    try:
+        poisoned = standardised(standard, loaded, texts[:1])
+    finally:
+        handle.remove()
+    assert bool(poisoned.isnan().all())
+    assert bool(before.isfinite().all())
+
+
 def test_a_model_that_does_more_than_its_head_is_not_cut_short(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = private_plan(base, train="head")
     loaded = loaded_for(plan, base)
