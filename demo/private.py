@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import shutil
 import subprocess
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -26,9 +25,8 @@ from rich.console import Console
 from demo import corpus, run
 from demo.chart import bar_chart
 from demo.federation import BIN, Federation
-from privacy import console
 from privacy.adapter import Vector, layout_of, release, start_adapter
-from privacy.errors import UserError, VeilsumError
+from privacy.errors import UserError
 from privacy.plan import load_plan
 
 PLAN = Path(__file__).with_name("plan-private.toml")
@@ -128,16 +126,7 @@ def main() -> None:
     default = Path("build/demo-private")
     parser.add_argument("--out", type=Path, default=default, help="where to write (default: %(default)s)")
     arguments = parser.parse_args()
-    if not (BIN / "veilsum-coordinator").exists():
-        sys.exit("error: expected the installed commands; run: make demo-private")
-    try:
-        summary = demonstrate(arguments.out.resolve())
-    except VeilsumError as error:
-        console.fail(error)
-    except KeyboardInterrupt:
-        sys.exit(console.EXIT_INTERRUPTED)
-    if not summary["secure_equals_plain"]:
-        sys.exit("error: the unmasked total is not the plain sum")
+    run.finish("demo-private", lambda: demonstrate(arguments.out.resolve()))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,10 +225,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/demo"), help="where to write (default: %(default)s)")
     parser.add_argument("--pooled", action="store_true", help="also train on all data pooled, for comparison")
     arguments = parser.parse_args()
+    finish("demo", lambda: demonstrate(arguments.out.resolve(), pooled=arguments.pooled))
+
+
+def finish(target: str, demonstrated: Callable[[], dict[str, Any]]) -> None:
+    """Run a demo; leave with an error unless it came to its end and its masked total is the plain sum."""
     if not (BIN / "veilsum-coordinator").exists():
-        sys.exit("error: expected the installed commands; run: make demo")
+        sys.exit(f"error: expected the installed commands; run: make {target}")
     try:
-        summary = demonstrate(arguments.out.resolve(), pooled=arguments.pooled)
+        summary = demonstrated()
     except VeilsumError as error:
         console.fail(error)
     except KeyboardInterrupt:
