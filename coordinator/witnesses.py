@@ -72,14 +72,15 @@ class Witnesses:
     def _load(self) -> None:
         whole_lines(self._path)
         keys = {member.name: bytes.fromhex(member.key) for member in self._roster.members}
-        for entry in read_lines(self._path):
+        entries = read_lines(self._path)
+        for entry in entries:
             name = entry["member"]
             self._lines[name] += 1
-            if "fork" in entry or "rollback" in entry:
+            if _is_evidence(entry):
                 self._evidence[name] += 1
             else:
                 self._shown.add(_mark(name, str(entry["checkpoint"]).encode()))
-        for entry in anchors(self._path):
+        for entry in _latest(entries):
             name = entry["member"]
             if name in keys:  # of somebody who left the roster nothing is expected any more
                 with suppress(ProtocolError):  # of a member's key before this one: nothing to compare with
@@ -150,11 +151,17 @@ def _check_stated(found: Checkpoint, size: int, root: bytes) -> None:
 
 def anchors(path: Path, member: str = "") -> list[dict[str, Any]]:
     """The last witnessed checkpoint of each ledger, of one member or of all, in order of their names."""
-    last: dict[tuple[str, str], dict[str, Any]] = {}
-    for entry in read_lines(path):
-        if "fork" not in entry and "rollback" not in entry and member in ("", entry["member"]):
-            last[entry["member"], entry["dataset"]] = entry
+    return [entry for entry in _latest(read_lines(path)) if member in ("", entry["member"])]
+
+
+def _latest(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last line about each ledger that is no evidence, in order of their names."""
+    last = {(e["member"], e["dataset"]): e for e in entries if not _is_evidence(e)}
     return [last[key] for key in sorted(last)]
+
+
+def _is_evidence(entry: dict[str, Any]) -> bool:
+    return "fork" in entry or "rollback" in entry
 
 
 def anchor_file(found: Sequence[dict[str, Any]]) -> str:
