@@ -67,7 +67,12 @@ def ledger_of(site: Site, name: str) -> Ledger:
         Refusal: the ledger has another policy than the site's file.
         UserError: ledger or registry is damaged, or they are not about the same data set.
     """
-    ledger, data = site.ledger(name), site.home.settings.datasets[name]
+    return _agreed(site, name, site.ledger(name))
+
+
+def _agreed(site: Site, name: str, ledger: Ledger) -> Ledger:
+    """The same ledger, begun and in agreement; opening it again would verify every line again."""
+    data = site.home.settings.datasets[name]
     identity = Registry(site.home).register(name, data, site.roster.roster.members[site.me].key, Stamp.now().time)
     if not ledger.entries:
         patiently(lambda: _begin(ledger, identity, name, data.policy()))
@@ -105,7 +110,7 @@ def change_policy(site: Site, name: str, reason: str) -> bool:
     """
     ledger, new = site.ledger(name), site.home.settings.datasets[name].policy()
     if not ledger.entries:
-        ledger_of(site, name)
+        _agreed(site, name, ledger)
         return True
     if ledger.book.policy == new:
         return False
@@ -136,8 +141,7 @@ def standing(site: Site, job: Job, stage: int) -> Standing | None:
     ledger = site.ledger(name)
     if not ledger.entries:
         return Standing(data.policy())
-    ledger = ledger_of(site, name)
-    return Standing.of(ledger.book, job.plan_file.digest.hex(), stage)
+    return Standing.of(_agreed(site, name, ledger).book, job.plan_file.digest.hex(), stage)
 
 
 def account(site: Site, name: str) -> dict[str, Any]:
