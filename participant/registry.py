@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from participant.config import DataSet, Home
+from privacy.budget.entries import canonical
 from privacy.encoding import label
 from privacy.errors import Refusal, UserError
 from privacy.files import exclusively, make_private_directory, read_private, write_durably
@@ -45,11 +46,6 @@ class Growth:
 def normalised(text: str) -> str:
     """One text for all that look alike: Unicode NFKC, case folded, runs of white space as one space."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
-def canonical(manifest: dict[str, Any]) -> bytes:
-    """The bytes of a manifest that its data set is named after."""
-    return json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
 class Registry:
