@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from privacy import __version__, console
+from privacy.errors import UserError
 
 app = typer.Typer(
     name="veilsum-coordinator",
@@ -146,7 +147,11 @@ def witnesses(
     from coordinator.config import load_home
     from coordinator.witnesses import anchor_file, anchors
 
-    found = anchors(load_home(directory).witnesses, member)
+    path = load_home(directory).witnesses
+    found = anchors(path, member)
+    if member and not found:
+        known = ", ".join(sorted({entry["member"] for entry in anchors(path)})) or "none"
+        raise UserError(f"expected a member whose ledger was witnessed, found '{member}'; witnessed: {known}")
     typer.echo(json.dumps(found) if as_json else anchor_file(found), nl=as_json)
 
 

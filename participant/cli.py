@@ -18,7 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Fine-tune on this site's data, mask the update, upload it once. "
-    "Every command takes --dir, the site's directory (or VEILSUM_PARTICIPANT).",
+    "What works on a site takes its directory by --dir (or VEILSUM_PARTICIPANT).",
 )
 app.add_typer(cli_data.app, name="dataset")
 app.command()(cli_data.budget)
@@ -150,12 +150,15 @@ def draft(
     label: Annotated[list[str], typer.Option(help="A label; repeat for each, in order.")],
     rank: Annotated[int, typer.Option(help="Rank of the LoRA adapter.")] = 8,
     max_length: Annotated[int, typer.Option(help="Tokens of a record that are read.")] = 128,
-    train: Annotated[str, typer.Option(help="What is trained beside the head: all (B), or nothing: head.")] = "all",
+    train: Annotated[
+        str, typer.Option(help="What is trained: the LoRA adapter and the head (all), or the head alone (head).")
+    ] = "all",
     epsilon: Annotated[
         str | None, typer.Option(help="Train with differential privacy of this epsilon; needs --size.")
     ] = None,
     size: Annotated[
-        int | None, typer.Option(help="About how many records a site has; chooses batch and steps.")
+        int | None,
+        typer.Option(help="About how many records a site has; chooses batch, steps and delta. With --epsilon."),
     ] = None,
     max_records_per_user: Annotated[
         int | None, typer.Option(help="Protect users with at most so many records, instead of single records.")
@@ -172,6 +175,8 @@ def draft(
 
     if (epsilon is None) != (size is None):
         raise UserError("draft: expected --epsilon and --size together, or neither")
+    if max_records_per_user is not None and epsilon is None:
+        raise UserError("draft: expected --max-records-per-user with --epsilon and --size, found it alone")
     if train not in ("all", "head"):
         raise UserError(f"draft: expected --train all or head, found '{train}'")
     section = ""
@@ -190,6 +195,11 @@ def draft(
         max_length=max_length,
         train="head" if train == "head" else "all",
         privacy=section,
+        # Under [privacy] each site counts nominal_size, the same everywhere: uniform weights say so, and round finer.
+        weights="uniform" if section else "examples",
+        max_weight=1 if section else 65536,
+        # A private head is trained on centred features; taken back to the model's own, its weights are far larger.
+        clip=64.0 if section and train == "head" else 0.5,
     )
     if warning := noise_warning(parse_plan(text.encode()).plan):
         typer.echo(f"note: {warning}", err=True)

@@ -11,7 +11,7 @@ from privacy.errors import UserError
 
 
 def audit_training(
-    plan: Annotated[Path, typer.Option(help="The plan, with a section [privacy].")],
+    plan: Annotated[Path, typer.Option(help="A private plan: one with a section privacy.")],
     base: Annotated[Path, typer.Option(help="Directory of the plan's base model.")],
     out: Annotated[Path, typer.Option(help="File to write the scores to.")],
     canaries: Annotated[

@@ -178,7 +178,7 @@ def _require_columns(path: Path, found: Sequence[str], columns: tuple[str, ...])
         if column not in found:
             raise UserError(
                 f"{path}: expected a column {column!r}, found the columns {_names(found)}",
-                hint="name the text and label columns in this site's configuration",
+                hint="name the columns in participant.toml: text, label, and unit where users count",
             )
 
 
@@ -231,7 +231,7 @@ def _from_jsonl(path: Path, columns: tuple[str, ...]) -> Iterator[_Record]:
             if column not in row:
                 raise UserError(
                     f"{where}: expected a column {column!r}, found the columns {_names(row)}",
-                    hint="name the text and label columns in this site's configuration",
+                    hint="name the columns in participant.toml: text, label, and unit where users count",
                 )
         yield _Record(where, *(row[column] for column in columns))
 

@@ -90,6 +90,11 @@ def load_classifier(base: Path, labels: int) -> tuple[Any, Any, set[str]]:
     Raises:
         UserError: transformers cannot load it.
     """
+    if not base.is_dir():  # transformers would take the name for one of a model hub
+        raise UserError(
+            f"{base}: expected the directory of a base model, found {'a file' if base.exists() else 'none'}",
+            hint="name a directory with config.json, *.safetensors and tokenizer files",
+        )
     # Its load report would tell the user to train the head, which is what we are about to do.
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -82,7 +82,10 @@ def _recompute(job: Job, outcome: Outcome, cohort: VerifiedCohort, uploads: Path
     files = {m: uploads / round_name(header.hash()) / upload_name(m) for m in cohort.survivors}
     for path in files.values():
         if not path.exists():
-            raise UserError(f"{path}: expected an upload, found none", hint="uploads are kept until certified")
+            raise UserError(
+                f"{path}: expected an upload, found none",
+                hint="after a release the coordinator keeps them only with keep_uploads = true in coordinator.toml",
+            )
     for block in range(len(block_sizes(size))):
         shown = {member: read_block(path, size, bits, block) for member, path in files.items()}
         check_block(job, verified, roots, block, shown, cohort.sums.block(block))

@@ -30,14 +30,21 @@ def transcript_command(
 ) -> None:
     """Verify a release: every signature, list and opened seed, the totals, and the adapter they give.
 
+    Exit codes: 0 it holds, 1 a file is missing or the roster is not the pinned one, 2 usage, 4 something does not hold.
+
     Example: veilsum-audit transcript releases/bbc-news/stage-1 --roster $(cat roster.pin)
     """
     from privacy.audit import audit_release
 
     try:
         pin = bytes.fromhex(roster) if roster else None
-    except ValueError as error:
-        raise UserError(f"--roster: expected a hash in hex, found '{roster}'") from error
+    except ValueError:
+        pin = b""
+    if pin is not None and len(pin) != 32:
+        raise UserError(
+            f"--roster: expected 64 hexadecimal digits, found '{roster}'",
+            hint="the pinned hash is in roster.pin at a site",
+        )
     report = audit_release(directory, pin, uploads)
     not_shown = []
     if uploads is None:

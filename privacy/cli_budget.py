@@ -18,6 +18,7 @@ from privacy.files import read_file, write_durably
 from privacy.roster import Roster, load_roster
 
 BROKEN = "the lower bound is above what is promised: this training is not what its mechanism says; do not release it"
+UNRELATED = "note: the anchors given are about other data sets than that of {}"
 NOT_PINNED = "note: the roster was taken from the directory: give --pin to compare it with the pinned one"
 
 if TYPE_CHECKING:  # accountants take a second to import, which other commands need not wait for
@@ -30,7 +31,7 @@ MAX_LEDGER_BYTES = 1 << 28
 Html = Annotated[Path | None, typer.Option("--html", help="Write the report as one HTML file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 OpenDays = Annotated[float, typer.Option(min=0, help="Days after which an open reservation is a finding.")]
-Seconds = Annotated[float, typer.Option(min=1, help="Seconds each accountant may take for one ledger.")]
+Seconds = Annotated[float, typer.Option(min=1, help="Seconds each accountant may take, for one ledger or scores file.")]
 Memory = Annotated[int, typer.Option("--mib", min=512, help="MiB of memory each accountant may take.")]
 Pin = Annotated[str, typer.Option(help="The pinned roster hash, in hex (roster.pin at a site).")]
 
@@ -60,6 +61,7 @@ def ledger_command(
     Example: veilsum-audit ledger ledger/news.jsonl --roster roster.toml --anchor north.anchor --html audit.html
     """
     from privacy.budget.audit import Terms
+    from privacy.budget.federation import twins
 
     if (roster is None) == (not key):
         raise typer.BadParameter("give exactly one of --roster and --key", param_hint="--roster/--key")
@@ -67,8 +69,9 @@ def ledger_command(
     terms = Terms(seconds=seconds, mib=mib, open_days=open_days)
     single = _hex(key, "--key", 32) if key else None
     notes = [(path, read_file(path, "an anchor file")) for path in anchor or []]
-    reports = [_audit(path, members, single, notes, terms) for path in files]
-    finish(reports, (), html, as_json)
+    reports = [_audit(path, members, single, notes, terms) for path in dict.fromkeys(files)]
+    unrelated = [UNRELATED.format(report.title) for report in reports if notes and report.code is Code.NO_ANCHOR]
+    finish(reports, twins(reports), html, as_json, unrelated)
 
 
 def federation_command(
@@ -82,7 +85,7 @@ def federation_command(
     seconds: Seconds = 300,
     mib: Memory = 4096,
 ) -> None:
-    """Audit all ledgers of a federation with its witnesses and released rounds. Exit codes as ``ledger``.
+    """Audit all ledgers of a federation with its witnesses and released rounds. Exit codes as of the command ledger.
 
     Example: veilsum-audit federation audit-2026/ --pin $(cat roster.pin) --html audit.html
     """
@@ -105,11 +108,11 @@ def _hex(text: str, option: str, length: int) -> bytes:
     return found
 
 
-def read_ledger(path: Path) -> bytes:
-    """The bytes of a ledger file; raises UserError for a missing or a huge one."""
-    raw = read_file(path, "a ledger")
+def read_ledger(path: Path, what: str = "a ledger") -> bytes:
+    """The bytes of a file to audit; raises UserError for a missing or a huge one."""
+    raw = read_file(path, what)
     if len(raw) > MAX_LEDGER_BYTES:
-        raise UserError(f"{path}: expected a ledger of at most {MAX_LEDGER_BYTES} bytes, found {len(raw)}")
+        raise UserError(f"{path}: expected {what} of at most {MAX_LEDGER_BYTES} bytes, found {len(raw)}")
     return raw
 
 
@@ -160,15 +163,11 @@ def finish(
     rounds: Sequence[str] = (),
     **more: Any,
 ) -> None:
-    """Print a report, write its page, and leave with the code of the most serious finding."""
+    """Print a report, then write its page, and leave with the code of the most serious finding."""
     from privacy.budget.report import findings_text, ledger_text, to_html, to_json
 
     every = [*found, *(one for report in reports for one in report.found)]
     code = worst(every)
-    if html is not None:
-        when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-        page = to_html(reports, found, when, rounds).encode(errors="replace")  # a file's name need not be UTF-8
-        write_durably(html, page, private=False)
     if as_json:
         typer.echo(json.dumps(to_json(reports, found, rounds=list(rounds), **more), allow_nan=False))
     else:
@@ -176,6 +175,10 @@ def finish(
         for line in (*lines, *rounds, *findings_text(every)):
             typer.echo(line)
         typer.echo(f"result: {'nothing found' if not code else code.name.lower().replace('_', ' ')} (exit {int(code)})")
+    if html is not None:  # last: a path that cannot be written must not cost what took minutes to compute
+        when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+        page = to_html(reports, found, when, rounds).encode(errors="replace")  # a file's name need not be UTF-8
+        write_durably(html, page, private=False)
     raise typer.Exit(int(code))
 
 
@@ -195,7 +198,7 @@ def empirical_command(
     from privacy.budget.accounting import bounded_pld_epsilon
     from privacy.budget.empirical import bounds, read_scores
 
-    found = read_scores(read_ledger(scores))
+    found = read_scores(read_ledger(scores, "a scores file"))
     m, delta = len(found.scores), found.mechanism.delta
     upper = bounded_pld_epsilon([found.mechanism], float(delta), seconds, mib, interval=1e-3)
     b = bounds(found, confidence)

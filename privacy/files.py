@@ -28,6 +28,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             errno.ENOSPC: "free space on this file system; nothing that was confirmed is lost",
             errno.EDQUOT: "raise the quota; nothing that was confirmed is lost",
             errno.EROFS: "mount the file system writable",
+            errno.ENOENT: "make its directory first, or check the path",
             errno.EACCES: "check owner and mode of the directory",
         }
         raise DiskError(

@@ -19,6 +19,7 @@ from privacy.budget.rdp import rdp
 from privacy.budget.recompute import recompute
 from privacy.budget.report import ledger_text, to_json
 from privacy.cli import app
+from privacy.errors import UserError
 from tests.audits import (
     MECHANISM,
     NOW,
@@ -195,6 +196,47 @@ def test_a_forged_anchor_is_a_bad_signature(tmp_path: Path) -> None:
     anchor = tmp_path / "site.anchor"
     anchor.write_bytes(sign_checkpoint(OTHER_KEY, DATASET, *ledger.head()))
     assert run(str(ledger.path), "--key", SITE.hex(), "--anchor", str(anchor)).exit_code == Code.BROKEN
+
+
+def test_one_ledger_under_two_names(tmp_path: Path) -> None:
+    """A copy is a second budget for the same records; the same file named twice is not."""
+    ledger, copy, anchor = honest(tmp_path / "news.jsonl"), tmp_path / "copy.jsonl", tmp_path / "site.anchor"
+    copy.write_bytes(ledger.path.read_bytes())
+    anchor.write_bytes(ledger.checkpoint())
+    options = ("--key", SITE.hex(), "--anchor", str(anchor))
+    found = run(str(ledger.path), str(copy), *options)
+    assert found.exit_code == Code.REPLAY, found.output
+    assert f"[23 replay] data set {DATASET[:16]}… stands in 2 ledgers" in found.output
+    assert run(str(ledger.path), str(ledger.path), *options).exit_code == Code.OK
+
+
+def test_an_anchor_that_contradicts_is_not_called_missing(tmp_path: Path) -> None:
+    ledger, anchor = honest(tmp_path / "news.jsonl"), tmp_path / "site.anchor"
+    anchor.write_bytes(ledger.checkpoint())
+    lines = ledger.path.read_bytes().splitlines(keepends=True)
+    ledger.path.write_bytes(b"".join(lines[:-1]))
+    ledger.path.with_suffix(".checkpoint").unlink()
+    found = run(str(ledger.path), "--key", SITE.hex(), "--anchor", str(anchor))
+    assert found.exit_code == Code.TRUNCATED
+    assert "others remember more lines, or other ones" in found.output
+    assert "nobody else's memory" not in found.output
+
+
+def test_anchors_of_other_data_sets_are_said_to_be(tmp_path: Path) -> None:
+    ledger, anchor = honest(tmp_path / "news.jsonl"), tmp_path / "site.anchor"
+    anchor.write_bytes(sign_checkpoint(OTHER_KEY, "ee" * 32, 3, bytes(32)))
+    found = run(str(ledger.path), "--key", SITE.hex(), "--anchor", str(anchor))
+    assert found.exit_code == Code.NO_ANCHOR
+    assert "note: the anchors given are about other data sets than that of " in found.output
+    assert "note:" not in run(str(ledger.path), "--key", SITE.hex()).output
+
+
+def test_a_page_that_cannot_be_written_costs_no_report(tmp_path: Path) -> None:
+    ledger = honest(tmp_path / "news.jsonl")
+    found = run(str(ledger.path), "--key", SITE.hex(), "--html", str(tmp_path / "none" / "audit.html"))
+    assert "result: no anchor (exit 40)" in found.output
+    assert isinstance(found.exception, UserError)
+    assert "make its directory" in found.exception.hint
 
 
 @pytest.mark.parametrize("arguments", [(), ("--key", "12"), ("--key", "zz" * 32)])

@@ -20,6 +20,7 @@ from privacy.budget.federation import FederationReport, audit_federation
 from privacy.budget.findings import Code
 from privacy.budget.ledger import Ledger, Stamp, head_of
 from privacy.cli import app
+from privacy.errors import UserError
 from tests.audits import SELF_TEST, bodies, rewritten
 from tests.charging import BUDGET, PRIVACY, plan
 from tests.ledgers import OTHER_KEY
@@ -286,3 +287,21 @@ def test_a_stranger_among_the_ledgers_is_the_users_mistake(given: Path) -> None:
     (given / "ledgers" / "stranger").mkdir()
     run = CliRunner().invoke(app, ["federation", str(given)])
     assert run.exit_code == 1
+    assert isinstance(run.exception, UserError)
+    assert "found 'stranger'" in str(run.exception)
+
+
+def test_a_directory_without_ledgers_is_no_clean_audit(given: Path) -> None:
+    """Nothing looked at must not read as nothing found; but what misses a ledger is worse than a mistake."""
+    shutil.rmtree(given / "ledgers")
+    assert audit(given).code == Code.TRUNCATED
+    (given / "witnesses.jsonl").unlink()
+    shutil.rmtree(given / "releases")
+    with pytest.raises(UserError, match=r"expected ledgers/MEMBER/NAME\.jsonl, found no ledger"):
+        audit(given)
+
+
+def test_members_without_a_ledger_are_named(given: Path) -> None:
+    assert not any("no ledger here" in line for line in audit(given).rounds)
+    shutil.rmtree(given / "ledgers" / "site-3")
+    assert "note: no ledger here is of site-3" in audit(given).rounds

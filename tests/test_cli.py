@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 from coordinator import cli as coordinator_cli
 from demo.federation import Federation
@@ -223,6 +226,57 @@ def test_an_audit_of_a_directory_that_is_no_release(
     code, _, err = command("veilsum-audit", "transcript", str(tmp_path))
     assert code == 1
     assert "expected a plan file" in err
+
+
+def test_a_roster_hash_that_is_none_sends_nobody_to_the_telephone(
+    tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, _, err = command("veilsum-audit", "transcript", str(tmp_path), "--roster", "abcd")
+    assert (code, "--roster: expected 64 hexadecimal digits, found 'abcd'" in err) == (1, True)
+
+
+def test_witnesses_of_a_member_that_was_never_seen(
+    federation: Federation, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    """An empty anchor file would look like an answer."""
+    directory = str(federation.coordinator)
+    assert command("veilsum-coordinator", "witnesses", "--dir", directory)[0] == 0
+    code, out, err = command("veilsum-coordinator", "witnesses", "--dir", directory, "--member", "nobody")
+    assert (code, out) == (1, "")
+    assert "expected a member whose ledger was witnessed, found 'nobody'; witnessed: none" in err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--max-records-per-user", "4"), "expected --max-records-per-user with --epsilon and --size, found it alone"),
+        (("--epsilon", "8"), "expected --epsilon and --size together, or neither"),
+        ((), "expected the directory of a base model, found none"),
+    ],
+    ids=["users without an epsilon", "an epsilon without a size", "no such directory"],
+)
+def test_a_draft_that_would_not_be_what_was_asked_for(
+    more: tuple[str, ...], message: str, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    names = ("--name", "p", "--base-name", "b", "--dataset", "d", "--label", "a", "--label", "b")
+    code, out, err = command("veilsum-participant", "draft", str(tmp_path / "none"), *names, *more)
+    assert (code, out) == (1, "")
+    assert message in err
+
+
+def commands(app: Any) -> Iterator[Any]:
+    for one in getattr(app, "commands", {}).values():
+        yield one
+        yield from commands(one)
+
+
+@pytest.mark.parametrize("app", [coordinator_cli.app, participant_cli.app, audit_cli.app], ids=list(MAINS))
+def test_no_help_text_has_what_would_be_taken_for_markup(app: typer.Typer) -> None:
+    every = list(commands(typer.main.get_command(app)))
+    assert {"version"} < {one.name for one in every}
+    for one in every:
+        for text in (one.help, *(getattr(parameter, "help", None) for parameter in one.params)):
+            assert not re.search(r"\[[a-z]+\]|``", text or ""), f"{one.name}: {text}"
 
 
 def test_two_daemons_of_one_site_or_two_coordinators_do_not_run_at_once(

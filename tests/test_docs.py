@@ -20,16 +20,19 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from typer.testing import CliRunner
 
 import coordinator.cli
+import coordinator.config
 import coordinator.phases
 import participant.cli
 import participant.phases
 import privacy.cli
+from participant import config
 from privacy.encoding import encode, field_types, union_members
 from privacy.secagg import dialogue, messages, naming
 from privacy.secagg.masking import WIDTHS, pack
 from privacy.secagg.messages import AbortStatement, SelfMaskShare, Share
 from privacy.secagg.signed import Signed, signing_input
 from privacy.secagg.threshold import abort_quorum, smallest_survivors, threshold
+from privacy.settings import parse_toml
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -234,3 +237,22 @@ def test_a_box_opens_by_the_description_alone() -> None:
     secret = extract(b"secret", b"", shared)
     key, nonce = expand(secret, b"key", context, 32), expand(secret, b"base_nonce", context, 12)
     assert AESGCM(key).decrypt(nonce, box[1120:], None).hex() == case["plaintext"]
+
+
+# --- the two configuration files -----------------------------------------------------------------------------------
+
+
+def test_every_key_of_the_configuration_files_is_explained_and_no_other() -> None:
+    models = (config.Settings, config.DataSet, config.Budget, config.SitePolicy, coordinator.config.Settings)
+    rows = re.findall(r"^\| (`[^|]+) \|", TEXT["docs/configuration.md"], re.MULTILINE)
+    assert {key for row in rows for key in re.findall(r"`(\w+)`", row)} == {
+        key for m in models for key in m.model_fields
+    }
+
+
+def test_the_configuration_in_the_docs_is_one() -> None:
+    page = TEXT["docs/configuration.md"]
+    block = "\n".join(line[4:] for line in page.splitlines() if line.startswith("    ") or not line)
+    found = parse_toml(config.Settings, block.encode(), "docs")
+    assert found.datasets["news"].policy().unit == "user"
+    assert parse_toml(coordinator.config.Settings, b"", "docs").keep_uploads is False

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from typer.testing import CliRunner
 
 from demo.corpus import LABELS as DESKS
 from demo.corpus import articles, base_model, split
 from demo.private import SITE_TOML
 from participant.base_model import base_digest
+from participant.cli import app
 from participant.data import Examples, load_examples
 from participant.dp_sgd import train_private
 from participant.drafting import draft_plan
@@ -157,6 +159,28 @@ def test_the_demos_private_plan_trains_within_its_clipping_range() -> None:
         on_selftest=lambda _: None,
     )
     assert 0 < abs(result.delta).max() < plan.round.clip / 2
+
+
+@pytest.mark.slow
+def test_a_drafted_private_head_trains_within_its_clipping_range() -> None:
+    """Its weights grow when they are taken back to the model's own features; a third of them was once clipped."""
+    names = ["--name", "p", "--base-name", "b", "--dataset", "d", *(word for d in DESKS for word in ("--label", d))]
+    privacy = ["--train", "head", "--epsilon", "8", "--size", "350"]
+    drafted = CliRunner().invoke(app, ["draft", str(base_model()), *names, *privacy])
+    assert drafted.exit_code == 0, drafted.output
+    plan = parse_plan(drafted.stdout.encode()).plan
+    assert (plan.aggregation.weights, plan.round.max_weight) == ("uniform", 1)
+    some = split(articles()).sites[0][:32]
+    result = train_private(
+        plan=plan,
+        base=base_model(),
+        start=start_adapter(plan.adapter),
+        examples=Examples(tuple(a.text for a in some), tuple(DESKS.index(a.label) for a in some)),
+        device="cpu",
+        threads=1,
+        on_selftest=lambda _: None,
+    )
+    assert 0.5 < abs(result.delta).max() < plan.round.clip / 2
 
 
 @pytest.mark.slow

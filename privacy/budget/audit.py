@@ -88,7 +88,8 @@ class LedgerReport:
     entries: list[Entry] = field(default_factory=list)
     root: str = ""
     whole: bool = True  # every line of the file holds
-    anchored: int | None = None  # lines that an anchor vouches for; None without any
+    anchored: int | None = None  # lines that an anchor vouches for; None where none does
+    compared: bool = False  # there were anchors; they may have contradicted
     rdp_after: float = 0.0
     found: list[Found] = field(default_factory=list)
 
@@ -163,6 +164,7 @@ def _check_anchors(report: LedgerReport, anchors: Sequence[Anchor]) -> None:
     if not anchors:
         report.add(Code.NO_ANCHOR, "nobody else's memory was compared: lines may be missing at the end")
         return
+    report.compared = True
     sources: dict[tuple[int, bytes], str] = {}
     for anchor in anchors:  # many remember the same, and each comparison takes the whole file
         sources.setdefault((anchor.size, anchor.root), anchor.source)

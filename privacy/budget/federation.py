@@ -24,7 +24,7 @@ from privacy.budget.entries import Commit, Release, Reserve
 from privacy.budget.findings import Code, Found, worst
 from privacy.budget.ledger import verify_lines
 from privacy.budget.rounds import Round, Seen, coordinators_witnesses, peers_witnesses, rounds_of
-from privacy.errors import UserError
+from privacy.errors import UserError, shown
 from privacy.files import read_file
 from privacy.roster import RosterFile, load_roster
 
@@ -62,7 +62,7 @@ def audit_federation(directory: Path, pin: bytes | None, terms: Terms) -> Federa
         pin: the pinned roster hash; without it the roster in the directory is believed.
 
     Raises:
-        UserError: a file that must be there is missing or none.
+        UserError: a file that must be there is missing or none; no ledger at all, and nothing that misses one.
     """
     roster = load_roster(directory / "roster.toml", pin)
     report = FederationReport()
@@ -81,10 +81,16 @@ def audit_federation(directory: Path, pin: bytes | None, terms: Terms) -> Federa
                 owner=file.member,
             )
         )
-    _check_twins(report)
+    report.found += twins(report.ledgers)
     for one in rounds:
         _check_round(one, report, terms)
     _note_unmatched(rounds, report)
+    _note_silent(roster, files, report)
+    if not files and not report.found:  # nothing was looked at, which must not read as "nothing found"
+        raise UserError(
+            f"{directory}: expected ledgers/MEMBER/NAME.jsonl, found no ledger",
+            hint="collect the members' ledgers in folders of their names, as docs/audit.md shows",
+        )
     return report
 
 
@@ -102,7 +108,10 @@ def _files(directory: Path, roster: RosterFile) -> Iterator[_File]:
     names = {member.name for member in roster.roster.members}
     for folder in sorted((directory / "ledgers").iterdir()) if (directory / "ledgers").is_dir() else []:
         if folder.name not in names:
-            raise UserError(f"{folder}: expected a member of the roster", hint="name each folder as its member")
+            raise UserError(
+                f"{folder}: expected the name of a member of the roster, found '{shown(folder.name)}'",
+                hint="name each folder as its member",
+            )
         for path in sorted(folder.glob("*.jsonl")):
             if path.name != WITNESSES:
                 yield _read(folder.name, path, _key(roster, folder.name))
@@ -143,14 +152,16 @@ def _anchors(
     return found
 
 
-def _check_twins(report: FederationReport) -> None:
-    """No data set and no job stands in two ledgers."""
-    datasets = Counter(ledger.dataset for ledger in report.ledgers if ledger.dataset)
-    jobs = Counter(job.job for ledger in report.ledgers for job in ledger.jobs)
-    for what, counted in (("data set", datasets), ("job", jobs)):
-        for name, times in counted.items():
-            if times > 1:
-                report.found.append(Found(Code.REPLAY, f"{what} {name[:16]}… stands in {times} ledgers"))
+def twins(ledgers: Sequence[LedgerReport]) -> list[Found]:
+    """Data sets and jobs that stand in two ledgers: each has one ledger, or its budget would be two."""
+    datasets = Counter(ledger.dataset for ledger in ledgers if ledger.dataset)
+    jobs = Counter(job.job for ledger in ledgers for job in ledger.jobs)
+    return [
+        Found(Code.REPLAY, f"{what} {name[:16]}… stands in {times} ledgers")
+        for what, counted in (("data set", datasets), ("job", jobs))
+        for name, times in counted.items()
+        if times > 1
+    ]
 
 
 def _check_round(one: Round, report: FederationReport, terms: Terms) -> None:
@@ -177,6 +188,14 @@ def _note_unmatched(rounds: Sequence[Round], report: FederationReport) -> None:
     others = sum(isinstance(facts, Release) and facts.t2 not in here for facts in lines)
     if others:
         report.rounds.append(f"note: {others} RELEASE lines are about rounds without a released transcript here")
+
+
+def _note_silent(roster: RosterFile, files: Sequence[_File], report: FederationReport) -> None:
+    """Members of whom there is no ledger: no finding, since they may never have had a job, but nothing was checked."""
+    given = {file.member for file in files}
+    silent = [member.name for member in roster.roster.members if member.name not in given]
+    if silent and files:
+        report.rounds.append(f"note: no ledger here is of {', '.join(silent)}")
 
 
 def _problem(one: Round, ledgers: Sequence[LedgerReport], root: bytes, wanted: object) -> Found | None:

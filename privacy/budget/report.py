@@ -53,6 +53,8 @@ def completeness(report: LedgerReport) -> str:
     lines = len(report.entries)
     if not report.whole:
         return f"{lines} lines hold, what follows them does not"
+    if report.anchored is None and report.compared:
+        return f"{lines} lines; others remember more lines, or other ones"
     if report.anchored is None:
         return f"{lines} lines; nobody else's memory was compared, so lines may be missing at the end"
     if report.anchored == lines:
