@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from privacy import merkle
+from privacy import analytic, merkle
 from privacy.adapter import Tensors, release, start_adapter, start_digest
 from privacy.errors import ProtocolError
 from privacy.job import Job
@@ -145,10 +145,13 @@ class Combined:
     tensors: Tensors
     weight: int
     loss: float
+    #: Of an analytic head: the ridge it was solved with.
+    ridge: float | None = None
 
 
 def combine(job: Job, cohorts: Sequence[VerifiedCohort]) -> Combined:
-    """The mean over disjoint cohorts and the adapter it gives: start + server_lr * mean. O(d) memory: the adapter.
+    """The mean over disjoint cohorts and the adapter it gives: start + server_lr * mean, or the head that a mean of
+    statistics gives. O(d) memory: the adapter.
 
     Raises:
         ProtocolError: no cohorts, or one member in two of them.
@@ -158,6 +161,11 @@ def combine(job: Job, cohorts: Sequence[VerifiedCohort]) -> Combined:
         raise ProtocolError("expected disjoint cohorts in a release, found a member twice or none at all")
     weight, loss = _weight_and_loss(job, cohorts)
     start, mean = start_adapter(job.plan.adapter), _mean(job, cohorts, weight)
+    if job.plan.aggregation.analytic is not None:
+        unit = job.quantizer.max_weight / (job.quantizer.qmax * weight)
+        least = analytic.rounding_ridge(analytic.head_of(job.plan), unit, len(members))
+        solved, ridge = analytic.solved(start, mean, job.plan, least)
+        return Combined(solved, weight, loss, ridge)
     tensors = release(start, mean, job.plan.aggregation.server_lr, job.layout, in_place=True)
     return Combined(tensors, weight, loss)
 
@@ -180,7 +188,8 @@ def _mean(job: Job, cohorts: Sequence[VerifiedCohort], weight: int) -> NDArray[n
 
 def manifest(job: Job, stage: int, cohorts: Sequence[VerifiedCohort], combined: Combined) -> Facts:
     """What a release says about itself, the same at coordinator and sites."""
-    return {
+    head = {} if combined.ridge is None else {"head": "analytic", "ridge": combined.ridge}
+    return head | {
         "plan": job.plan.name,
         "plan_digest": job.plan_file.digest.hex(),
         "stage": stage,
