@@ -151,6 +151,9 @@ def draft(
     rank: Annotated[int, typer.Option(help="Rank of the LoRA adapter.")] = 8,
     max_length: Annotated[int, typer.Option(help="Tokens of a record that are read.")] = 128,
     train: Annotated[str, typer.Option(help="What is trained beside the head: all (B), or nothing: head.")] = "all",
+    head: Annotated[
+        str, typer.Option(help="How the head comes about: trained, or analytic, from sums of statistics.")
+    ] = "trained",
     epsilon: Annotated[
         str | None, typer.Option(help="Train with differential privacy of this epsilon; needs --size.")
     ] = None,
@@ -174,6 +177,8 @@ def draft(
         raise UserError("draft: expected --epsilon and --size together, or neither")
     if train not in ("all", "head"):
         raise UserError(f"draft: expected --train all or head, found '{train}'")
+    if head not in ("trained", "analytic"):
+        raise UserError(f"draft: expected --head trained or analytic, found '{head}'")
     section = ""
     if epsilon is not None and size is not None:
         users = max_records_per_user is not None
@@ -189,6 +194,7 @@ def draft(
         rank=rank,
         max_length=max_length,
         train="head" if train == "head" else "all",
+        head="analytic" if head == "analytic" else "trained",
         privacy=section,
     )
     if warning := noise_warning(parse_plan(text.encode()).plan):
