@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -66,7 +67,7 @@ def features_of(loaded: Loaded, texts: list[Tensor], progress: Progress | None =
             )
         found.append(seen.float().cpu())
         if progress is not None:
-            progress(min(first + STEP, len(texts)), len(texts), 0.0)
+            progress(min(first + STEP, len(texts)), len(texts), math.nan)  # there is no loss
     return torch.cat(found)
 
 
