@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from demo.analytic import PLAN, SITE_TOML
+from demo.corpus import LABELS as DESKS
+from demo.corpus import articles, base_model, split
 from demo.federation import Federation
 from participant import analytic as statistics
 from participant.analytic import collect, features_of, frequent
+from participant.base_model import base_digest
+from participant.config import Settings
 from participant.drafting import draft_plan
 from participant.evaluation import accuracy
 from participant.features import trained_head
@@ -20,11 +26,12 @@ from participant.policy import admit
 from participant.prepare import kept_vector, prepare
 from participant.site import Site
 from participant.training import load_model, logits_of, tokenise
-from privacy.adapter import load_peft, start_adapter
+from privacy.adapter import check_start, load_peft, start_adapter
 from privacy.analytic import head_of, solved, unpack
 from privacy.errors import Refusal, UserError
 from privacy.job import Job
-from privacy.plan import Plan, parse_plan
+from privacy.plan import Plan, load_plan, parse_plan
+from privacy.settings import parse_toml
 from tests.helpers_learning import LABELS, tiny_base, tiny_plan, word_examples
 
 EXAMPLES = word_examples((20, 12, 2))
@@ -163,3 +170,21 @@ def test_a_site_without_a_minimum_of_its_own_takes_no_such_plan(set_up: Federati
     site = site_with(set_up, tmp_path, "")
     with pytest.raises(Refusal, match="sums statistics of the records; this site has not opted in"):
         admit(job_of(site), site.home.settings)
+
+
+def test_the_demos_plan_fits_the_demos_model_and_sites() -> None:
+    plan = load_plan(PLAN).plan
+    assert plan.base.digest == base_digest(base_model())
+    assert plan.data.labels == DESKS
+    check_start(start_adapter(plan.adapter), plan.adapter)
+    assert head_of(plan).size == 385 * 386 // 2 + 385 * 5 == 76_230
+    sites = split(articles()).sites
+    assert plan.round.max_weight > max(len(site) for site in sites)
+    settings = parse_toml(
+        Settings,
+        ('coordinator = "localhost:1"\nmember = "a"\n' + SITE_TOML).replace("{", "").replace("}", "").encode(),
+        "participant.toml",
+    )
+    least = settings.policy.min_class_count
+    assert least is not None
+    assert min(Counter(a.label for a in site)[desk] for site in sites for desk in DESKS) >= least
