@@ -26,6 +26,9 @@ from privacy.plan import Plan, linear_head
 
 Matrix = NDArray[np.float64]
 
+#: Relative error of an entry that was rounded to float32 twice: at its site, and as a mean.
+FLOAT32 = 2.0**-23
+
 
 @dataclass(frozen=True)
 class Head:
@@ -120,7 +123,8 @@ def solved(
     Args:
         start: the whole start adapter, under PEFT's names; all but the head stay as they are.
         mean: (size,) float32, as :func:`pack` makes it.
-        least: see :func:`rounding_ridge`; the larger of it and the plan's ridge is used.
+        least: see :func:`rounding_ridge`. With what float32 may add to it, 2**-23 of each entry, hence of the trace
+            (Cauchy-Schwarz), it is used where the plan's ridge is smaller.
 
     Raises:
         ProtocolError: no records have such statistics.
@@ -128,7 +132,7 @@ def solved(
     settings, head = plan.aggregation.analytic, head_of(plan)
     assert settings is not None
     gram, products = unpack(mean, head, plan.round.clip)
-    ridge = max(settings.ridge, least)
+    ridge = max(settings.ridge, least + FLOAT32 * math.fsum(np.diagonal(gram)))
     largest = max(float(np.abs(gram).max()), float(np.abs(products).max()))
     if largest > 1.0 + ridge:
         raise ProtocolError(f"garbled total: expected means of statistics within 1, found {largest:.3g}")

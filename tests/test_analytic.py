@@ -209,7 +209,23 @@ def test_the_ridge_never_falls_below_the_rounding(tmp_path: Path) -> None:
     vectors = [vector_of(job, part_of(EVERYTHING, part)) for part in SPLITS["evenly"]]
     cohort = run_round(job, vectors, tmp_path / "total", {})
     unit = 512 / (job.quantizer.qmax * 240)
-    assert combine(job, [cohort]).ridge == 2 * unit * np.sqrt(SITES * (FEATURES + 1)) > 1e-9
+    ridge = combine(job, [cohort]).ridge
+    assert ridge is not None
+    trace = float(np.trace(means_of(*EVERYTHING, job.plan)[0]))
+    assert ridge == pytest.approx(2 * unit * np.sqrt(SITES * (FEATURES + 1)) + 2**-23 * trace, rel=1e-5)
+    assert ridge > 1e-3
+
+
+def test_copies_of_one_record_have_a_solution() -> None:
+    """A Gram matrix of rank one, rounded to float32 only, and the smallest ridge that a plan may have."""
+    job = job_for(plan_text(32, 1e-9))
+    part = (np.repeat(EVERYTHING[0][:1], 50, axis=0), (0,) * 50)
+    vector = analytic.pack(*means_of(*part, job.plan), 0.5)
+    tensors, ridge = analytic.solved(start_adapter(job.plan.adapter), vector, job.plan)
+    assert 1e-9 < ridge < 2**-23 * 13
+    head = head_in(Combined(tensors, 50, 0.0), job)
+    said = np.append(np.clip(part[0][0] / 2, -1, 1), 1.0) @ head
+    np.testing.assert_allclose(said, (1, 0, 0), atol=1e-3)
 
 
 def test_statistics_come_back_from_the_vector() -> None:
