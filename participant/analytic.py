@@ -30,21 +30,23 @@ STEP = 32
 def frequent(examples: Examples, plan: Plan, own_minimum: int) -> Examples:
     """The records of the classes that the site has often enough, by the plan and by its own file.
 
-    A sum over one record is that record's features; the other sites may have none of the class.
+    A sum over one record is that record's features; the other sites may have none of the class. Copies of a text count
+    once, since their sum is a multiple of its features.
 
     Raises:
         UserError: no class is left.
     """
     settings = plan.aggregation.analytic
     assert settings is not None
-    least, counts = max(settings.min_class_count, own_minimum), Counter(examples.labels)
+    least = max(settings.min_class_count, own_minimum)
+    counts = Counter(label for _, label in set(zip(examples.texts, examples.labels, strict=True)))
     rare = sorted(label for label, count in counts.items() if count < least)
     if rare:
         log.warning("left out", plan=plan.name, fewer_than=least, classes=[plan.data.labels[c] for c in rare])
     kept = [i for i, label in enumerate(examples.labels) if counts[label] >= least]
     if not kept:
         raise UserError(
-            f"data: expected a class with at least {least} records (min_class_count), found none",
+            f"data: expected a class with at least {least} different texts (min_class_count), found none",
             hint="sit this plan out, or agree on a smaller minimum",
         )
     return Examples(tuple(examples.texts[i] for i in kept), tuple(examples.labels[i] for i in kept))

@@ -104,7 +104,7 @@ ridge = 0.0001  # added to the diagonal of the mean Gram matrix, whose entries a
 # Features are clipped to this range, coordinate by coordinate. A pooler with tanh gives at most 1; a site logs the
 # share of its features that was beyond.
 feature_clip = 1.0
-min_class_count = 5  # a class with fewer records at a site is left out there
+min_class_count = 5  # a class with fewer different texts at a site is left out there
 """
 
 

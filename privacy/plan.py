@@ -127,7 +127,7 @@ class Analytic(Section):
     ridge: Annotated[float, Field(ge=1e-9, le=1.0)]
     #: Features are clipped to +-feature_clip, coordinate by coordinate, and divided by it.
     feature_clip: Annotated[float, Field(gt=0, le=1e6)]
-    #: A class with fewer records at a site is left out of that site's statistics.
+    #: A class with fewer different texts at a site is left out of that site's statistics.
     min_class_count: Positive
 
 

@@ -19,6 +19,7 @@ from participant import analytic as statistics
 from participant.analytic import collect, features_of, frequent
 from participant.base_model import base_digest
 from participant.config import Settings
+from participant.data import Examples
 from participant.drafting import draft_plan
 from participant.evaluation import accuracy
 from participant.features import trained_head
@@ -34,7 +35,6 @@ from privacy.plan import Plan, load_plan, parse_plan
 from privacy.settings import parse_toml
 from tests.helpers_learning import LABELS, tiny_base, tiny_plan, word_examples
 
-EXAMPLES = word_examples((20, 12, 2))
 SITE = """device = "cpu"
 threads = 1
 [models]
@@ -45,6 +45,15 @@ format = "jsonl"
 [policy]
 plans = ["*"]
 """
+
+
+def distinct(examples: Examples) -> Examples:
+    """The same with a number behind each text."""
+    return Examples(tuple(f"{text} {i}" for i, text in enumerate(examples.texts)), examples.labels)
+
+
+#: Of the generated texts, made different from one another.
+EXAMPLES = distinct(word_examples((20, 12, 2)))
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +121,14 @@ def test_a_class_with_too_few_records_is_left_out(base: Path) -> None:
     assert not any(word in text for text in kept.texts for word in ("rhine", "elbe", "danube", "oder"))
     assert set(frequent(EXAMPLES, plan, 13).labels) == {0}  # the site's own minimum is stricter
     assert set(frequent(EXAMPLES, plan, 5).labels) == {0, 1}
-    with pytest.raises(UserError, match="expected a class with at least 21 records"):
+    with pytest.raises(UserError, match="expected a class with at least 21 different texts"):
         frequent(EXAMPLES, plan, 21)
+
+
+def test_copies_of_a_text_count_once(base: Path) -> None:
+    copies = Examples((*EXAMPLES.texts, *["the rhine"] * 9), (*EXAMPLES.labels, *[2] * 9))
+    assert set(frequent(copies, the_plan(base), 1).labels) == {0, 1}
+    assert len(frequent(copies, the_plan(base), 1)) == 32
 
 
 def test_a_model_whose_logits_are_not_linear_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,8 +151,7 @@ def site_with(set_up: Federation, directory: Path, policy: str) -> Site:
     (directory / "participant.toml").write_text(head + SITE + policy)
     tiny_base(directory / "base")
     lines = [
-        {"text": f"{text} {i}", "label": LABELS[label]}
-        for i, (text, label) in enumerate(zip(EXAMPLES.texts, EXAMPLES.labels, strict=True))
+        {"text": text, "label": LABELS[label]} for text, label in zip(EXAMPLES.texts, EXAMPLES.labels, strict=True)
     ]
     (directory / "words.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return Site.open(directory)
