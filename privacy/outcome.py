@@ -189,7 +189,7 @@ def _mean(job: Job, cohorts: Sequence[VerifiedCohort], weight: int) -> NDArray[n
 def manifest(job: Job, stage: int, cohorts: Sequence[VerifiedCohort], combined: Combined) -> Facts:
     """What a release says about itself, the same at coordinator and sites."""
     head = {} if combined.ridge is None else {"head": "analytic", "ridge": combined.ridge}
-    return head | {
+    return {
         "plan": job.plan.name,
         "plan_digest": job.plan_file.digest.hex(),
         "stage": stage,
@@ -197,9 +197,15 @@ def manifest(job: Job, stage: int, cohorts: Sequence[VerifiedCohort], combined: 
         "adapter_digest": start_digest(combined.tensors).hex(),
         "coordinates": job.quantizer.size,
         "total_weight": combined.weight,
-        "training_loss": round(combined.loss, 6),
+        **head,
+        **_training(job, combined.loss),
         "cohorts": [_cohort(job, cohort) for cohort in cohorts],
     }
+
+
+def _training(job: Job, loss: float) -> Facts:
+    """An analytic head is not trained: it has no training loss."""
+    return {"training_loss": round(loss, 6)} if job.plan.aggregation.analytic is None else {}
 
 
 def _cohort(job: Job, cohort: VerifiedCohort) -> Facts:
@@ -209,7 +215,7 @@ def _cohort(job: Job, cohort: VerifiedCohort) -> Facts:
         "survivors": [job.roster.name(m) for m in cohort.survivors],
         "total": cohort.total.hex(),
         "total_weight": weight,
-        "training_loss": round(loss, 6),
+        **_training(job, loss),
         "certified": cohort.certified,
         "projection": "holds" if cohort.projected else "inconclusive",
     }

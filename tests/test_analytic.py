@@ -97,6 +97,7 @@ def test_the_release_is_the_ridge_solution_of_the_pooled_records(
     assert start_digest(combine(job, [cohort]).tensors) == start_digest(combined.tensors)
     found = manifest(job, 1, [cohort], combined)
     assert (found["head"], found["ridge"], found["coordinates"]) == ("analytic", 1e-3, 13 * 14 // 2 + 13 * 3)
+    assert "training_loss" not in {*found, *found["cohorts"][0]}
 
 
 @settings(max_examples=8)
