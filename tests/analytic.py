@@ -106,15 +106,11 @@ def vector_of(job: Job, part: Part) -> NDArray[np.int32]:
     return job.quantizer.quantize(delta, count, {"weight": count, "loss": 0})
 
 
-def run_round(job: Job, vectors: Sequence[NDArray[np.int32]], path: Path, silent: dict[int, str]) -> VerifiedCohort:
-    """One masked round of all sites, verified from plan and roster as every site does.
-
-    Raises:
-        ProtocolError: the total is garbled.
-    """
+def evidence_of(job: Job, vectors: Sequence[NDArray[np.int32]], path: Path, silent: dict[int, str]) -> Evidence:
+    """One masked round of all sites; its packed total goes to ``path``."""
     simulation = Simulation(SITES, COLLUDERS, size=job.quantizer.total_size, bits=job.rules.bits, silent=silent)
-    start = bytes.fromhex(job.plan.adapter.digest)
-    simulation.context = simulation.coordinator.context = job.context(job.header(1, 1, start))
+    header = job.header(1, 1, bytes.fromhex(job.plan.adapter.digest))
+    simulation.context = simulation.coordinator.context = job.context(header)
     simulation.vectors = dict(enumerate(vectors))
     phase = simulation.run().phase
     assert isinstance(phase, phases.Released)
@@ -122,5 +118,14 @@ def run_round(job: Job, vectors: Sequence[NDArray[np.int32]], path: Path, silent
     assert simulation.total is not None
     path.write_bytes(pack_words(simulation.total, job.rules.bits))
     votes = tuple(phase.votes[i] for i in sorted(phase.votes))
-    shares = tuple(phase.shares[i] for i in sorted(phase.shares))
-    return verify_cohort(job, 1, start, Evidence(phase.outcome, votes, shares), path)
+    return Evidence(phase.outcome, votes, tuple(phase.shares[i] for i in sorted(phase.shares)))
+
+
+def run_round(job: Job, vectors: Sequence[NDArray[np.int32]], path: Path, silent: dict[int, str]) -> VerifiedCohort:
+    """As :func:`evidence_of`, and verified from plan and roster as every site does.
+
+    Raises:
+        ProtocolError: the total is garbled.
+    """
+    evidence = evidence_of(job, vectors, path, silent)
+    return verify_cohort(job, 1, bytes.fromhex(job.plan.adapter.digest), evidence, path)

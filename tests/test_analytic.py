@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coordinator.publish import CohortTotal, publish
 from participant.analytic import means_of
 from privacy import analytic
-from privacy.adapter import start_adapter, start_digest
+from privacy.adapter import load_peft, save_peft, start_adapter, start_digest
+from privacy.audit import audit_release
 from privacy.errors import ProtocolError, UserError
 from privacy.job import Job
 from privacy.outcome import Combined, combine, manifest
@@ -24,6 +26,7 @@ from tests.analytic import (
     SITES,
     Matrix,
     Part,
+    evidence_of,
     job_for,
     part_of,
     plan_text,
@@ -136,6 +139,24 @@ def test_all_but_the_head_stays_as_it_started(tmp_path: Path) -> None:
     assert tensors.keys() == start.keys()
     moved = {name for name in start if not np.array_equal(start[name], tensors[name])}
     assert moved == {"base_model.model.classifier.bias", "base_model.model.classifier.weight"}
+
+
+def test_an_auditor_solves_for_the_same_bits_and_sees_a_changed_head(tmp_path: Path) -> None:
+    job = job_for(plan_text())
+    vectors = [vector_of(job, part_of(EVERYTHING, part)) for part in SPLITS["evenly"]]
+    evidence = evidence_of(job, vectors, tmp_path / "total", {})
+    round_id = evidence.outcome.transcript.header.hash()
+    facts = publish(job, 1, [CohortTotal(1, round_id, evidence, tmp_path / "total")], tmp_path)
+    report = audit_release(tmp_path / "sums" / "stage-1", job.roster_file.hash)
+    assert report.facts["adapter_digest"] == facts["adapter_digest"]
+    assert report.facts["ridge"] == 1e-3
+    directory = tmp_path / "sums" / "stage-1" / "adapter"
+    tensors = load_peft(directory)
+    name = "base_model.model.classifier.bias"
+    tensors[name] = np.nextafter(tensors[name], np.float32(9))
+    save_peft(directory, tensors, adapter=job.plan.adapter, base_name="tiny")
+    with pytest.raises(ProtocolError, match="the adapter is not the one that the totals give"):
+        audit_release(tmp_path / "sums" / "stage-1")
 
 
 # --- tampered statistics --------------------------------------------------------------------------------------------
