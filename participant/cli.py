@@ -153,6 +153,9 @@ def draft(
     train: Annotated[
         str, typer.Option(help="What is trained: the LoRA adapter and the head (all), or the head alone (head).")
     ] = "all",
+    head: Annotated[
+        str, typer.Option(help="How the head comes about: trained, or analytic, from sums of statistics.")
+    ] = "trained",
     epsilon: Annotated[
         str | None, typer.Option(help="Train with differential privacy of this epsilon; needs --size.")
     ] = None,
@@ -179,6 +182,8 @@ def draft(
         raise UserError("draft: expected --max-records-per-user with --epsilon and --size, found it alone")
     if train not in ("all", "head"):
         raise UserError(f"draft: expected --train all or head, found '{train}'")
+    if head not in ("trained", "analytic"):
+        raise UserError(f"draft: expected --head trained or analytic, found '{head}'")
     section = ""
     if epsilon is not None and size is not None:
         users = max_records_per_user is not None
@@ -194,6 +199,7 @@ def draft(
         rank=rank,
         max_length=max_length,
         train="head" if train == "head" else "all",
+        head="analytic" if head == "analytic" else "trained",
         privacy=section,
         # Under [privacy] each site counts nominal_size, the same everywhere: uniform weights say so, and round finer.
         weights="uniform" if section else "examples",

@@ -16,8 +16,9 @@ from pydantic import ValidationError
 
 from participant.base_model import base_digest
 from privacy.adapter import layout_of, start_adapter, start_digest
+from privacy.analytic import Head
 from privacy.errors import UserError
-from privacy.plan import Adapter, parse_plan
+from privacy.plan import Adapter, linear_head, parse_plan
 from privacy.settings import explain
 
 _UNSET_DIGEST = "0" * 64
@@ -48,13 +49,13 @@ learning_rate = {learning_rate}  # for B and head alone; higher than usual for L
 method = "freeze_a"  # A from the public seed, B trained: the mean of B is exact
 weights = {weights}  # sites count by their number of examples, or each the same: "uniform"
 server_lr = 1.0  # released = start + server_lr * mean delta
-
+{aggregation}
 [round]
 max_cohort = {max_cohort}
 min_cohort = {min_cohort}
 min_survivors = {min_survivors}
 max_colluders = {max_colluders}
-bits = 24
+bits = {bits}
 # Public range of one coordinate of a delta; what is beyond is clipped. A few times the largest you expect: a unit of
 # quantisation is clip * max_weight / (examples of the site) / Qmax, with Qmax = (2^(bits-1) - 1) / max_cohort.
 clip = {clip}
@@ -70,7 +71,7 @@ unmask_s = 600
 outcome_s = 3600
 
 [adapter]
-# {coordinates} coordinates are trained.
+# {coordinates} coordinates are sent.
 rank = {rank}
 alpha = {alpha}  # the adapter acts with alpha / rank
 train = {train}  # B and the head: "all"; or the "head" alone, on the base model's features
@@ -92,6 +93,20 @@ batch_size = {batch_size}
 seed = {training_seed}  # of the order of examples; not secret
 """
 
+#: What stands at the end of [aggregation] for a head that is computed from sums.
+_ANALYTIC = """\
+# The head is not trained: each site sends sums of products of the model's features, and the head is the ridge solution
+# of all records together. [training] is not read. The sums say more of the records than an update: docs/analytic.md.
+head = "analytic"
+
+[aggregation.analytic]
+ridge = 0.0001  # added to the diagonal of the mean Gram matrix, whose entries are at most 1
+# Features are clipped to this range, coordinate by coordinate. A pooler with tanh gives at most 1; a site logs the
+# share of its features that was beyond.
+feature_clip = 1.0
+min_class_count = 5  # a class with fewer different texts at a site is left out there
+"""
+
 
 def draft_plan(
     *,
@@ -105,6 +120,7 @@ def draft_plan(
     alpha: float | None = None,
     max_length: int = 128,
     train: Literal["all", "head"] = "all",
+    head: Literal["trained", "analytic"] = "trained",
     privacy: str = "",
     loss: Literal["logit_adjusted", "cross_entropy"] = "logit_adjusted",
     epochs: int = 2,
@@ -132,6 +148,7 @@ def draft_plan(
         rank: of each LoRA pair.
         alpha: LoRA's scale, the adapter acts with alpha / rank; 2 * rank where None.
         seed: public 32-byte seed of the frozen A; drawn at random where None.
+        head: "analytic" for a head computed from sums of statistics, see ``privacy/analytic.py``; nothing is trained.
         privacy: a section ``[privacy]``, see :func:`privacy.budget.presets.draft_privacy`; ``epochs``, ``batch_size``
             and ``training_seed`` have no place beside it and are left out.
 
@@ -142,7 +159,9 @@ def draft_plan(
     """
     from participant.training import inspect_model  # imports torch
 
-    modules, head = inspect_model(base, len(labels), targets)
+    if head == "analytic":
+        train = "head"
+    modules, layer = inspect_model(base, len(labels), targets)
     try:
         adapter = Adapter(
             rank=rank,
@@ -150,7 +169,7 @@ def draft_plan(
             seed=(secrets.token_bytes(32) if seed is None else seed).hex(),
             digest=_UNSET_DIGEST,
             modules=modules,
-            head=head,
+            head=layer,
             train=train,
         )
     except ValidationError as error:
@@ -176,17 +195,26 @@ def draft_plan(
         max_colluders=max_colluders,
         clip=float(clip),
         max_weight=max_weight,
-        coordinates=f"{layout_of(adapter).size:,}",
+        coordinates=f"{_coordinates(adapter, len(labels), head):,}",
         rank=rank,
         alpha=adapter.alpha,
         train=_toml(train),
         seed=_toml(adapter.seed),
         start_digest=_toml(digest),
         modules=_table(modules),
-        head=_table(head),
+        head=_table(layer),
+        aggregation="\n" + _ANALYTIC if head == "analytic" else "",
+        bits=32 if head == "analytic" else 24,  # rounding is multiplied by the inverse of the Gram matrix
     )
     parse_plan(text.encode(), "draft")
     return text
+
+
+def _coordinates(adapter: Adapter, labels: int, head: str) -> int:
+    if head == "trained":
+        return layout_of(adapter).size
+    module, bias, features = linear_head(adapter, labels)
+    return Head(module, bias, features, labels).size
 
 
 def _toml(value: str | list[str]) -> str:

@@ -45,11 +45,17 @@ def random_texts(loaded: Loaded, count: int, words: Sequence[int], longest: int)
     return tokenise(loaded.tokenizer, texts, longest)
 
 
-def standard_of(loaded: Loaded, plan: Plan) -> Standard | None:
-    """How a head that is trained alone sees its inputs; None for any other model or plan."""
+def trained_head(loaded: Loaded) -> torch.nn.Linear | None:
+    """The linear layer that is trained alone; None if that is not so."""
     trained = [m for m in loaded.model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
     head = trained[0] if len(trained) == 1 else None
-    if not isinstance(head, torch.nn.Linear) or head.bias is None:
+    return head if isinstance(head, torch.nn.Linear) else None
+
+
+def standard_of(loaded: Loaded, plan: Plan) -> Standard | None:
+    """How a head that is trained alone sees its inputs; None for any other model or plan."""
+    head = trained_head(loaded)
+    if head is None or head.bias is None:
         return None
     longest = plan.data.max_length
     texts = tokenise(loaded.tokenizer, plan.data.labels, longest)

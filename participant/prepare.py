@@ -17,6 +17,7 @@ from participant.registry import Registry
 from participant.site import Site
 from participant.store import Quantised, Trained
 from privacy.adapter import Tensors, check_start, release, save_peft, start_adapter
+from privacy.analytic import solved
 from privacy.errors import Refusal, UserError
 from privacy.job import Job
 from privacy.secagg.masking import tiles_of
@@ -54,7 +55,7 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None) 
     identity = charging.reserve(site, job, stage)
     log.info("training", plan=name)
     result = _train(site, job, identity, start, examples, progress)
-    local = release(start, result.delta, 1.0, job.layout)
+    local = _local(job, start, result.delta)
     place, base_name = site.local_directory(name, stage), job.plan.base.name
     patiently(lambda: save_peft(place, local, adapter=job.plan.adapter, base_name=base_name))
     loss = result.loss if job.plan.privacy is None else 0.0  # an un-noised mean over the records
@@ -65,10 +66,17 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None) 
     return trained
 
 
+def _local(job: Job, start: Tensors, vector: NDArray[np.float32]) -> Tensors:
+    """What this site's vector gives alone."""
+    if job.plan.aggregation.analytic is not None:
+        return solved(start, vector, job.plan)[0]
+    return release(start, vector, 1.0, job.layout)
+
+
 def _examples(site: Site, job: Job, data: DataSet) -> Examples:
     privacy = job.plan.privacy
     users = privacy is not None and privacy.unit == "user"
-    return load_examples(
+    examples = load_examples(
         site.home.path(data.path),
         data.format,
         data.text,
@@ -77,6 +85,11 @@ def _examples(site: Site, job: Job, data: DataSet) -> Examples:
         unit_column=data.unit if users else None,
         max_records_per_unit=privacy.max_records_per_unit if privacy is not None and users else None,
     )
+    if job.plan.aggregation.analytic is None:
+        return examples
+    from participant.analytic import frequent
+
+    return frequent(examples, job.plan, site.home.settings.policy.min_class_count or 1)
 
 
 def _train(
@@ -95,9 +108,13 @@ def _train(
         "progress": progress,
     }
     if job.plan.privacy is None:
+        charging.start(site, job, identity, None)
+        if job.plan.aggregation.analytic is not None:
+            from participant.analytic import collect
+
+            return collect(**about)
         from participant.training import train
 
-        charging.start(site, job, identity, None)
         return train(**about)
     from participant.dp_sgd import train_private
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from privacy import merkle
+from privacy import analytic, merkle
 from privacy.adapter import Tensors, release, start_adapter, start_digest
 from privacy.errors import ProtocolError
 from privacy.job import Job
@@ -145,10 +145,13 @@ class Combined:
     tensors: Tensors
     weight: int
     loss: float
+    #: Of an analytic head: the ridge it was solved with.
+    ridge: float | None = None
 
 
 def combine(job: Job, cohorts: Sequence[VerifiedCohort]) -> Combined:
-    """The mean over disjoint cohorts and the adapter it gives: start + server_lr * mean. O(d) memory: the adapter.
+    """The mean over disjoint cohorts and the adapter it gives: start + server_lr * mean, or the head that a mean of
+    statistics gives. O(d) memory: the adapter.
 
     Raises:
         ProtocolError: no cohorts, or one member in two of them.
@@ -158,6 +161,11 @@ def combine(job: Job, cohorts: Sequence[VerifiedCohort]) -> Combined:
         raise ProtocolError("expected disjoint cohorts in a release, found a member twice or none at all")
     weight, loss = _weight_and_loss(job, cohorts)
     start, mean = start_adapter(job.plan.adapter), _mean(job, cohorts, weight)
+    if job.plan.aggregation.analytic is not None:
+        unit = job.quantizer.max_weight / (job.quantizer.qmax * weight)
+        least = analytic.rounding_ridge(analytic.head_of(job.plan), unit, len(members))
+        solved, ridge = analytic.solved(start, mean, job.plan, least)
+        return Combined(solved, weight, loss, ridge)
     tensors = release(start, mean, job.plan.aggregation.server_lr, job.layout, in_place=True)
     return Combined(tensors, weight, loss)
 
@@ -180,6 +188,7 @@ def _mean(job: Job, cohorts: Sequence[VerifiedCohort], weight: int) -> NDArray[n
 
 def manifest(job: Job, stage: int, cohorts: Sequence[VerifiedCohort], combined: Combined) -> Facts:
     """What a release says about itself, the same at coordinator and sites."""
+    head = {} if combined.ridge is None else {"head": "analytic", "ridge": combined.ridge}
     return {
         "plan": job.plan.name,
         "plan_digest": job.plan_file.digest.hex(),
@@ -188,9 +197,15 @@ def manifest(job: Job, stage: int, cohorts: Sequence[VerifiedCohort], combined: 
         "adapter_digest": start_digest(combined.tensors).hex(),
         "coordinates": job.quantizer.size,
         "total_weight": combined.weight,
-        "training_loss": round(combined.loss, 6),
+        **head,
+        **_training(job, combined.loss),
         "cohorts": [_cohort(job, cohort) for cohort in cohorts],
     }
+
+
+def _training(job: Job, loss: float) -> Facts:
+    """An analytic head is not trained: it has no training loss."""
+    return {"training_loss": round(loss, 6)} if job.plan.aggregation.analytic is None else {}
 
 
 def _cohort(job: Job, cohort: VerifiedCohort) -> Facts:
@@ -200,7 +215,7 @@ def _cohort(job: Job, cohort: VerifiedCohort) -> Facts:
         "survivors": [job.roster.name(m) for m in cohort.survivors],
         "total": cohort.total.hex(),
         "total_weight": weight,
-        "training_loss": round(loss, 6),
+        **_training(job, loss),
         "certified": cohort.certified,
         "projection": "holds" if cohort.projected else "inconclusive",
     }

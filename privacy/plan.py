@@ -22,6 +22,8 @@ from privacy.settings import Section, parse_toml
 MAX_PLAN_BYTES = 1 << 20
 #: Numbers in all tensors of an adapter, 4 GiB as float32: no plan can make a site ask for more memory than that.
 MAX_COORDINATES = 1 << 30
+#: Features of an analytic head: solving for it takes a number of steps that grows with their cube.
+MAX_FEATURES = 4096
 PLAN_LABEL = b"veilsum/1/plan\0"
 
 HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -75,6 +77,22 @@ class Adapter(Section):
         return self
 
 
+def linear_head(adapter: Adapter, labels: int) -> tuple[str, bool, int]:
+    """(module, has it a bias, features) of an adapter's head if that is one linear layer over all labels.
+
+    Raises:
+        ValueError: the head is another, or too wide for a Gram matrix.
+    """
+    shapes = dict(adapter.head)
+    module = next((name.removesuffix(".weight") for name in shapes if name.endswith(".weight")), "")
+    weight, bias = shapes.pop(f"{module}.weight", ()), shapes.pop(f"{module}.bias", None)
+    if shapes or len(weight) != 2 or weight[0] != labels or bias not in (None, (labels,)):
+        raise ValueError(f"adapter.head: expected one linear layer over {labels} labels, found {adapter.head}")
+    if weight[1] > MAX_FEATURES:
+        raise ValueError(f"adapter.head: expected at most {MAX_FEATURES} features, found {weight[1]}")
+    return module, bias is not None, weight[1]
+
+
 class Data(Section):
     """Which of a site's registered data sets, and what a record must look like."""
 
@@ -102,12 +120,34 @@ class Training(Section):
     seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
 
 
+class Analytic(Section):
+    """A head that is computed, not trained (``privacy/analytic.py``); all of these are public."""
+
+    #: lambda, added to the diagonal of the mean Gram matrix, whose entries are at most 1.
+    ridge: Annotated[float, Field(ge=1e-9, le=1.0)]
+    #: Features are clipped to +-feature_clip, coordinate by coordinate, and divided by it.
+    feature_clip: Annotated[float, Field(gt=0, le=1e6)]
+    #: A class with fewer different texts at a site is left out of that site's statistics.
+    min_class_count: Positive
+
+
 class Aggregation(Section):
     """What is summed and how the mean is applied."""
 
     method: Literal["freeze_a"] = "freeze_a"
     weights: Literal["examples", "uniform"] = "examples"
     server_lr: Annotated[float, Field(gt=0, le=10)] = 1.0
+    #: "analytic" sums statistics of the records instead of a trained delta: off unless the plan says so.
+    head: Literal["trained", "analytic"] = "trained"
+    analytic: Analytic | None = None
+
+    @model_validator(mode="after")
+    def _analytic_is_whole(self) -> Aggregation:
+        if (self.head == "analytic") != (self.analytic is not None):
+            raise ValueError('analytic: expected this section with head = "analytic", and only with it')
+        if self.analytic is not None and (self.weights != "examples" or self.server_lr != 1.0):
+            raise ValueError('head: "analytic" counts every record once: expected weights "examples" and server_lr 1.0')
+        return self
 
 
 class Deadlines(Section):
@@ -195,6 +235,19 @@ class Plan(Section):
         for name in (*self.adapter.modules, *self.adapter.head):
             if reason := unsuitable(name):
                 raise ValueError(f"adapter: '{name}' cannot be trained under [privacy]: {reason}")
+        return self
+
+    @model_validator(mode="after")
+    def _analytic_head_fits(self) -> Plan:
+        if self.aggregation.analytic is None:
+            return self
+        if self.privacy is not None:
+            raise ValueError(
+                'aggregation.head: expected "trained" under [privacy]: statistics of records have no noise'
+            )
+        if self.adapter.train != "head":
+            raise ValueError('adapter.train: expected "head" beside an analytic head, found "all"')
+        linear_head(self.adapter, len(self.data.labels))
         return self
 
     @model_validator(mode="after")

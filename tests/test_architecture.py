@@ -24,7 +24,10 @@ MAX_LINES = 420
 EVERYWHERE = tuple(f"{package}/*" for package in PRODUCT)
 TRAINING = tuple(
     f"participant/{name}.py"
-    for name in ("training", "dp_sgd", "dp_step", "features", "self_test", "canaries", "data", "evaluation")
+    for name in (
+        *("training", "dp_sgd", "dp_step", "features", "self_test", "canaries", "data", "evaluation"),
+        "analytic",
+    )
 )
 PURE = (
     "coordinator/round.py",

@@ -113,3 +113,16 @@ def test_a_base_model_outside_the_pinned_policy_is_refused() -> None:
         else:
             with pytest.raises(Refusal, match="asks for base model 0000000000000000…, allowed aaaaaaaaaaaaaaaa…"):
                 Job.of(plan, roster)
+
+
+def test_sums_of_statistics_need_a_minimum_of_this_site() -> None:
+    section = "[aggregation.analytic]\nridge = 0.1\nfeature_clip = 1.0\nmin_class_count = 9\n[training]"
+    plan = job(
+        ("[training]", f'[aggregation]\nhead = "analytic"\n{section}'),
+        ('head = { "classifier', 'train = "head"\nhead = { "classifier'),
+    )
+    with pytest.raises(
+        Refusal, match=r"plan 'toy' sums statistics of the records; .* not opted in \(min_class_count\)"
+    ):
+        admit(plan, site())
+    admit(plan, site("[policy]", "[policy]\nmin_class_count = 1"))
