@@ -40,7 +40,7 @@ def _shown(found: dict[str, Any]) -> str:
     lines.append(f"  {found['records']} records registered, {found['lines']} lines in its ledger")
     spent = f"  epsilon {found['spent']} spent, {found['reserved']} with open reservations"
     lines.append(spent + (f", {found['left']} left" if found["left"] is not None else ""))
-    lines += [f"  {job['state']}: plan '{job['plan']}', stage {job['stage']}" for job in found["jobs"]]
+    lines += [f"  {job['job'][:8]} {job['state']}: plan '{job['plan']}', stage {job['stage']}" for job in found["jobs"]]
     return "\n".join(lines)
 
 
@@ -109,6 +109,29 @@ def policy(
     changed = change_policy(site, name, reason)
     text = described(site.ledger(name).book.policy)
     typer.echo(f"{name}: {'entered' if changed else 'nothing to enter'}: {text}")
+
+
+@app.command()
+def close(
+    name: Name,
+    job: Annotated[str, typer.Argument(help="First digits of the job's id, as `dataset show` prints it.")],
+    directory: Directory = HERE,
+    reason: Annotated[str, typer.Option(help="Why; auditors see it.")] = "",
+) -> None:
+    """End an open job that nobody will ask for any more; its trained vector is deleted. The daemon must be stopped.
+
+    Without this an audit finds a reservation that is open for too long. The charge is given back only if the job had
+    not started.
+
+    Example: veilsum-participant dataset close news 3f9a2c10 --reason "the coordinator was shut down"
+    """
+    from participant.charging import close as close_job
+    from participant.config import load_home
+    from privacy.files import only_one
+
+    with only_one(load_home(directory).directory, "daemon of this site"):
+        identity = close_job(_site(directory, name), name, job, reason)
+    typer.echo(f"{name}: job {identity[:8]} is closed")
 
 
 def budget(directory: Directory = HERE, as_json: AsJson = False) -> None:

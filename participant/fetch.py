@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 
+from participant import charging
 from participant.client import Block, Client, ReleasedCohort
 from participant.patience import patiently
 from participant.phases import Checking
@@ -17,7 +18,7 @@ from privacy.adapter import save_peft
 from privacy.errors import ProtocolError
 from privacy.files import make_private_directory, write_durably
 from privacy.job import Job
-from privacy.outcome import Total, check_block, combine, manifest, verify_cohort, verify_total
+from privacy.outcome import Total, VerifiedCohort, check_block, combine, manifest, verify_cohort, verify_total
 from privacy.secagg.masking import BLOCK, block_sizes, packed_bytes, packed_length
 from privacy.secagg.messages import Outcome
 from privacy.secagg.projection import dealt_blocks
@@ -75,12 +76,20 @@ def fetch_release(site: Site, client: Client, job: Job, stage: int) -> bool:
             path = _download(site, client, job, cohort.round_id)
             downloads.callback(path.unlink)
             cohorts.append(verify_cohort(job, stage, start, cohort.evidence, path))
+        _settle(site, job, stage, cohorts)
         combined = combine(job, cohorts)
         save_peft(adapter, combined.tensors, adapter=job.plan.adapter, base_name=job.plan.base.name)
         facts = manifest(job, stage, cohorts, combined) | {"adapter": str(adapter)}
     facts["rounds"] = sorted(_summary(c) for c in offered)
     write_durably(directory / RELEASE_NOTE, json.dumps(facts, indent=2).encode() + b"\n")
     return True
+
+
+def _settle(site: Site, job: Job, stage: int, cohorts: Sequence[VerifiedCohort]) -> None:
+    """A crash may have come between an upload and its COMMIT: a total that holds it shows that it arrived."""
+    for spent in site.spent(job, stage):
+        if any(spent.header.round == c.number and site.me in c.survivors for c in cohorts):
+            charging.commit(site, job, stage, spent.header.round, spent.root)
 
 
 def _check_ids(offered: list[ReleasedCohort]) -> None:

@@ -46,8 +46,9 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None) 
     if kept is not None and kept.plan == digest:
         charging.charged(site, job, stage)
         return kept
-    if kept is not None and site.spent(job, stage):
-        raise Refusal(f"the delta of plan '{name}' is spent under another plan file; a changed plan needs a new name")
+    if site.spent(job, stage):
+        what = "is spent and was deleted" if kept is None else "is spent under another plan file"
+        raise Refusal(f"the delta of plan '{name}' {what}; it takes a plan of another name to train again")
     data = site.home.settings.datasets[job.plan.data.dataset]
     examples = _examples(site, job, data)
     weight = _weight(job, len(examples))

@@ -201,6 +201,16 @@ class Store:
         _write_pieces(directory / "quantised.i32", pieces)
         write_durably(note, json.dumps(asdict(result)).encode())
 
+    def forget_trained(self, plan: str, stage: int, digest: str) -> None:
+        """Delete what training under this plan file left, its vector and every spool, the note first; durable."""
+        directory, kept = self.directory(plan, stage), self.trained(plan, stage)
+        if kept is None or kept.plan != digest:
+            return
+        for pattern in ("trained.json", "quantised.i32", "plain-vector.npy", "spool-*.bin"):
+            for path in directory.glob(pattern):
+                path.unlink()
+            fsync_directory(directory)
+
     def quantised(self, plan: str, stage: int) -> Quantised:
         """The quantised vector of a stage that was trained."""
         return Quantised(self.directory(plan, stage) / "quantised.i32")
