@@ -32,7 +32,7 @@ from privacy.vectors import read_block
 
 log = structlog.get_logger()
 
-#: A stage whose rounds failed this often is given up.
+#: A stage whose rounds failed this often is given up, if it has no release; else its rounds become rare.
 ATTEMPTS = 6
 
 
@@ -45,8 +45,8 @@ class Engine:
         self.lock = threading.RLock()
         self.jobs: dict[bytes, Job] = {}
         self.rounds: dict[bytes, Running] = {}
-        #: Why no round of a plan can open for now: bytes missing on the disk.
-        self.no_space: dict[bytes, str] = {}
+        #: Why no round of a plan can open for now: bytes missing on the disk, or too many failures.
+        self.held: dict[bytes, str] = {}
         #: Called whenever a member may have something new to hear.
         self.changed: Callable[[], None] = lambda: None
         for plan in store.plans():
@@ -204,18 +204,14 @@ class Engine:
         job, rounds = self.jobs[digest], self.stage_rounds(digest, stage)
         if any(r.row.state == "running" for r in rounds):
             return
-        aborted = [r for r in rounds if r.row.state == "aborted"]
-        if len(aborted) >= ATTEMPTS:
-            self.store.set_plan_state(
-                digest, "aborted", f"{len(aborted)} rounds failed, the last: {aborted[-1].row.reason}"
-            )
+        if self._has_failed_too_often(digest, rounds):
             return
         proofs = self._eligible(digest, stage, [r.machine for r in rounds])
         cohort = self._cohort(digest, stage, [r.machine for r in rounds], proofs)
         if cohort is None:
             return
-        self.no_space[digest] = missing_space(job, len(cohort), self.store.directory)
-        if self.no_space[digest]:
+        self.held[digest] = missing_space(job, len(cohort), self.store.directory)
+        if self.held[digest]:
             return
         number = max((r.row.number for r in rounds), default=0) + 1
         header = job.header(stage, number, bytes.fromhex(job.plan.adapter.digest))
@@ -224,6 +220,25 @@ class Engine:
         self.store.add_round(row, Event("proofs", encode(table)))
         self._restore(row)
         self.rounds[row.id].log.info("round opened", members=[job.roster.name(m) for m in cohort])
+
+    def _has_failed_too_often(self, digest: bytes, rounds: list[Running]) -> bool:
+        """Give a plan up that has no release; one that has stays released, and its next round waits as long as a join.
+
+        Late sites may go on failing for as long as they like: that takes nothing from who is in the release, and
+        closes no door to who comes later.
+        """
+        last = max((r.row.number for r in rounds if r.row.state == "released"), default=0)
+        failed = [r.row for r in rounds if r.row.state == "aborted" and r.row.number > last]
+        if len(failed) < ATTEMPTS:
+            return False
+        if any(p.state == "open" for p in self.store.plans() if p.digest == digest):
+            reason = f"{len(failed)} rounds failed, the last: {failed[-1].reason}"
+            self.store.set_plan_state(digest, "aborted", reason)
+            return True
+        waits = self.clock() < failed[-1].opened + self.jobs[digest].plan.deadlines.join_s
+        text = f"{len(failed)} rounds failed since the last release, the last: {failed[-1].reason}"
+        self.held[digest] = text if waits else ""
+        return waits
 
     def _eligible(
         self, digest: bytes, stage: int, earlier: list[CoordinatorRound]

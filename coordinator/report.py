@@ -32,7 +32,7 @@ def _short(engine: Engine, plan: PlanRow) -> dict[str, object]:
         "plan": plan.name,
         "digest": plan.digest.hex(),
         "state": plan.state,
-        "reason": plan.reason or engine.no_space.get(plan.digest, ""),
+        "reason": plan.reason or engine.held.get(plan.digest, ""),
         "ready": [name(m) for m in sorted(engine.store.ready(plan.digest, 1))],
         "released": [name(m) for m in sorted(done)],
         "members": len(engine.roster.roster.members),

@@ -383,11 +383,11 @@ def test_no_round_opens_on_a_disk_that_cannot_hold_it(tmp_path: Path, monkeypatc
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free[0]))
     world.ready()
     assert world.rounds == []
-    assert f"expected {needed / 1e6:.1f} MB free for the uploads of 5 members" in world.engine.no_space[world.digest]
+    assert f"expected {needed / 1e6:.1f} MB free for the uploads of 5 members" in world.engine.held[world.digest]
     free[0] += 1
     world.wait(1)
     assert len(world.rounds) == 1
-    assert world.engine.no_space[world.digest] == ""
+    assert world.engine.held[world.digest] == ""
 
 
 def test_a_message_whose_evidence_was_not_kept_is_taken_anew_when_it_comes_again(
