@@ -11,6 +11,7 @@ import pytest
 
 from demo.federation import Federation
 from participant import charging, prepare
+from participant.client import Client, OfferedPlan, ReleasedCohort
 from participant.policy import admit as admitted
 from participant.site import Site
 from privacy.budget.rdp import rdp_epsilon
@@ -126,3 +127,18 @@ def admit(world: World, job: Job) -> None:
 
     site = world.site
     admitted(job, site.home.settings, charging.standing(site, job, 1))
+
+
+class Silent(Client):
+    """A client of a coordinator that has released nothing."""
+
+    def __init__(self) -> None:
+        self.progress = 0
+
+    def releases(self, plan: bytes) -> list[ReleasedCohort]:
+        assert plan
+        return []
+
+
+def offered(name: str, state: str = "open") -> OfferedPlan:
+    return OfferedPlan(plan(name, PRIVACY), state, "wrong labels", 1)

@@ -266,7 +266,7 @@ def test_a_cosmetic_edit_of_the_plan_does_not_free_a_spent_delta(world: OnDisk) 
 
 def test_a_cosmetic_edit_of_the_plan_trains_no_second_delta(world: OnDisk) -> None:
     spent_world(world)
-    with pytest.raises(Refusal, match="spent under another plan file; a changed plan needs a new name"):
+    with pytest.raises(Refusal, match="spent under another plan file; it takes a plan of another name to train again"):
         prepare(world.site(0), other_job(world, COSMETIC), 1)
 
 
