@@ -150,6 +150,21 @@ class Aggregation(Section):
         return self
 
 
+class Evaluation(Section):
+    """One more stage after the last: every site judges the releases by records that it kept out of training."""
+
+    #: Share of each site's records that no stage trains on.
+    holdout: Annotated[float, Field(ge=0.01, le=0.5)]
+    #: How far the mean is applied, to be voted on; ``aggregation.server_lr`` alone where empty.
+    server_lr: Annotated[tuple[Annotated[float, Field(gt=0, le=10)], ...], Field(max_length=16)] = ()
+
+    @model_validator(mode="after")
+    def _rates_are_distinct(self) -> Evaluation:
+        if len({f"{rate:g}" for rate in self.server_lr}) != len(self.server_lr):
+            raise ValueError("server_lr: expected distinct numbers")
+        return self
+
+
 class Deadlines(Section):
     """Seconds each phase stays open for members that are silent."""
 
@@ -190,6 +205,8 @@ class Plan(Section):
     #: Without it a site's training gives no guarantee beyond that of the masking.
     privacy: Privacy | None = None
     aggregation: Aggregation = Aggregation()
+    #: Without it nothing is held out, and nobody learns how good a release is but each site for itself.
+    evaluation: Evaluation | None = None
     round: Round
     deadlines: Deadlines = Deadlines()
 
@@ -248,6 +265,18 @@ class Plan(Section):
         if self.adapter.train != "head":
             raise ValueError('adapter.train: expected "head" beside an analytic head, found "all"')
         linear_head(self.adapter, len(self.data.labels))
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_fits(self) -> Plan:
+        if self.evaluation is None:
+            return self
+        if self.privacy is not None:
+            raise ValueError("evaluation: expected none under [privacy]: counts over records have no noise")
+        if self.round.audit != "divided":
+            raise ValueError('evaluation: expected round.audit "divided": a vote is on certified outcomes only')
+        if self.evaluation.server_lr and self.aggregation.analytic is not None:
+            raise ValueError("evaluation.server_lr: expected none for an analytic head, which is no mean to be scaled")
         return self
 
     @model_validator(mode="after")
