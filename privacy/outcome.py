@@ -149,9 +149,12 @@ class Combined:
     ridge: float | None = None
 
 
-def combine(job: Job, cohorts: Sequence[VerifiedCohort]) -> Combined:
+def combine(job: Job, cohorts: Sequence[VerifiedCohort], start: Tensors | None = None) -> Combined:
     """The mean over disjoint cohorts and the adapter it gives: start + server_lr * mean, or the head that a mean of
     statistics gives. O(d) memory: the adapter.
+
+    Args:
+        start: the whole adapter that the cohorts' stage starts from; without it that of stage 1.
 
     Raises:
         ProtocolError: no cohorts, or one member in two of them.
@@ -160,7 +163,9 @@ def combine(job: Job, cohorts: Sequence[VerifiedCohort]) -> Combined:
     if not members or len(set(members)) != len(members):
         raise ProtocolError("expected disjoint cohorts in a release, found a member twice or none at all")
     weight, loss = _weight_and_loss(job, cohorts)
-    start, mean = start_adapter(job.plan.adapter), _mean(job, cohorts, weight)
+    mean = _mean(job, cohorts, weight)
+    if start is None:
+        start = start_adapter(job.plan.adapter)
     if job.plan.aggregation.analytic is not None:
         unit = job.quantizer.max_weight / (job.quantizer.qmax * weight)
         least = analytic.rounding_ridge(analytic.head_of(job.plan), unit, len(members))
