@@ -191,14 +191,31 @@ def _mean(job: Job, cohorts: Sequence[VerifiedCohort], weight: int) -> NDArray[n
     return mean
 
 
-def manifest(job: Job, stage: int, cohorts: Sequence[VerifiedCohort], combined: Combined) -> Facts:
-    """What a release says about itself, the same at coordinator and sites."""
+def manifest(
+    job: Job,
+    stage: int,
+    cohorts: Sequence[VerifiedCohort],
+    combined: Combined,
+    start: bytes | None = None,
+    before: Sequence[tuple[int, bytes]] = (),
+) -> Facts:
+    """What a release says about itself, the same at coordinator and sites.
+
+    Args:
+        start: digest of the adapter that the stage started from; without it that of stage 1.
+        before: (round, H(total)) of the cohorts of the stage before that it was computed from.
+    """
     head = {} if combined.ridge is None else {"head": "analytic", "ridge": combined.ridge}
     return {
         "plan": job.plan.name,
         "plan_digest": job.plan_file.digest.hex(),
         "stage": stage,
+        "stages": job.plan.stages,
         "base": {"name": job.plan.base.name, "digest": job.plan.base.digest},
+        "start": {
+            "digest": job.plan.adapter.digest if start is None else start.hex(),
+            "cohorts": [{"round": number, "total": total.hex()} for number, total in before],
+        },
         "adapter_digest": start_digest(combined.tensors).hex(),
         "coordinates": job.quantizer.size,
         "total_weight": combined.weight,
