@@ -222,7 +222,7 @@ class Engine:
         return None
 
     def begin_stage(self, digest: bytes, stage: int, start: bytes) -> None:
-        """The start of a stage is computed, and the release before it is written as it stays: members may hear of it."""
+        """The start of a stage is computed, and the release before it is final: members may hear of it."""
         with self.lock:
             self.store.set_start(digest, stage, start)
         log.info("stage begun", plan=self.jobs[digest].plan.name, stage=stage, start=start.hex()[:16])

@@ -15,7 +15,7 @@ from coordinator.executor import Executor, Threads
 from coordinator.publish import CohortTotal, is_published, publish, start_from, verified, withdraw
 from coordinator.round import outcome_of
 from coordinator.running import Running, names_in
-from coordinator.store import Event, RoundRow, StageRow
+from coordinator.store import Event, StageRow
 from coordinator.unmask import fold, shard_count, unmask
 from privacy.errors import ProtocolError
 from privacy.files import DiskError

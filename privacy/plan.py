@@ -195,6 +195,10 @@ class Plan(Section):
     round: Round
     deadlines: Deadlines = Deadlines()
 
+    def trainings_from(self, stage: int) -> int:
+        """How often a site trains from a stage on, that one included: all of it must be left before it begins."""
+        return self.stages - stage + 1
+
     @model_validator(mode="after")
     def _task_fits_labels(self) -> Plan:
         if self.task == "classification" and len(self.data.labels) < 2:
@@ -256,8 +260,8 @@ class Plan(Section):
     def _stages_fit(self) -> Plan:
         if self.stages > 1 and self.round.audit != "divided":
             raise ValueError(
-                f'round.audit: expected "divided" with {self.stages} stages, found "{self.round.audit}": a stage starts '
-                "from totals that members recomputed"
+                f'round.audit: expected "divided" with {self.stages} stages, found "{self.round.audit}": '
+                "a stage starts from totals that members recomputed"
             )
         if self.stages > 1 and self.aggregation.analytic is not None:
             raise ValueError(

@@ -28,7 +28,7 @@ class Start:
 
 
 def first_start(job: Job) -> Start:
-    """The start of stage 1, from the plan's public seed; whether it is the one that the plan pins, the caller checks."""
+    """The start of stage 1, from the plan's seed; whether it is the one that the plan pins, the caller checks."""
     tensors = start_adapter(job.plan.adapter)
     return Start(tensors, start_digest(tensors))
 

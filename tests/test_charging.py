@@ -282,8 +282,9 @@ class Silent(Client):
     def __init__(self) -> None:
         self.progress = 0
 
-    def releases(self, plan: bytes) -> list[ReleasedCohort]:
+    def releases(self, plan: bytes, stage: int) -> list[ReleasedCohort]:
         assert plan
+        assert stage
         return []
 
 
