@@ -41,7 +41,8 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None, 
 
     Raises:
         UserError: data set, base model or start adapter are not what the plan says, or training diverged.
-        Refusal: this stage's delta is spent, and was trained under another plan file of the same name.
+        Refusal: this stage's delta is spent, and was trained under another plan file of the same name, or from
+            another start adapter.
     """
     name, digest = job.plan.name, job.plan_file.digest.hex()
     start, origin = _start(site, job, stage, later)
@@ -50,10 +51,8 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None, 
         charging.charged(site, job, stage)
         return kept
     if kept is not None and site.spent(job, stage):
-        raise Refusal(
-            f"the delta of plan '{name}' is spent under another plan file or start adapter; "
-            "a changed plan needs a new name"
-        )
+        other = "plan file; a changed plan needs a new name" if kept.plan != digest else "start adapter"
+        raise Refusal(f"the delta of plan '{name}' is spent under another {other}")
     data = site.home.settings.datasets[job.plan.data.dataset]
     examples = _examples(site, job, data)
     weight = _weight(job, len(examples))
