@@ -224,7 +224,7 @@ class Store:
 
     def start(self, plan: str, stage: int) -> StartNote | None:
         """Where a stage starts here, if that is settled."""
-        path = self.directory(plan, stage) / "start.json"
+        path = self.home.work / plan / f"stage-{stage}" / "start.json"  # asked about stages that never begin
         found = json.loads(path.read_bytes()) if path.exists() else None
         return None if found is None else StartNote(**found | {"cohorts": [(n, h) for n, h in found["cohorts"]]})
 
