@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from coordinator.report import report
 from coordinator.store import Event
 from participant.fetch import fetch_release, start_of
 from participant.records import Spent
+from privacy import faults
 from privacy.adapter import Tensors, flatten, load_peft, start_adapter, start_digest, trained_part
 from privacy.audit import audit_release
 from privacy.errors import ProtocolError, Refusal, UserError
@@ -292,6 +294,67 @@ def test_a_power_cut_after_every_event_of_the_second_stage_loses_nothing(tmp_pat
     while world.work():
         pass
     world.assert_exact()
+    assert_released(world, 2)
+
+
+class Killed(BaseException):
+    """The process ends at a fault point."""
+
+
+def killed_at_every_point(step: Callable[[], object], again: Callable[[], object], patch: pytest.MonkeyPatch) -> int:
+    """Run a step, killed once at each fault point that it passes, until it comes through; how often it was killed."""
+    seen: set[tuple[str, ...]] = set()
+
+    def point(action: str, where: str | Path = "") -> None:
+        called = [frame.name for frame in traceback.extract_stack()]
+        key = (faults.name_of(action, where), *called)
+        if key not in seen:
+            seen.add(key)
+            raise Killed
+
+    for kills in range(200):
+        with patch.context() as faulty:
+            faulty.setattr(faults, "point", point)
+            try:
+                step()
+            except Killed:
+                pass
+            else:
+                return kills
+        again()
+    raise AssertionError("it never came through")
+
+
+def test_a_coordinator_killed_at_any_point_between_two_stages_begins_the_second_once(
+    world: OnDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step() -> None:
+        world.wait(1)
+        while world.work():
+            pass
+
+    kills = killed_at_every_point(step, world.open, monkeypatch)
+    assert kills >= 4  # before and after the row that closes a stage, and the one that begins the next
+    assert world.engine.stage(world.digest) == 2
+    assert len(world.engine.store.stages(world.digest)) == 1
+    run_stage(world, 2)
+    assert_released(world, 2)
+
+
+def test_a_site_killed_at_any_point_while_it_computes_a_start_computes_the_same_again(
+    world: OnDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.begin(2)
+
+    def step() -> None:
+        start_of(world.site(0), world.daemons[0].client, world.job, 2)
+
+    kills = killed_at_every_point(step, lambda: world.restart(0), monkeypatch)
+    assert kills >= 8  # release and its note, start and its note, each before and after it is there
+    world.train()
+    assert len({world.site(i).start_digest(world.job, 2) for i in range(5)}) == 1
+    world.ready()
+    world.run()
     assert_released(world, 2)
 
 
