@@ -197,7 +197,7 @@ def reserve(site: Site, job: Job, stage: int) -> str:
         return before.reserve.job
     if before is not None and before.state == "started":
         _enter(ledger, Abort(job=before.reserve.job, reason=UNFINISHED))
-    facts = _reservation(ledger.book.policy, job, stage)
+    facts = _reservation(ledger.book.policy, job, stage, site.start_digest(job, stage))
 
     def check(book: Book) -> None:
         trained = [j for j in book.trained(digest, stage) if not isinstance(mechanism, Unprotected)]
@@ -206,14 +206,18 @@ def reserve(site: Site, job: Job, stage: int) -> str:
                 f"plan '{job.plan.name}' was trained {len(trained)} times here, each time charged to the budget: "
                 "it takes a plan of another name to train again"
             )
-        if found := objection(Standing(book.policy, Standing.of(book, digest, stage).charged), mechanism):
+        standing, times = (
+            Standing(book.policy, Standing.of(book, digest, stage).charged),
+            job.plan.trainings_from(stage),
+        )
+        if found := objection(standing, mechanism, times):
             raise Refusal(f"plan '{job.plan.name}' {found}")
 
     patiently(lambda: ledger.append(facts, check=check))
     return facts.job
 
 
-def _reservation(policy: Policy, job: Job, stage: int) -> Reserve:
+def _reservation(policy: Policy, job: Job, stage: int, origin: bytes) -> Reserve:
     mechanism = terms.mechanism(job.plan)
     return Reserve(
         job=secrets.token_hex(16),
@@ -224,7 +228,7 @@ def _reservation(policy: Policy, job: Job, stage: int) -> Reserve:
         rdp=_divergence(mechanism, policy.order),
         claim=_claim(mechanism),
         code=_code(mechanism),
-        model={"base": job.plan.base.digest, "start": job.plan.adapter.digest, "trained": str(job.layout.size)},
+        model={"base": job.plan.base.digest, "start": origin.hex(), "trained": str(job.layout.size)},
     )
 
 

@@ -84,7 +84,12 @@ def status(directory: Directory = HERE, as_json: AsJson = False) -> None:
 
 @app.command()
 def fetch(
-    plan: Annotated[str, typer.Argument(help="Name of the plan.")], directory: Directory = HERE, as_json: AsJson = False
+    plan: Annotated[str, typer.Argument(help="Name of the plan.")],
+    directory: Directory = HERE,
+    stage: Annotated[
+        int | None, typer.Option(min=1, help="Stage of the plan; the last released one if left out.")
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Fetch a plan's release, verify it and compute the adapter here.
 
@@ -97,21 +102,25 @@ def fetch(
     site = Site.open(directory)
     client = site.client()
     client.hello()
-    job = Job.of(_find_plan(client, plan), site.roster)
-    if not fetch_release(site, client, job, 1):
-        raise UserError(f"expected a release of plan '{plan}', found none yet", hint="veilsum-participant status")
-    adapter = site.release_directory(plan, 1) / "adapter"
-    typer.echo(json.dumps({"plan": plan, "adapter": str(adapter)}) if as_json else str(adapter))
+    plan_file, now = _find_plan(client, plan)
+    job = Job.of(plan_file, site.roster)
+    wanted = [stage] if stage is not None else range(min(now, job.plan.stages), 0, -1)
+    found = next((number for number in wanted if fetch_release(site, client, job, number)), None)
+    if found is None:
+        of = f"stage {stage} of " if stage is not None else ""
+        raise UserError(f"expected a release of {of}plan '{plan}', found none yet", hint="veilsum-participant status")
+    adapter = site.release_directory(plan, found) / "adapter"
+    typer.echo(json.dumps({"plan": plan, "stage": found, "adapter": str(adapter)}) if as_json else str(adapter))
 
 
 def _find_plan(client: Any, name: str) -> Any:
     from privacy.plan import parse_plan
 
-    offered = [parse_plan(p.toml) for p in client.plans()]
-    for plan_file in offered:
+    offered = [(parse_plan(p.toml), p.stage) for p in client.plans()]
+    for plan_file, stage in offered:
         if plan_file.plan.name == name:
-            return plan_file
-    known = ", ".join(p.plan.name for p in offered) or "none"
+            return plan_file, stage
+    known = ", ".join(p.plan.name for p, _ in offered) or "none"
     raise UserError(f"expected a plan the coordinator offers, found '{name}'; offered: {known}")
 
 
@@ -123,6 +132,9 @@ def evaluate(
     adapter: Annotated[
         list[str] | None, typer.Option(help="base, local, release, or an adapter directory; may be repeated.")
     ] = None,
+    stage: Annotated[
+        int | None, typer.Option(min=1, help="Stage that local and release are of; the last one here if left out.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure the accuracy of adapters on this machine; nothing leaves it.
@@ -133,7 +145,7 @@ def evaluate(
     from participant.site import Site
     from privacy.plan import load_plan
 
-    found = compare(Site.open(directory), load_plan(plan).plan, data, adapter or ["base", "local", "release"])
+    found = compare(Site.open(directory), load_plan(plan).plan, data, adapter or ["base", "local", "release"], stage)
     if as_json:
         typer.echo(json.dumps(found))
         return

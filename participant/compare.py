@@ -12,8 +12,13 @@ from privacy.errors import UserError
 from privacy.plan import Plan
 
 
-def compare(site: Site, plan: Plan, data: Path, adapters: Sequence[str]) -> dict[str, dict[str, Any]]:
+def compare(
+    site: Site, plan: Plan, data: Path, adapters: Sequence[str], stage: int | None = None
+) -> dict[str, dict[str, Any]]:
     """Name -> accuracy, correct, total and loss on the records in ``data``.
+
+    Args:
+        stage: that ``local`` and ``release`` are of; the last one of each that lies here if left out.
 
     Raises:
         UserError: an adapter or the records are missing, or the base model is another one.
@@ -34,7 +39,7 @@ def compare(site: Site, plan: Plan, data: Path, adapters: Sequence[str]) -> dict
         result = accuracy(
             plan=plan,
             base=site.home.path(settings.models[plan.base.name]),
-            adapter=None if name == "base" else load_peft(_directory(site, plan, name)),
+            adapter=None if name == "base" else load_peft(_directory(site, plan, name, stage)),
             examples=examples,
             device=settings.device,
             threads=settings.threads,
@@ -48,9 +53,10 @@ def compare(site: Site, plan: Plan, data: Path, adapters: Sequence[str]) -> dict
     return found
 
 
-def _directory(site: Site, plan: Plan, name: str) -> Path:
-    if name == "local":
-        return site.local_directory(plan.name, 1)
-    if name == "release":
-        return site.release_directory(plan.name, 1) / "adapter"
-    return Path(name)
+def _directory(site: Site, plan: Plan, name: str, stage: int | None) -> Path:
+    if name not in ("local", "release"):
+        return Path(name)
+    stages = range(plan.stages, 0, -1) if stage is None else (stage,)
+    work, releases = site.home.work / plan.name, site.home.releases / plan.name
+    places = [work / f"stage-{k}" / "local" if name == "local" else releases / f"stage-{k}" / "adapter" for k in stages]
+    return next((place for place in places if place.exists()), places[-1])

@@ -14,14 +14,16 @@ from participant.client import Block, Client, ReleasedCohort
 from participant.patience import patiently
 from participant.phases import Checking
 from participant.site import Site
-from privacy.adapter import save_peft
-from privacy.errors import ProtocolError
+from participant.store import StartNote
+from privacy.adapter import check_start, load_peft, save_peft, start_digest
+from privacy.errors import ProtocolError, Refusal, UserError
 from privacy.files import make_private_directory, write_durably
 from privacy.job import Job
 from privacy.outcome import Total, VerifiedCohort, check_block, combine, manifest, verify_cohort, verify_total
 from privacy.secagg.masking import BLOCK, block_sizes, packed_bytes, packed_length
 from privacy.secagg.messages import Outcome
 from privacy.secagg.projection import dealt_blocks
+from privacy.stages import Start, first_start, next_start
 
 RELEASE_NOTE = "release.json"
 #: Blocks that a spot audit looks at.
@@ -62,27 +64,47 @@ def fetch_release(site: Site, client: Client, job: Job, stage: int) -> bool:
     Raises:
         ProtocolError: a transcript or total does not hold; the release that is here stays.
     """
-    offered = [c for c in client.releases(job.plan_file.digest) if c.stage == stage]
+    offered = client.releases(job.plan_file.digest, stage)
     if not offered:
         return False
     _check_ids(offered)
-    directory = site.release_directory(job.plan.name, stage)
-    if released_rounds(directory) == sorted(_summary(c) for c in offered):
+    if released_rounds(site.release_directory(job.plan.name, stage)) == sorted(_summary(c) for c in offered):
         return True
-    start = bytes.fromhex(job.plan.adapter.digest)
-    cohorts, adapter = [], directory / "adapter"
+    start = start_of(site, client, job, stage)
+    with _verified(site, client, job, stage, start, offered) as cohorts:
+        _write_release(site, job, stage, start, offered, cohorts)
+    return True
+
+
+@contextmanager
+def _verified(
+    site: Site, client: Client, job: Job, stage: int, start: Start, offered: Sequence[ReleasedCohort]
+) -> Iterator[list[VerifiedCohort]]:
+    """The cohorts of a stage, each verified here, with their totals for as long as they are looked at."""
     with ExitStack() as downloads:
+        cohorts = []
         for cohort in offered:
             path = _download(site, client, job, cohort.round_id)
             downloads.callback(path.unlink)
-            cohorts.append(verify_cohort(job, stage, start, cohort.evidence, path))
-        _settle(site, job, stage, cohorts)
-        combined = combine(job, cohorts)
-        save_peft(adapter, combined.tensors, adapter=job.plan.adapter, base_name=job.plan.base.name)
-        facts = manifest(job, stage, cohorts, combined) | {"adapter": str(adapter)}
+            cohorts.append(verify_cohort(job, stage, start.digest, cohort.evidence, path))
+        yield cohorts
+
+
+def _write_release(
+    site: Site,
+    job: Job,
+    stage: int,
+    start: Start,
+    offered: Sequence[ReleasedCohort],
+    cohorts: Sequence[VerifiedCohort],
+) -> None:
+    _settle(site, job, stage, cohorts)
+    directory = site.release_directory(job.plan.name, stage)
+    adapter, combined = directory / "adapter", combine(job, cohorts, start.tensors)
+    save_peft(adapter, combined.tensors, adapter=job.plan.adapter, base_name=job.plan.base.name)
+    facts = manifest(job, stage, cohorts, combined, start.digest, start.cohorts) | {"adapter": str(adapter)}
     facts["rounds"] = sorted(_summary(c) for c in offered)
     write_durably(directory / RELEASE_NOTE, json.dumps(facts, indent=2).encode() + b"\n")
-    return True
 
 
 def _settle(site: Site, job: Job, stage: int, cohorts: Sequence[VerifiedCohort]) -> None:
@@ -92,7 +114,67 @@ def _settle(site: Site, job: Job, stage: int, cohorts: Sequence[VerifiedCohort])
             charging.commit(site, job, stage, spent.header.round, spent.root)
 
 
-def _check_ids(offered: list[ReleasedCohort]) -> None:
+def start_of(site: Site, client: Client, job: Job, stage: int) -> Start:
+    """Where a stage starts, computed here from the totals of the stages before, and kept: there is no second answer.
+
+    The release of the stage before is written on the way. Who joins late computes all stages before.
+
+    Raises:
+        UserError: the plan pins another start of stage 1 than its seed gives.
+        ProtocolError: a transcript or total of a stage before does not hold, or has no outcome certificate.
+        Refusal: another start was computed here before, and training may have begun from it.
+    """
+    if stage == 1:
+        start = first_start(job)
+        check_start(start.tensors, job.plan.adapter)
+        return start
+    kept = _kept_start(site, job, stage)
+    if kept is not None:
+        return kept
+    before = start_of(site, client, job, stage - 1)
+    offered = client.releases(job.plan_file.digest, stage - 1)
+    _check_ids(offered)
+    with _verified(site, client, job, stage - 1, before, offered) as cohorts:
+        start = next_start(job, before, cohorts)
+        _write_release(site, job, stage - 1, before, offered, cohorts)
+    _keep_start(site, job, stage, start)
+    return start
+
+
+def _start_directory(site: Site, job: Job, stage: int) -> Path:
+    return site.store.directory(job.plan.name, stage) / "start"
+
+
+def _kept_start(site: Site, job: Job, stage: int) -> Start | None:
+    """The start that an earlier run computed, if it is whole."""
+    note = site.store.start(job.plan.name, stage)
+    if note is None or note.plan != job.plan_file.digest.hex() or not _start_directory(site, job, stage).exists():
+        return None
+    tensors = load_peft(_start_directory(site, job, stage))
+    if start_digest(tensors).hex() != note.digest:
+        raise UserError(
+            f"{_start_directory(site, job, stage)}: expected the adapter {note.digest[:16]}…, found another",
+            hint="the files are damaged: delete the directory, and it is computed again",
+        )
+    return Start(tensors, bytes.fromhex(note.digest), tuple((n, bytes.fromhex(h)) for n, h in note.cohorts))
+
+
+def _keep_start(site: Site, job: Job, stage: int, start: Start) -> None:
+    """The adapter first, then the note that settles it."""
+    note = site.store.start(job.plan.name, stage)
+    digest = job.plan_file.digest.hex()
+    if note is not None and note.plan == digest and note.digest != start.digest.hex():
+        raise Refusal(
+            f"stage {stage} of plan '{job.plan.name}' started here at {note.digest[:16]}…; the coordinator now shows "
+            f"totals that give {start.digest.hex()[:16]}…"
+        )
+    place = _start_directory(site, job, stage)
+    save_peft(place, start.tensors, adapter=job.plan.adapter, base_name=job.plan.base.name)
+    cohorts = [(number, total.hex()) for number, total in start.cohorts]
+    site.store.keep_start(job.plan.name, stage, StartNote(digest, start.digest.hex(), cohorts))
+
+
+def _check_ids(offered: Sequence[ReleasedCohort]) -> None:
     """A verified total is read again from the file that its round's id names: no two may share one."""
     ids = {c.round_id for c in offered}
     if len(ids) < len(offered) or any(c.evidence.outcome.transcript.header.hash() != c.round_id for c in offered):

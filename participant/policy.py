@@ -18,11 +18,12 @@ from privacy.plan import Plan
 AUDITS = ("none", "spot", "divided")
 
 
-def admit(job: Job, settings: Settings, standing: Standing | None = None) -> None:
+def admit(job: Job, settings: Settings, standing: Standing | None = None, stage: int = 1) -> None:
     """Refuse a plan this site does not agree to.
 
     Args:
         standing: what the ledger of the plan's data set says; ``None``: nothing is charged to it yet.
+        stage: that is to come now; what it and all later ones cost must be left.
 
     Raises:
         Refusal: consent, base model, data set, cohort sizes, colluders, audit or the data set's budget; the
@@ -57,7 +58,7 @@ def admit(job: Job, settings: Settings, standing: Standing | None = None) -> Non
             f"{name} protects users; data set '{plan.data.dataset}' does not say whose a record is: "
             "name the column under 'unit' in participant.toml"
         )
-    if found := objection(standing or Standing(data.policy()), _mechanism(plan)):
+    if found := objection(standing or Standing(data.policy()), _mechanism(plan), plan.trainings_from(stage)):
         raise Refusal(f"{name} {found}")
 
 

@@ -22,6 +22,7 @@ from privacy.errors import Refusal, UserError
 from privacy.job import Job
 from privacy.secagg.masking import tiles_of
 from privacy.secagg.quantize import weighted_loss
+from privacy.stages import Start
 
 if TYPE_CHECKING:
     from participant.training import TrainingResult
@@ -32,23 +33,27 @@ Progress = Callable[[int, int, float], None]
 PLAIN_VECTOR = "plain-vector.npy"
 
 
-def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None) -> Trained:
+def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None, later: Start | None = None) -> Trained:
     """Train the stage's delta, unless an earlier run did, and keep it quantised; returns what training left.
+
+    Args:
+        later: where a stage after the first starts, as ``participant/starts.py`` computed it here.
 
     Raises:
         UserError: data set, base model or start adapter are not what the plan says, or training diverged.
-        Refusal: this stage's delta is spent, and was trained under another plan file of the same name.
+        Refusal: this stage's delta is spent, and was trained under another plan file of the same name, or from
+            another start adapter.
     """
     name, digest = job.plan.name, job.plan_file.digest.hex()
-    start = start_adapter(job.plan.adapter)
-    check_start(start, job.plan.adapter)
+    start, origin = _start(site, job, stage, later)
     kept = site.store.trained(name, stage)
-    if kept is not None and kept.plan == digest:
+    if kept is not None and kept.plan == digest and (kept.start or job.plan.adapter.digest) == origin:
         charging.charged(site, job, stage)
         return kept
     if site.spent(job, stage):
-        what = "is spent and was deleted" if kept is None else "is spent under another plan file"
-        raise Refusal(f"the delta of plan '{name}' {what}; it takes a plan of another name to train again")
+        raise Refusal(
+            f"the delta of plan '{name}' {_whose(kept, digest)}; it takes a plan of another name to train again"
+        )
     data = site.home.settings.datasets[job.plan.data.dataset]
     examples = _examples(site, job, data)
     weight = _weight(job, len(examples))
@@ -60,11 +65,29 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None) 
     place, base_name = site.local_directory(name, stage), job.plan.base.name
     patiently(lambda: save_peft(place, local, adapter=job.plan.adapter, base_name=base_name))
     loss = result.loss if job.plan.privacy is None else 0.0  # an un-noised mean over the records
-    trained = Trained(digest, weight, loss, result.seconds, result.examples)
+    trained = Trained(digest, weight, loss, result.seconds, result.examples, origin)
     patiently(lambda: _keep(site, job, stage, result.delta, trained))
     said = {"loss": round(loss, 4)} if job.plan.privacy is None else {}
     log.info("trained", plan=name, **said, seconds=round(result.seconds, 1))
     return trained
+
+
+def _start(site: Site, job: Job, stage: int, later: Start | None) -> tuple[Tensors, str]:
+    """The adapter that a stage starts from, and its digest in hex."""
+    if stage == 1:
+        tensors = start_adapter(job.plan.adapter)
+        check_start(tensors, job.plan.adapter)
+        return tensors, job.plan.adapter.digest
+    if later is None or later.digest != site.start_digest(job, stage):
+        raise RuntimeError(f"stage {stage} needs the start that this site computed and kept")
+    return later.tensors, later.digest.hex()
+
+
+def _whose(kept: Trained | None, digest: str) -> str:
+    """What became of a spent delta that is not the one this plan and start give."""
+    if kept is None:
+        return "is spent and was deleted"
+    return f"is spent under another {'plan file' if kept.plan != digest else 'start adapter'}"
 
 
 def _local(job: Job, start: Tensors, vector: NDArray[np.float32]) -> Tensors:

@@ -149,9 +149,12 @@ class Combined:
     ridge: float | None = None
 
 
-def combine(job: Job, cohorts: Sequence[VerifiedCohort]) -> Combined:
+def combine(job: Job, cohorts: Sequence[VerifiedCohort], start: Tensors | None = None) -> Combined:
     """The mean over disjoint cohorts and the adapter it gives: start + server_lr * mean, or the head that a mean of
     statistics gives. O(d) memory: the adapter.
+
+    Args:
+        start: the whole adapter that the cohorts' stage starts from; without it that of stage 1.
 
     Raises:
         ProtocolError: no cohorts, or one member in two of them.
@@ -160,7 +163,9 @@ def combine(job: Job, cohorts: Sequence[VerifiedCohort]) -> Combined:
     if not members or len(set(members)) != len(members):
         raise ProtocolError("expected disjoint cohorts in a release, found a member twice or none at all")
     weight, loss = _weight_and_loss(job, cohorts)
-    start, mean = start_adapter(job.plan.adapter), _mean(job, cohorts, weight)
+    mean = _mean(job, cohorts, weight)
+    if start is None:
+        start = start_adapter(job.plan.adapter)
     if job.plan.aggregation.analytic is not None:
         unit = job.quantizer.max_weight / (job.quantizer.qmax * weight)
         least = analytic.rounding_ridge(analytic.head_of(job.plan), unit, len(members))
@@ -186,14 +191,31 @@ def _mean(job: Job, cohorts: Sequence[VerifiedCohort], weight: int) -> NDArray[n
     return mean
 
 
-def manifest(job: Job, stage: int, cohorts: Sequence[VerifiedCohort], combined: Combined) -> Facts:
-    """What a release says about itself, the same at coordinator and sites."""
+def manifest(
+    job: Job,
+    stage: int,
+    cohorts: Sequence[VerifiedCohort],
+    combined: Combined,
+    start: bytes | None = None,
+    before: Sequence[tuple[int, bytes]] = (),
+) -> Facts:
+    """What a release says about itself, the same at coordinator and sites.
+
+    Args:
+        start: digest of the adapter that the stage started from; without it that of stage 1.
+        before: (round, H(total)) of the cohorts of the stage before that it was computed from.
+    """
     head = {} if combined.ridge is None else {"head": "analytic", "ridge": combined.ridge}
     return {
         "plan": job.plan.name,
         "plan_digest": job.plan_file.digest.hex(),
         "stage": stage,
+        "stages": job.plan.stages,
         "base": {"name": job.plan.base.name, "digest": job.plan.base.digest},
+        "start": {
+            "digest": job.plan.adapter.digest if start is None else start.hex(),
+            "cohorts": [{"round": number, "total": total.hex()} for number, total in before],
+        },
         "adapter_digest": start_digest(combined.tensors).hex(),
         "coordinates": job.quantizer.size,
         "total_weight": combined.weight,

@@ -174,6 +174,8 @@ class Deadlines(Section):
     sign_s: Positive = 600
     unmask_s: Positive = 600
     outcome_s: Positive = 3600
+    #: Of a plan with several stages: how long after the first release of a stage late members are waited for.
+    stage_s: Positive = 86400
 
 
 class Round(Section):
@@ -196,8 +198,8 @@ class Plan(Section):
 
     name: Name
     task: Literal["classification"]
-    #: One upload per site in all; further stages come with a later version, until then they are refused.
-    stages: Annotated[int, Field(ge=1, le=1)] = 1
+    #: Passes from a start adapter to a release, one upload of each site in each; the next starts from the release.
+    stages: Annotated[int, Field(ge=1, le=16)] = 1
     base: Base
     adapter: Adapter
     data: Data
@@ -209,6 +211,10 @@ class Plan(Section):
     evaluation: Evaluation | None = None
     round: Round
     deadlines: Deadlines = Deadlines()
+
+    def trainings_from(self, stage: int) -> int:
+        """How often a site trains from a stage on, that one included: all of it must be left before it begins."""
+        return self.stages - stage + 1
 
     @model_validator(mode="after")
     def _task_fits_labels(self) -> Plan:
@@ -277,6 +283,19 @@ class Plan(Section):
             raise ValueError('evaluation: expected round.audit "divided": a vote is on certified outcomes only')
         if self.evaluation.server_lr and self.aggregation.analytic is not None:
             raise ValueError("evaluation.server_lr: expected none for an analytic head, which is no mean to be scaled")
+        return self
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Plan:
+        if self.stages > 1 and self.round.audit != "divided":
+            raise ValueError(
+                f'round.audit: expected "divided" with {self.stages} stages, found "{self.round.audit}": '
+                "a stage starts from totals that members recomputed"
+            )
+        if self.stages > 1 and self.aggregation.analytic is not None:
+            raise ValueError(
+                f"stages: expected 1 with an analytic head, which is exact after one round, found {self.stages}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -58,6 +58,7 @@ class World:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.trained: list[tuple[str, str]] = []  # (plan, state of its job when training began)
+        self.started: list[Any] = []  # the adapter that each training began from
         self.fails: list[Exception] = []
         lines = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(20)]
         (directory / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -80,6 +81,7 @@ class World:
     def train(self, **about: Any) -> TrainingResult:
         from participant.training import TrainingResult  # seconds of torch, which few tests need
 
+        self.started.append(about["start"])
         book, name = self.site.ledger("toy").book, about["plan"].name
         self.trained.append(
             (name, next(j.state for j in book.jobs.values() if j.reserve.plan == name and not j.aborted))
@@ -135,8 +137,9 @@ class Silent(Client):
     def __init__(self) -> None:
         self.progress = 0
 
-    def releases(self, plan: bytes) -> list[ReleasedCohort]:
+    def releases(self, plan: bytes, stage: int) -> list[ReleasedCohort]:
         assert plan
+        assert stage
         return []
 
 

@@ -21,7 +21,6 @@ from coordinator import phases
 from coordinator.executor import Threads
 from coordinator.publish import CohortTotal
 from coordinator.running import Running
-from coordinator.store import RoundRow
 from coordinator.unmask import SHARD_BLOCKS, Shard, fold, shard_count, unmask, unmask_shard
 from coordinator.work import RETRY_S, Worker
 from privacy import merkle
@@ -318,8 +317,8 @@ def test_a_plan_that_is_cancelled_while_its_release_is_written_leaves_none(
     stop_at(world, phases.Publishing)
     write = Worker._write_release
 
-    def and_cancel(worker: Worker, row: RoundRow, cohorts: list[CohortTotal]) -> None:
-        write(worker, row, cohorts)
+    def and_cancel(worker: Worker, plan: bytes, stage: int, cohorts: list[CohortTotal]) -> None:
+        write(worker, plan, stage, cohorts)
         world.engine.cancel_plan("toy", "just now")
 
     monkeypatch.setattr(Worker, "_write_release", and_cancel)
@@ -339,8 +338,8 @@ def test_a_cancelled_round_leaves_nothing_beside_an_earlier_cohort(
     stop_at(world, phases.Publishing)
     write = Worker._write_release
 
-    def and_cancel(worker: Worker, row: RoundRow, cohorts: list[CohortTotal]) -> None:
-        write(worker, row, cohorts)
+    def and_cancel(worker: Worker, plan: bytes, stage: int, cohorts: list[CohortTotal]) -> None:
+        write(worker, plan, stage, cohorts)
         monkeypatch.setattr(Worker, "_write_release", write)
         world.engine.cancel_plan("toy", "just now")
 
