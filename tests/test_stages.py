@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import participant.daemon
 import participant.patience
 from coordinator import phases
 from coordinator.report import report
@@ -392,6 +393,54 @@ def test_a_damaged_start_is_noticed_and_computed_again_once_it_is_gone(world: On
     place.rmdir()
     start = start_of(world.site(0), world.daemons[0].client, world.job, 2)
     assert start.digest == world.site(1).start_digest(world.job, 2)
+
+
+def test_a_plan_that_is_cancelled_in_its_second_stage_leaves_the_release_of_the_first(world: OnDisk) -> None:
+    world.begin(2)
+    world.train(0)
+    world.engine.cancel_plan("toy", "enough")
+    daemon = world.daemons[0]
+    (offered,) = daemon.client.plans()
+    assert (offered.state, offered.stage) == ("cancelled", 2)
+    assert daemon._consider(offered) == "released"
+    assert daemon.site.notes()["toy"]["reason"].endswith("stage-1/adapter")
+    world.wait(1e6)
+    assert world.engine.beginning() is None
+
+
+def test_a_stage_of_a_cancelled_plan_does_not_begin(world: OnDisk) -> None:
+    world.wait(1)
+    assert world.engine.beginning() is not None
+    world.engine.cancel_plan("toy", "enough")
+    assert world.engine.beginning() is None
+    assert not world.work()
+
+
+def test_a_daemon_that_was_late_goes_on_with_the_stage_that_is_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits in stage 1, hears nothing, and finds that the plan is in stage 2 now."""
+    world = OnDisk(tmp_path, plan=staged(2, stage_s=5000))
+    world.ready(0, 1, 2, 3)
+    world.wait(10)
+    world.run()
+    monkeypatch.setattr(participant.daemon, "prepare", lambda *_: None)
+    daemon = world.daemons[4]
+    seen: list[int] = []
+
+    def silent(_plan: bytes, stage: int, _seen: bytes) -> None:
+        seen.append(stage)
+        if len(seen) == 1:
+            world.begin(2)
+        elif len(seen) == 2:
+            world.engine.cancel_plan("toy", "enough")
+
+    monkeypatch.setattr(daemon.client, "next", silent)
+    states = [daemon._consider(daemon.client.plans()[0]) for _ in range(2)]
+    assert seen == [1, 2]
+    assert states[0] == "waiting"
+    assert world.site(4).stage_begun(world.job) == 2
+    assert json.loads(report(world.engine, "toy"))["ready"] == ["site-4"]
 
 
 # --- what people see --------------------------------------------------------------------------------------------------
