@@ -225,6 +225,7 @@ class Engine:
         """The start of a stage is computed, and the release before it is final: members may hear of it."""
         with self.lock:
             self.store.set_start(digest, stage, start)
+            self.held[digest] = ""
         log.info("stage begun", plan=self.jobs[digest].plan.name, stage=stage, start=start.hex()[:16])
         self.changed()
 

@@ -96,6 +96,7 @@ class Worker:
             self._begin(*waiting)
         except (DiskError, ProtocolError) as error:
             log.error("stage cannot begin", plan=engine.jobs[waiting[0]].plan.name, reason=str(error))
+            engine.held[waiting[0]] = f"stage {waiting[1].stage} cannot begin: {error}"
             self._begin_again = engine.clock() + RETRY_S
         return True
 

@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 
+import structlog
+
 from participant import charging
 from participant.client import Block, Client, ReleasedCohort
 from participant.patience import patiently
@@ -24,6 +26,8 @@ from privacy.secagg.masking import BLOCK, block_sizes, packed_bytes, packed_leng
 from privacy.secagg.messages import Outcome
 from privacy.secagg.projection import dealt_blocks
 from privacy.stages import Start, first_start, next_start
+
+log = structlog.get_logger()
 
 RELEASE_NOTE = "release.json"
 #: Blocks that a spot audit looks at.
@@ -137,6 +141,8 @@ def start_of(site: Site, client: Client, job: Job, stage: int) -> Start:
     with _verified(site, client, job, stage - 1, before, offered) as cohorts:
         start = next_start(job, before, cohorts)
         _write_release(site, job, stage - 1, before, offered, cohorts)
+        if site.spent(job, stage - 1) and not any(site.me in cohort.survivors for cohort in cohorts):
+            log.warning("this site's upload is not in the release that the next stage starts from", stage=stage)
     _keep_start(site, job, stage, start)
     return start
 

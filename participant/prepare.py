@@ -37,7 +37,7 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None, 
     """Train the stage's delta, unless an earlier run did, and keep it quantised; returns what training left.
 
     Args:
-        later: where a stage after the first starts, as ``participant/starts.py`` computed it here.
+        later: where a stage after the first starts, as ``participant/fetch.py`` computed it here.
 
     Raises:
         UserError: data set, base model or start adapter are not what the plan says, or training diverged.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -108,6 +109,23 @@ def check_audits(federation: Federation) -> None:
     assert "stage 2 starts from what the totals of stage 1 give: " in done.stdout
 
 
+def check_federation(federation: Federation) -> None:
+    """All ledgers beside the releases of both stages and what the others remember: nothing is found but no budget."""
+    place = federation.directory / "audit"
+    place.mkdir()
+    for name in ("roster.toml", "witnesses.jsonl"):
+        shutil.copyfile(federation.coordinator / name, place / name)
+    shutil.copytree(federation.coordinator / "releases", place / "releases")
+    for name in NAMES:
+        (place / "ledgers" / name).mkdir(parents=True)
+        for path in (federation.site(name) / "ledger" / "words.jsonl", federation.site(name) / "witnesses.jsonl"):
+            shutil.copyfile(path, place / "ledgers" / name / path.name)
+    pin = (federation.site("site-1") / "roster.pin").read_text().strip()
+    command = [str(BIN / "veilsum-audit"), "federation", str(place), "--pin", pin]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def check_ledgers(federation: Federation, starts: list[str]) -> None:
     """Each stage is a job of its own in every site's ledger, from the start that this stage had."""
     for name in NAMES:
@@ -151,6 +169,7 @@ def test_two_stages_equal_the_plain_computation_although_both_ends_are_killed(fe
             assert start_digest(own) == start_digest(released)
         start = released
     check_audits(federation)
+    check_federation(federation)
     check_ledgers(federation, starts)
     fetched = json.loads(federation.participant("site-1", "fetch", "words", "--json"))
     assert fetched["stage"] == 2

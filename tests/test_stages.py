@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,12 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+import participant.daemon
 import participant.patience
 from coordinator import phases
 from coordinator.report import report
 from coordinator.store import Event
+from coordinator.work import RETRY_S
 from participant.fetch import fetch_release, start_of
 from participant.records import Spent
 from privacy import faults
@@ -26,7 +31,7 @@ from privacy.job import Job
 from privacy.outcome import is_certified
 from privacy.plan import parse_plan
 from privacy.secagg.messages import Offer
-from tests.on_disk import OnDisk
+from tests.on_disk import OnDisk, full_disk
 from tests.test_end_to_end import POLICY, toy_plan
 
 
@@ -153,6 +158,44 @@ def test_a_late_member_joins_at_the_second_stage_and_computes_the_first_by_itsel
     assert [survivors for survivors, _ in world.totals(2)] == [(0, 1, 2, 3, 4)]
     assert_released(world, 2)
     assert not any(isinstance(r, Spent) and r.header.stage == 1 for r in world.records(4))
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> list[tuple[set[int], int | None, bool]]:
+    """Of two or three stages: who is there, who of five falls silent before its upload, and is C restarted."""
+    stages = []
+    for _ in range(draw(st.integers(2, 3))):
+        late = draw(st.none() | st.integers(0, 4))
+        silent = draw(st.none() | st.integers(0, 4)) if late is None else None
+        stages.append((set(range(5)) - {late}, silent, draw(st.booleans())))
+    return stages
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(history=histories(), phase=st.sampled_from([phases.Sharing, phases.Uploading]), restarted=st.integers(0, 4))
+def test_whoever_is_late_or_lost_in_a_stage_is_in_the_next(
+    history: list[tuple[set[int], int | None, bool]], phase: type, restarted: int
+) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        world = OnDisk(Path(directory), plan=staged(len(history), stage_s=5000))
+        for stage, (present, silent, restart) in enumerate(history, 1):
+            if stage > 1:
+                world.begin(stage)
+                world.train(*present)
+            if restart:
+                world.open()
+                world.restart(restarted)
+            world.ready(*present)
+            world.wait(10)
+            world.run(phase)
+            world.away = set() if silent is None else {silent}
+            world.run()
+            world.away = set()
+            assert world.totals(stage)[0][0] == tuple(sorted(present - {silent}))
+        world.assert_exact()
+        for stage in range(1, len(history) + 1):
+            assert_released(world, stage)
+        world.engine.store.close()
 
 
 # --- when a stage closes ----------------------------------------------------------------------------------------------
@@ -392,6 +435,78 @@ def test_a_damaged_start_is_noticed_and_computed_again_once_it_is_gone(world: On
     place.rmdir()
     start = start_of(world.site(0), world.daemons[0].client, world.job, 2)
     assert start.digest == world.site(1).start_digest(world.job, 2)
+
+
+def test_a_plan_that_is_cancelled_in_its_second_stage_leaves_the_release_of_the_first(world: OnDisk) -> None:
+    world.begin(2)
+    world.train(0)
+    world.engine.cancel_plan("toy", "enough")
+    daemon = world.daemons[0]
+    (offered,) = daemon.client.plans()
+    assert (offered.state, offered.stage) == ("cancelled", 2)
+    assert daemon._consider(offered) == "released"
+    assert daemon.site.notes()["toy"]["reason"].endswith("stage-1/adapter")
+    world.wait(1e6)
+    assert world.engine.beginning() is None
+
+
+def test_a_stage_of_a_cancelled_plan_does_not_begin(world: OnDisk) -> None:
+    world.wait(1)
+    assert world.engine.beginning() is not None
+    world.engine.cancel_plan("toy", "enough")
+    assert world.engine.beginning() is None
+    assert not world.work()
+
+
+def test_a_daemon_that_was_late_goes_on_with_the_stage_that_is_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits in stage 1, hears nothing, and finds that the plan is in stage 2 now."""
+    world = OnDisk(tmp_path, plan=staged(2, stage_s=5000))
+    world.ready(0, 1, 2, 3)
+    world.wait(10)
+    world.run()
+    monkeypatch.setattr(participant.daemon, "prepare", lambda *_: None)
+    daemon = world.daemons[4]
+    seen: list[int] = []
+
+    def silent(_plan: bytes, stage: int, _seen: bytes) -> None:
+        seen.append(stage)
+        if len(seen) == 1:
+            world.begin(2)
+        elif len(seen) == 2:
+            world.engine.cancel_plan("toy", "enough")
+
+    monkeypatch.setattr(daemon.client, "next", silent)
+    states = [daemon._consider(daemon.client.plans()[0]) for _ in range(2)]
+    assert seen == [1, 2]
+    assert states[0] == "waiting"
+    assert world.site(4).stage_begun(world.job) == 2
+    assert json.loads(report(world.engine, "toy"))["ready"] == ["site-4"]
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_stage_that_cannot_begin_says_why_and_is_tried_again(
+    world: OnDisk, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    """The disk is full, or a total on it was damaged."""
+    world.wait(1)
+    total = world.engine.store.total(world.rounds[0].row.id)
+    content = total.read_bytes()
+    if full:
+        full_disk(monkeypatch, "before-commit:stages")
+    else:
+        total.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    assert world.work()
+    total.write_bytes(content)
+    assert world.engine.stage(world.digest) == 1
+    said = "state.db: expected to write" if full else "M10: the total fetched does not have the root"
+    assert f"stage 2 cannot begin: {said}" in report(world.engine, "")
+    assert not world.work()
+    world.wait(RETRY_S + 1)
+    assert world.work()
+    assert world.engine.stage(world.digest) == 2
+    assert world.engine.held[world.digest] == ""
 
 
 # --- what people see --------------------------------------------------------------------------------------------------
