@@ -92,6 +92,9 @@ class SitePolicy(Section):
     #: Consent to plans with an analytic head, which sum statistics of the records: classes with fewer different texts
     #: here are left out (the larger of this and the plan's minimum holds). Without it such plans are refused.
     min_class_count: Positive | None = None
+    #: Consent to plans with the method "regmean", which sum Gram matrices of what A says of the records: with fewer
+    #: different texts here (the larger of this and the plan's minimum holds) the site sits out.
+    min_texts: Positive | None = None
 
 
 class Settings(Section):
@@ -104,6 +107,9 @@ class Settings(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     #: CPU threads for training, default: all.
     threads: Positive | None = None
+    #: Largest rank of an adapter that this site trains. Plans with the method "dense" take any; others of a larger rank
+    #: are refused.
+    max_rank: Positive | None = None
     #: For tests and demonstrations: keep the quantised vector in the clear beside the spool. Never leaves the site.
     keep_plain_vector: bool = False
     #: Base model name in plans -> directory.
@@ -128,6 +134,11 @@ class Home:
     def work(self) -> Path:
         """Deltas, quantised vectors and spools, by plan."""
         return self.directory / "work"
+
+    @property
+    def factors(self) -> Path:
+        """Factors of base models for plans with the method "core", by their digest."""
+        return self.work / "factors"
 
     @property
     def releases(self) -> Path:

@@ -65,7 +65,7 @@ class Daemon:
         try:
             plan_file = parse_plan(offered.toml)
             name = plan_file.plan.name
-            job = Job.of(plan_file, self.site.roster)
+            job = Job.of(plan_file, self.site.roster, self.site.home.factors)
             standing = charging.standing(self.site, job, offered.stage)
             admit(job, self.site.home.settings, standing, self._stage(job, offered))
             state, reason = self._work(job, offered)

@@ -13,6 +13,7 @@ import structlog
 
 from participant import charging
 from participant.client import Block, Client, ReleasedCohort
+from participant.factors import ensure_factors
 from participant.patience import patiently
 from participant.phases import Checking
 from participant.site import Site
@@ -74,6 +75,7 @@ def fetch_release(site: Site, client: Client, job: Job, stage: int) -> bool:
     _check_ids(offered)
     if released_rounds(site.release_directory(job.plan.name, stage)) == sorted(_summary(c) for c in offered):
         return True
+    ensure_factors(site, job)
     start = start_of(site, client, job, stage)
     with _verified(site, client, job, stage, start, offered) as cohorts:
         _write_release(site, job, stage, start, offered, cohorts)

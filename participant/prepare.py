@@ -12,14 +12,16 @@ from numpy.typing import NDArray
 from participant import charging
 from participant.config import DataSet
 from participant.data import Examples, load_examples
+from participant.factors import ensure_factors
 from participant.patience import patiently
 from participant.registry import Registry
 from participant.site import Site
 from participant.store import Quantised, Trained
-from privacy.adapter import Tensors, check_start, release, save_peft, start_adapter
-from privacy.analytic import solved
+from privacy.adapter import Tensors, check_start, save_peft
 from privacy.errors import Refusal, UserError
 from privacy.job import Job
+from privacy.methods import merged
+from privacy.plan import Plan
 from privacy.secagg.masking import tiles_of
 from privacy.secagg.quantize import weighted_loss
 from privacy.stages import Start
@@ -45,6 +47,7 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None, 
             another start adapter.
     """
     name, digest = job.plan.name, job.plan_file.digest.hex()
+    ensure_factors(site, job)
     start, origin = _start(site, job, stage, later)
     kept = site.store.trained(name, stage)
     if kept is not None and kept.plan == digest and (kept.start or job.plan.adapter.digest) == origin:
@@ -75,7 +78,7 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None, 
 def _start(site: Site, job: Job, stage: int, later: Start | None) -> tuple[Tensors, str]:
     """The adapter that a stage starts from, and its digest in hex."""
     if stage == 1:
-        tensors = start_adapter(job.plan.adapter)
+        tensors = job.start_tensors()
         check_start(tensors, job.plan.adapter)
         return tensors, job.plan.adapter.digest
     if later is None or later.digest != site.start_digest(job, stage):
@@ -91,10 +94,11 @@ def _whose(kept: Trained | None, digest: str) -> str:
 
 
 def _local(job: Job, start: Tensors, vector: NDArray[np.float32]) -> Tensors:
-    """What this site's vector gives alone."""
-    if job.plan.aggregation.analytic is not None:
-        return solved(start, vector, job.plan)[0]
-    return release(start, vector, 1.0, job.layout)
+    """What this site's vector gives alone, at a server rate of 1."""
+    aggregation = job.plan.aggregation.model_copy(update={"server_lr": 1.0})
+    return merged(
+        start, vector.copy(), job.plan.model_copy(update={"aggregation": aggregation}), factors=job.factors()
+    ).tensors
 
 
 def _examples(site: Site, job: Job, data: DataSet) -> Examples:
@@ -109,11 +113,26 @@ def _examples(site: Site, job: Job, data: DataSet) -> Examples:
         unit_column=data.unit if users else None,
         max_records_per_unit=privacy.max_records_per_unit if privacy is not None and users else None,
     )
-    if job.plan.aggregation.analytic is None:
+    aggregation, own = job.plan.aggregation, site.home.settings.policy
+    if aggregation.regmean is not None:
+        _enough_texts(examples, job.plan, own.min_texts or 1)
+    if aggregation.analytic is None:
         return examples
     from participant.analytic import frequent
 
-    return frequent(examples, job.plan, site.home.settings.policy.min_class_count or 1)
+    return frequent(examples, job.plan, own.min_class_count or 1)
+
+
+def _enough_texts(examples: Examples, plan: Plan, own_minimum: int) -> None:
+    """Raise UserError unless the site has as many different texts as the plan and its own file ask for."""
+    settings = plan.aggregation.regmean
+    assert settings is not None
+    least, found = max(settings.min_texts, own_minimum), len(set(examples.texts))
+    if found < least:
+        raise UserError(
+            f"data: expected at least {least} different texts (min_texts), found {found}",
+            hint="sit this plan out, or agree on a smaller minimum",
+        )
 
 
 def _train(
@@ -139,7 +158,7 @@ def _train(
             return collect(**about)
         from participant.training import train
 
-        return train(**about)
+        return train(**about, factors=job.factors(), rank=settings.max_rank)
     from participant.dp_sgd import train_private
 
     return train_private(**about, on_selftest=lambda found: charging.start(site, job, identity, found.to_json()))

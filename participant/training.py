@@ -25,7 +25,9 @@ from torch.nn.functional import cross_entropy
 
 from participant.base_model import base_digest as base_digest  # the name others look for here
 from participant.base_model import check_base
+from participant.cores import Cores
 from participant.data import Examples
+from participant.sending import narrowed, vector_of
 from privacy.adapter import Tensors, Vector, check_tensors, flatten, layout_of, peft_config, trained_part
 from privacy.errors import UserError
 from privacy.plan import Adapter, Plan
@@ -44,7 +46,7 @@ Progress = Callable[[int, int, float], None]
 class TrainingResult:
     """What a site's training gives: ``delta`` goes to masking, the rest to the log."""
 
-    #: (d,) float32: trained minus start, see :func:`privacy.adapter.flatten`.
+    #: (d,) float32: trained minus start, see :func:`privacy.adapter.flatten`, or what the plan's method makes of it.
     delta: Vector
     #: Number of examples in the data set; the site's weight.
     examples: int
@@ -174,8 +176,10 @@ def load_model(plan: Plan, base: Path, adapter: Mapping[str, Any], device: Devic
     report: Any = peft.set_peft_model_state_dict(wrapped, tensors)
     assert not report.unexpected_keys, report.unexpected_keys
     for name, parameter in wrapped.named_parameters():
-        in_b = "lora_B" in name and plan.adapter.train == "all"
-        parameter.requires_grad_(in_b or "modules_to_save" in name)
+        in_lora = ("lora_B" in name and plan.adapter.train != "head") or (
+            "lora_A" in name and plan.adapter.train == "both"
+        )
+        parameter.requires_grad_(in_lora or "modules_to_save" in name)
     wrapped.eval()
     placed = read_adapter(wrapped)
     assert all(np.array_equal(placed[name], value) for name, value in adapter.items()), "PEFT lost a tensor"
@@ -246,6 +250,8 @@ def train(
     device: Device = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
+    factors: Mapping[str, Any] | None = None,
+    rank: int | None = None,
 ) -> TrainingResult:
     """Fine-tune B and the head from ``start`` on the site's examples, as the plan says, and return the delta.
 
@@ -262,6 +268,8 @@ def train(
         device: ``auto`` is CUDA, then CPU; bf16 autocast where CUDA has it.
         threads: CPU threads for torch in this process; None leaves torch's own choice.
         progress: called after each step.
+        factors: the frozen ones of the method "core".
+        rank: most directions that this site trains, with the method "dense".
 
     Raises:
         UserError: no examples or one label only, another base model than the plan's, or a loss that is not finite.
@@ -271,6 +279,7 @@ def train(
     _check_examples(examples, plan)
     if threads is not None:
         torch.set_num_threads(threads)
+    plan, start = narrowed(plan, start, rank)
     layout, settings = layout_of(plan.adapter), plan.training
     loaded = load_model(plan, base, start, device)
     texts = tokenise(loaded.tokenizer, examples.texts, plan.data.max_length)
@@ -279,6 +288,7 @@ def train(
     if settings.loss == "logit_adjusted":
         prior = log_prior(examples.labels, len(prior))
     prior = prior.to(loaded.device)
+    cores = Cores(loaded.model, plan, factors)
     weights = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(plan, weights)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -303,9 +313,21 @@ def train(
             epoch_loss += value * len(chosen)
             if progress is not None:
                 progress(step, steps, value)
-    delta = delta_of(start, read_adapter(loaded.model), plan.adapter)
+    moved = cores.leave()
+    after = read_adapter(loaded.model)
+    delta = delta_of(start, after, plan.adapter)
     assert delta.shape == (layout.size,)
-    return TrainingResult(delta, len(texts), epoch_loss / len(texts), time.monotonic() - began)
+    vector = vector_of(
+        plan=plan,
+        start=start,
+        after=after,
+        delta=delta,
+        cores=moved,
+        model=loaded.model,
+        texts=texts,
+        forward=lambda b: logits_of(loaded, b),
+    )
+    return TrainingResult(vector, len(texts), epoch_loss / len(texts), time.monotonic() - began)
 
 
 def _check_examples(examples: Examples, plan: Plan) -> None:

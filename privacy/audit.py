@@ -17,6 +17,7 @@ from privacy.adapter import load_peft
 from privacy.encoding import decode
 from privacy.errors import ProtocolError, UserError, shown
 from privacy.evidence import EVIDENCE_FILE, TOTAL_FILE, read_evidence
+from privacy.factors import FACTORS
 from privacy.files import read_file
 from privacy.job import Job
 from privacy.outcome import VerifiedCohort, check_block, combine, manifest, verify_cohort
@@ -54,7 +55,8 @@ def audit_release(directory: Path, roster_hash: bytes | None = None, uploads: Pa
         ProtocolError: something does not hold; the first such thing.
         UserError: a file is missing.
     """
-    job = Job.of(load_plan(directory / "plan.toml"), load_roster(directory / "roster.toml", roster_hash))
+    roster = load_roster(directory / "roster.toml", roster_hash)
+    job = Job.of(load_plan(directory / "plan.toml"), roster, directory / FACTORS)
     stage = _stage(directory, job)
     start = _start(directory, job, stage)
     cohorts: list[VerifiedCohort] = []

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privacy import analytic, merkle
-from privacy.adapter import Tensors, release, start_adapter, start_digest
+from privacy import merkle
+from privacy.adapter import Tensors, start_digest
 from privacy.errors import ProtocolError
 from privacy.job import Job
+from privacy.methods import Rounding, merged
 from privacy.secagg import projection, transcript
 from privacy.secagg.masking import BLOCK, MaskStreams, block_sizes, packed_bytes, unpack
 from privacy.secagg.messages import Evidence, Outcome, OutcomeVote
@@ -145,13 +146,12 @@ class Combined:
     tensors: Tensors
     weight: int
     loss: float
-    #: Of an analytic head: the ridge it was solved with.
-    ridge: float | None = None
+    #: What the manifest says of the method: an error that was measured, a ridge that was used.
+    facts: Facts = field(default_factory=dict)
 
 
 def combine(job: Job, cohorts: Sequence[VerifiedCohort], start: Tensors | None = None) -> Combined:
-    """The mean over disjoint cohorts and the adapter it gives: start + server_lr * mean, or the head that a mean of
-    statistics gives. O(d) memory: the adapter.
+    """The mean over disjoint cohorts and the adapter it gives by the plan's method. O(d) memory: the adapter.
 
     Args:
         start: the whole adapter that the cohorts' stage starts from; without it that of stage 1.
@@ -164,15 +164,9 @@ def combine(job: Job, cohorts: Sequence[VerifiedCohort], start: Tensors | None =
         raise ProtocolError("expected disjoint cohorts in a release, found a member twice or none at all")
     weight, loss = _weight_and_loss(job, cohorts)
     mean = _mean(job, cohorts, weight)
-    if start is None:
-        start = start_adapter(job.plan.adapter)
-    if job.plan.aggregation.analytic is not None:
-        unit = job.quantizer.max_weight / (job.quantizer.qmax * weight)
-        least = analytic.rounding_ridge(analytic.head_of(job.plan), unit, len(members))
-        solved, ridge = analytic.solved(start, mean, job.plan, least)
-        return Combined(solved, weight, loss, ridge)
-    tensors = release(start, mean, job.plan.aggregation.server_lr, job.layout, in_place=True)
-    return Combined(tensors, weight, loss)
+    rounding = Rounding(job.quantizer.max_weight / (job.quantizer.qmax * weight), len(members))
+    found = merged(job.start_tensors() if start is None else start, mean, job.plan, rounding, job.factors())
+    return Combined(found.tensors, weight, loss, found.facts)
 
 
 def _weight_and_loss(job: Job, cohorts: Sequence[VerifiedCohort]) -> tuple[int, float]:
@@ -205,7 +199,6 @@ def manifest(
         start: digest of the adapter that the stage started from; without it that of stage 1.
         before: (round, H(total)) of the cohorts of the stage before that it was computed from.
     """
-    head = {} if combined.ridge is None else {"head": "analytic", "ridge": combined.ridge}
     return {
         "plan": job.plan.name,
         "plan_digest": job.plan_file.digest.hex(),
@@ -219,7 +212,7 @@ def manifest(
         "adapter_digest": start_digest(combined.tensors).hex(),
         "coordinates": job.quantizer.size,
         "total_weight": combined.weight,
-        **head,
+        **combined.facts,
         **_training(job, combined.loss),
         "cohorts": [_cohort(job, cohort) for cohort in cohorts],
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from privacy.adapter import Tensors, start_adapter, start_digest
+from privacy.adapter import Tensors, start_digest
 from privacy.errors import ProtocolError
 from privacy.job import Job
 from privacy.outcome import VerifiedCohort, combine
@@ -29,7 +29,7 @@ class Start:
 
 def first_start(job: Job) -> Start:
     """The start of stage 1, from the plan's seed; whether it is the one that the plan pins, the caller checks."""
-    tensors = start_adapter(job.plan.adapter)
+    tensors = job.start_tensors()
     return Start(tensors, start_digest(tensors))
 
 
