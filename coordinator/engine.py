@@ -242,7 +242,7 @@ class Engine:
         A total without an outcome certificate is left out, here and in the release: no site would start from it.
         """
         job, rounds = self.jobs[digest], self.stage_rounds(digest, stage)
-        if stage == job.plan.stages or any(
+        if stage == job.plan.last or any(
             not isinstance(r.machine.phase, phases.Released | phases.Aborted) for r in rounds
         ):
             return False
@@ -270,7 +270,7 @@ class Engine:
         cohort = self._cohort(digest, stage, [r.machine for r in rounds], proofs)
         if cohort is None:
             return
-        self.held[digest] = missing_space(job, len(cohort), self.store.directory)
+        self.held[digest] = missing_space(job.at(stage), len(cohort), self.store.directory)
         if self.held[digest]:
             return
         number = max((r.row.number for r in rounds), default=0) + 1
@@ -322,7 +322,7 @@ class Engine:
 
     def _restore(self, row: RoundRow) -> None:
         """Build a round's machine from its stored events."""
-        job = self.jobs[row.plan]
+        job = self.jobs[row.plan].at(row.stage)
         events = list(self.store.events(row.id))
         tables = [decode(OfferTable, e.payload) for e in events if e.kind == "proofs"]
         proofs = {entry.member: entry.proofs for table in tables for entry in table.entries}

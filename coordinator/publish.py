@@ -24,9 +24,9 @@ from privacy.evidence import TOTAL_FILE, write_evidence
 from privacy.factors import FACTORS, keep_factors
 from privacy.files import disk_errors, fsync_file, replace_durably, write_durably
 from privacy.job import Job
-from privacy.outcome import Facts, VerifiedCohort, combine, manifest, verify_cohort
+from privacy.outcome import Facts, VerifiedCohort, manifest, verify_cohort
 from privacy.secagg.messages import Evidence, Outcome
-from privacy.stages import Start, first_start, start_of
+from privacy.stages import Start, first_start, release_of, start_of
 
 MANIFEST = "manifest.json"
 
@@ -94,7 +94,7 @@ def _publish(
     job: Job, stage: int, cohorts: Sequence[CohortTotal], directory: Path, named: Sequence[Facts], start: Start
 ) -> Facts:
     held = verified(job, stage, start, cohorts)
-    combined = combine(job, held, start.tensors)
+    combined = release_of(job, stage, held, start)
     for cohort in cohorts:
         evidence = directory / "rounds" / str(cohort.number)
         evidence.mkdir(parents=True, exist_ok=True)

@@ -103,8 +103,8 @@ def fetch(
     client = site.client()
     client.hello()
     plan_file, now = _find_plan(client, plan)
-    job = Job.of(plan_file, site.roster)
-    wanted = [stage] if stage is not None else range(min(now, job.plan.stages), 0, -1)
+    job = Job.of(plan_file, site.roster, site.home.factors)
+    wanted = [stage] if stage is not None else range(min(now, job.plan.last), 0, -1)
     found = next((number for number in wanted if fetch_release(site, client, job, number)), None)
     if found is None:
         of = f"stage {stage} of " if stage is not None else ""

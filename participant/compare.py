@@ -56,7 +56,7 @@ def compare(
 def _directory(site: Site, plan: Plan, name: str, stage: int | None) -> Path:
     if name not in ("local", "release"):
         return Path(name)
-    stages = range(plan.stages, 0, -1) if stage is None else (stage,)
+    stages = range(plan.last, 0, -1) if stage is None else (stage,)
     work, releases = site.home.work / plan.name, site.home.releases / plan.name
     places = [work / f"stage-{k}" / "local" if name == "local" else releases / f"stage-{k}" / "adapter" for k in stages]
     return next((place for place in places if place.exists()), places[-1])

@@ -13,6 +13,8 @@ from participant import charging
 from participant.config import DataSet
 from participant.data import Examples, load_examples
 from participant.factors import ensure_factors
+from participant.holdout import split
+from participant.judging import judge
 from participant.patience import patiently
 from participant.registry import Registry
 from participant.site import Site
@@ -38,6 +40,8 @@ PLAIN_VECTOR = "plain-vector.npy"
 def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None, later: Start | None = None) -> Trained:
     """Train the stage's delta, unless an earlier run did, and keep it quantised; returns what training left.
 
+    The stage of the evaluation trains nothing: its vector is the counts of ``participant/judging.py``.
+
     Args:
         later: where a stage after the first starts, as ``participant/fetch.py`` computed it here.
 
@@ -58,10 +62,15 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None, 
             f"the delta of plan '{name}' {_whose(kept, digest)}; it takes a plan of another name to train again"
         )
     data = site.home.settings.datasets[job.plan.data.dataset]
-    examples = _examples(site, job, data)
+    everything = _examples(site, job, data)
+    examples, held_out = split(everything, job.plan)
     weight = _weight(job, len(examples))
-    patiently(lambda: Registry(site.home).take(job.plan.data.dataset, examples.texts))
+    patiently(lambda: Registry(site.home).take(job.plan.data.dataset, everything.texts))
     identity = charging.reserve(site, job, stage)
+    if job.plan.judges(stage):
+        assert later is not None
+        charging.start(site, job, identity, None)
+        return patiently(lambda: judge(site, job, stage, later, held_out, progress))
     log.info("training", plan=name)
     result = _train(site, job, identity, start, examples, progress)
     local = _local(job, start, result.delta)

@@ -249,9 +249,18 @@ class Plan(Section):
     round: Round
     deadlines: Deadlines = Deadlines()
 
+    @property
+    def last(self) -> int:
+        """The last stage: that of the evaluation, or of the last training where there is none."""
+        return self.stages + (self.evaluation is not None)
+
+    def judges(self, stage: int) -> bool:
+        """Is this the stage that trains nothing and evaluates?"""
+        return stage > self.stages
+
     def trainings_from(self, stage: int) -> int:
         """How often a site trains from a stage on, that one included: all of it must be left before it begins."""
-        return self.stages - stage + 1
+        return max(1, self.stages - stage + 1)
 
     @model_validator(mode="after")
     def _task_fits_labels(self) -> Plan:
