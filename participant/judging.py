@@ -1,0 +1,63 @@
+"""The evaluation at one site: its held-out records under every candidate, as counts in the one vector of the stage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import structlog
+
+from participant.data import Examples
+from participant.site import Site
+from participant.store import Trained
+from privacy.errors import UserError
+from privacy.evaluation import Counts, candidates_of, encode_counts
+from privacy.job import Job
+from privacy.stages import Start, each_candidate
+
+log = structlog.get_logger()
+
+
+def judge(
+    site: Site,
+    job: Job,
+    stage: int,
+    start: Start,
+    held_out: Examples,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> Trained:
+    """Classify the held-out records with each candidate and keep the counts as the vector of the stage.
+
+    Raises:
+        UserError: another base model than the plan's, or more records than may be counted.
+    """
+    from participant.evaluation import accuracy  # torch takes seconds to import
+
+    begun, plan, settings, counts = time.monotonic(), job.plan, site.home.settings, []
+    total = len(candidates_of(plan))
+    for number, (name, tensors) in enumerate(each_candidate(job, start)):
+        found = accuracy(
+            plan=plan,
+            base=site.home.path(settings.models[plan.base.name]),
+            adapter=tensors,
+            examples=held_out,
+            device=settings.device,
+            threads=settings.threads,
+        )
+        counts.append(Counts(found.correct, found.loss * found.total))
+        log.info("evaluated", plan=plan.name, candidate=name, correct=found.correct, records=found.total)
+        if progress is not None:
+            progress(number + 1, total, found.loss)
+    trained = Trained(
+        *(job.plan_file.digest.hex(), len(held_out), 0.0, time.monotonic() - begun, len(held_out)),
+        start.digest.hex(),
+    )
+    try:
+        extras = encode_counts(len(held_out), counts)
+    except ValueError as error:
+        raise UserError(f"plan '{plan.name}': {error}", hint="register a part of the data set") from error
+    quantizer = job.at(stage).quantizer
+    vector = quantizer.tiles(np.empty(0, np.float32), len(held_out), extras)
+    site.store.keep_trained(plan.name, stage, vector, trained)
+    return trained
