@@ -1,97 +1,34 @@
-"""Several stages on a real engine with real sites: who goes on when, where each starts, what a restart finds."""
+"""Several stages on a real engine with real sites: who goes on when, where each starts, and what people see of it."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 import participant.daemon
 import participant.patience
 from coordinator import phases
 from coordinator.report import report
-from coordinator.store import Event
-from coordinator.work import RETRY_S
-from participant.fetch import fetch_release, start_of
 from participant.records import Spent
-from privacy import faults
-from privacy.adapter import Tensors, flatten, load_peft, start_adapter, start_digest, trained_part
 from privacy.audit import audit_release
 from privacy.errors import ProtocolError, Refusal, UserError
 from privacy.job import Job
 from privacy.outcome import is_certified
 from privacy.plan import parse_plan
 from privacy.secagg.messages import Offer
-from tests.on_disk import OnDisk, full_disk
-from tests.test_end_to_end import POLICY, toy_plan
-
-
-def staged(stages: int, stage_s: int = 100_000) -> bytes:
-    """The toy plan with so many stages."""
-    raw = toy_plan().replace(b'task = "classification"', b'task = "classification"\nstages = %d' % stages)
-    return raw + b"stage_s = %d\n" % stage_s
+from tests.on_disk import OnDisk
+from tests.staged import assert_released, manifest, released, run_stage, staged
 
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(participant.patience, "BACKOFF_S", (0.0,))
-
-
-def released(world: OnDisk, stage: int) -> Path:
-    return world.engine.home.releases / "toy" / f"stage-{stage}"
-
-
-def manifest(world: OnDisk, stage: int) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((released(world, stage) / "manifest.json").read_bytes())
-    return found
-
-
-def flat(world: OnDisk, tensors: Tensors) -> NDArray[np.float32]:
-    return flatten(trained_part(tensors, world.job.layout), world.job.layout)
-
-
-def plain_release(world: OnDisk, stage: int) -> NDArray[np.float64]:
-    """What the stages up to this one give in plain numpy: start + sum over stages of server_lr * weighted mean."""
-    plan = world.job.plan
-    found = flat(world, start_adapter(plan.adapter)).astype(np.float64)
-    size, qmax = world.job.quantizer.size, world.job.quantizer.qmax
-    for number in range(1, stage + 1):
-        members = [m for survivors, _ in world.totals(number) for m in survivors]
-        vectors = [world.vector_of(m, number).astype(np.int64)[:size] for m in members]
-        weight = sum(100 + m for m in members)
-        scale = plan.round.clip * plan.round.max_weight / (qmax * weight)
-        found = (found + plan.aggregation.server_lr * np.sum(vectors, axis=0) * scale).astype(np.float32)
-    return found.astype(np.float64)
-
-
-def assert_released(world: OnDisk, stage: int) -> None:
-    """A stage's release is the plain computation, an audit accepts it, and each site computes the same bits."""
-    audit_release(released(world, stage), world.job.roster_file.hash)
-    adapter = load_peft(released(world, stage) / "adapter")
-    assert np.abs(flat(world, adapter) - plain_release(world, stage)).max() < 1e-6
-    for i in range(world.n):
-        site = world.site(i)
-        assert fetch_release(site, world.daemons[i].client, world.job, stage)
-        own = load_peft(site.release_directory("toy", stage) / "adapter")
-        assert start_digest(own) == start_digest(adapter)
-
-
-def run_stage(world: OnDisk, stage: int) -> None:
-    """A whole stage with everybody."""
-    if stage > 1:
-        world.begin(stage)
-        world.train()
-    world.ready()
-    world.run()
 
 
 @pytest.fixture
@@ -290,223 +227,6 @@ def test_without_any_certificate_the_next_stage_does_not_begin(tmp_path: Path) -
     world.wait(1e6)
     assert not world.engine.store.stages(world.digest)
     assert "no total of stage 1 is certified: stage 2 must wait" in report(world.engine, "")
-
-
-# --- restarts ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_coordinator_goes_on_in_the_second_stage_after_a_restart(world: OnDisk) -> None:
-    run_stage(world, 2)
-    before = [(r.row.id, type(r.machine.phase)) for r in world.rounds]
-    world.open()
-    assert world.engine.stage(world.digest) == 2
-    assert [(r.row.id, type(r.machine.phase)) for r in world.rounds] == before
-    assert_released(world, 2)
-
-
-def test_a_restart_between_the_closing_and_the_start_computes_the_start_again(world: OnDisk) -> None:
-    world.wait(1)
-    assert world.engine.beginning() is not None
-    world.open()
-    (row,) = world.engine.store.stages(world.digest).values()
-    assert row.start is None
-    run_stage(world, 2)
-    assert_released(world, 2)
-
-
-def test_a_power_cut_after_every_event_of_the_second_stage_loses_nothing(tmp_path: Path) -> None:
-    plan = staged(2).replace(b"min_cohort = 4", b"min_cohort = 3")
-    world = OnDisk(tmp_path, 3, plan, {**POLICY, "min_cohort": 3})
-    run_stage(world, 1)
-    world.begin(2)
-    world.train()
-    kinds: list[str] = []
-
-    def cut(event: Event) -> bool:
-        kinds.append(event.kind)
-        return True
-
-    world.cut = cut
-    world.ready()
-    world.run()
-    world.cut = lambda _event: False
-    world.run()
-    assert isinstance(world.phase, phases.Released)
-    assert {"proofs", "message", "sum", "publish"} <= set(kinds)
-    assert world.engine.stage(world.digest) == 2
-    while world.work():
-        pass
-    world.assert_exact()
-    assert_released(world, 2)
-
-
-class Killed(BaseException):
-    """The process ends at a fault point."""
-
-
-def killed_at_every_point(step: Callable[[], object], again: Callable[[], object], patch: pytest.MonkeyPatch) -> int:
-    """Run a step, killed once at each fault point that it passes, until it comes through; how often it was killed."""
-    seen: set[tuple[str, ...]] = set()
-
-    def point(action: str, where: str | Path = "") -> None:
-        called = [frame.name for frame in traceback.extract_stack()]
-        key = (faults.name_of(action, where), *called)
-        if key not in seen:
-            seen.add(key)
-            raise Killed
-
-    for kills in range(200):
-        with patch.context() as faulty:
-            faulty.setattr(faults, "point", point)
-            try:
-                step()
-            except Killed:
-                pass
-            else:
-                return kills
-        again()
-    raise AssertionError("it never came through")
-
-
-def test_a_coordinator_killed_at_any_point_between_two_stages_begins_the_second_once(
-    world: OnDisk, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def step() -> None:
-        world.wait(1)
-        while world.work():
-            pass
-
-    kills = killed_at_every_point(step, world.open, monkeypatch)
-    assert kills >= 4  # before and after the row that closes a stage, and the one that begins the next
-    assert world.engine.stage(world.digest) == 2
-    assert len(world.engine.store.stages(world.digest)) == 1
-    run_stage(world, 2)
-    assert_released(world, 2)
-
-
-def test_a_site_killed_at_any_point_while_it_computes_a_start_computes_the_same_again(
-    world: OnDisk, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    world.begin(2)
-
-    def step() -> None:
-        start_of(world.site(0), world.daemons[0].client, world.job, 2)
-
-    kills = killed_at_every_point(step, lambda: world.restart(0), monkeypatch)
-    assert kills >= 8  # release and its note, start and its note, each before and after it is there
-    world.train()
-    assert len({world.site(i).start_digest(world.job, 2) for i in range(5)}) == 1
-    world.ready()
-    world.run()
-    assert_released(world, 2)
-
-
-def test_a_site_that_restarts_finds_its_start_and_asks_nobody_for_it(
-    world: OnDisk, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    world.begin(2)
-    world.train()
-    digest = world.site(1).start_digest(world.job, 2)
-    world.restart(1)
-    monkeypatch.setattr(world.daemons[1].client, "releases", None)
-    assert start_of(world.site(1), world.daemons[1].client, world.job, 2).digest == digest
-    world.ready()
-    world.run()
-    assert_released_by(world, 1, digest)
-
-
-def assert_released_by(world: OnDisk, member: int, start: bytes) -> None:
-    assert member in world.totals(2)[0][0]
-    assert world.rounds[-1].machine.context.header.start == start
-
-
-def test_a_damaged_start_is_noticed_and_computed_again_once_it_is_gone(world: OnDisk) -> None:
-    world.begin(2)
-    world.train()
-    place = world.site(0).store.directory("toy", 2) / "start"
-    weights = place / "adapter_model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    with pytest.raises(UserError, match=r"expected the adapter .*, found another"):
-        start_of(world.site(0), world.daemons[0].client, world.job, 2)
-    for path in place.iterdir():
-        path.unlink()
-    place.rmdir()
-    start = start_of(world.site(0), world.daemons[0].client, world.job, 2)
-    assert start.digest == world.site(1).start_digest(world.job, 2)
-
-
-def test_a_plan_that_is_cancelled_in_its_second_stage_leaves_the_release_of_the_first(world: OnDisk) -> None:
-    world.begin(2)
-    world.train(0)
-    world.engine.cancel_plan("toy", "enough")
-    daemon = world.daemons[0]
-    (offered,) = daemon.client.plans()
-    assert (offered.state, offered.stage) == ("cancelled", 2)
-    assert daemon._consider(offered) == "released"
-    assert daemon.site.notes()["toy"]["reason"].endswith("stage-1/adapter")
-    world.wait(1e6)
-    assert world.engine.beginning() is None
-
-
-def test_a_stage_of_a_cancelled_plan_does_not_begin(world: OnDisk) -> None:
-    world.wait(1)
-    assert world.engine.beginning() is not None
-    world.engine.cancel_plan("toy", "enough")
-    assert world.engine.beginning() is None
-    assert not world.work()
-
-
-def test_a_daemon_that_was_late_goes_on_with_the_stage_that_is_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It waits in stage 1, hears nothing, and finds that the plan is in stage 2 now."""
-    world = OnDisk(tmp_path, plan=staged(2, stage_s=5000))
-    world.ready(0, 1, 2, 3)
-    world.wait(10)
-    world.run()
-    monkeypatch.setattr(participant.daemon, "prepare", lambda *_: None)
-    daemon = world.daemons[4]
-    seen: list[int] = []
-
-    def silent(_plan: bytes, stage: int, _seen: bytes) -> None:
-        seen.append(stage)
-        if len(seen) == 1:
-            world.begin(2)
-        elif len(seen) == 2:
-            world.engine.cancel_plan("toy", "enough")
-
-    monkeypatch.setattr(daemon.client, "next", silent)
-    states = [daemon._consider(daemon.client.plans()[0]) for _ in range(2)]
-    assert seen == [1, 2]
-    assert states[0] == "waiting"
-    assert world.site(4).stage_begun(world.job) == 2
-    assert json.loads(report(world.engine, "toy"))["ready"] == ["site-4"]
-
-
-@pytest.mark.parametrize("full", [True, False])
-def test_a_stage_that_cannot_begin_says_why_and_is_tried_again(
-    world: OnDisk, monkeypatch: pytest.MonkeyPatch, full: bool
-) -> None:
-    """The disk is full, or a total on it was damaged."""
-    world.wait(1)
-    total = world.engine.store.total(world.rounds[0].row.id)
-    content = total.read_bytes()
-    if full:
-        full_disk(monkeypatch, "before-commit:stages")
-    else:
-        total.write_bytes(bytes([content[0] ^ 1]) + content[1:])
-    assert world.work()
-    total.write_bytes(content)
-    assert world.engine.stage(world.digest) == 1
-    said = "state.db: expected to write" if full else "M10: the total fetched does not have the root"
-    assert f"stage 2 cannot begin: {said}" in report(world.engine, "")
-    assert not world.work()
-    world.wait(RETRY_S + 1)
-    assert world.work()
-    assert world.engine.stage(world.digest) == 2
-    assert world.engine.held[world.digest] == ""
 
 
 # --- what people see --------------------------------------------------------------------------------------------------

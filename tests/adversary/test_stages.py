@@ -24,7 +24,7 @@ from privacy.plan import parse_plan
 from privacy.secagg import transcript
 from privacy.secagg.messages import Header, Offer
 from tests.on_disk import Direct, OnDisk
-from tests.test_stages import run_stage, staged
+from tests.staged import run_stage, staged
 
 Show = Callable[..., None]
 ROUND = b"2" * 32
