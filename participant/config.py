@@ -138,7 +138,7 @@ class Home:
     @property
     def factors(self) -> Path:
         """Factors of base models for plans with the method "core", by their digest."""
-        return self.work / "factors"
+        return self.directory / "factors"
 
     @property
     def releases(self) -> Path:
