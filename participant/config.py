@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from participant.rows import Format
 from privacy.budget import entries
 from privacy.guarantee import Number
 from privacy.plan import Name, Positive
@@ -45,7 +46,7 @@ class DataSet(Section):
     """Where a data set lies, how to read it, and what may be learnt from it."""
 
     path: str
-    format: Literal["csv", "jsonl", "parquet", "folder"]
+    format: Format
     text: str = "text"
     label: str = "label"
     #: Column that says whose record it is; needed where a plan or the budget protects users.
