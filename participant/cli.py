@@ -118,14 +118,16 @@ def _find_plan(client: Any, name: str) -> Any:
 @app.command()
 def evaluate(
     plan: Annotated[Path, typer.Argument(help="The plan file.")],
-    data: Annotated[Path, typer.Option(help="Records to classify; columns as in the site's data set.")],
+    data: Annotated[
+        Path, typer.Option(help="Records nobody trained on; format and columns as in the site's data set.")
+    ],
     directory: Directory = HERE,
     adapter: Annotated[
         list[str] | None, typer.Option(help="base, local, release, or an adapter directory; may be repeated.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the accuracy of adapters on this machine; nothing leaves it.
+    """Measure accuracy, and of a language model the loss, of adapters on this machine; nothing leaves it.
 
     Example: veilsum-participant evaluate plan.toml --data test.jsonl --adapter local --adapter release
     """
@@ -138,16 +140,32 @@ def evaluate(
         typer.echo(json.dumps(found))
         return
     for name, result in found.items():
-        typer.echo(f"{name}: accuracy {result['accuracy']:.4f} ({result['correct']} of {result['total']})")
+        counts = f"accuracy {result['accuracy']:.4f} ({result['correct']} of {result['total']}"
+        if result["of"] == "tokens":
+            typer.echo(f"{name}: loss {result['loss']:.4f} nats a token, {counts} tokens)")
+        else:
+            typer.echo(f"{name}: {counts})")
 
 
 @app.command()
 def draft(
-    base: Annotated[Path, typer.Argument(help="Directory of the base model (safetensors, config, tokenizer).")],
+    base: Annotated[
+        Path, typer.Argument(help="Directory of the base model (safetensors, config, tokenizer), or a GGUF file.")
+    ],
     name: Annotated[str, typer.Option(help="Name of the plan.")],
     base_name: Annotated[str, typer.Option(help="Name of the base model, as sites list it.")],
     dataset: Annotated[str, typer.Option(help="Name of the data set, as sites list it.")],
-    label: Annotated[list[str], typer.Option(help="A label; repeat for each, in order.")],
+    task: Annotated[
+        str, typer.Option(help="What is learnt: classification, or generation of text.")
+    ] = "classification",
+    label: Annotated[list[str] | None, typer.Option(help="A label; repeat for each, in order.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="A linear module to adapt, by the last part of its name; may be repeated.")
+    ] = None,
+    template: Annotated[
+        str, typer.Option(help="How a conversation becomes text: model, chatml or none. For generation.")
+    ] = "model",
+    packing: Annotated[bool, typer.Option(help="Several records in one row of tokens. For generation.")] = False,
     rank: Annotated[int, typer.Option(help="Rank of the LoRA adapter.")] = 8,
     max_length: Annotated[int, typer.Option(help="Tokens of a record that are read.")] = 128,
     train: Annotated[
@@ -184,6 +202,10 @@ def draft(
         raise UserError(f"draft: expected --train all or head, found '{train}'")
     if head not in ("trained", "analytic"):
         raise UserError(f"draft: expected --head trained or analytic, found '{head}'")
+    if task not in ("classification", "generation"):
+        raise UserError(f"draft: expected --task classification or generation, found '{task}'")
+    if template not in ("model", "chatml", "none"):
+        raise UserError(f"draft: expected --template model, chatml or none, found '{template}'")
     section = ""
     if epsilon is not None and size is not None:
         users = max_records_per_user is not None
@@ -195,7 +217,11 @@ def draft(
         base_name=base_name,
         name=name,
         dataset=dataset,
-        labels=label,
+        labels=label or (),
+        task="generation" if task == "generation" else "classification",
+        template="chatml" if template == "chatml" else "none" if template == "none" else "model",
+        packing=packing,
+        targets=target,
         rank=rank,
         max_length=max_length,
         train="head" if train == "head" else "all",

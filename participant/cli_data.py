@@ -78,12 +78,12 @@ def register(name: Name, directory: Directory = HERE, as_json: AsJson = False) -
     Example: veilsum-participant dataset register news
     """
     from participant.charging import ledger_of
-    from participant.data import load_texts
     from participant.registry import Registry
+    from participant.text_data import load_records
 
     site = _site(directory, name)
     data = site.home.settings.datasets[name]
-    texts = load_texts(site.home.path(data.path), data.format, data.text, data.label)
+    texts = load_records(site.home.path(data.path), data).texts
     growth = Registry(site.home).take(name, texts)
     identity = ledger_of(site, name).book.dataset
     found = {"dataset": name, "identity": identity, "records": growth.records, "added": growth.added}

@@ -49,6 +49,10 @@ class DataSet(Section):
     format: Format
     text: str = "text"
     label: str = "label"
+    #: Columns of a record for text generation: a conversation, or a prompt and its response; else it is a plain text.
+    messages: str = "messages"
+    prompt: str = "prompt"
+    response: str = "response"
     #: Column that says whose record it is; needed where a plan or the budget protects users.
     unit: str | None = None
     #: Without a budget every plan is recorded and none is refused for what it reveals.

@@ -95,15 +95,6 @@ def load_examples(
     return Examples(tuple(texts), tuple(numbers))
 
 
-def load_texts(path: Path, fmt: Format, text_column: str, label_column: str) -> tuple[str, ...]:
-    """The texts of a data set alone, whatever their labels: what registering it looks at.
-
-    Raises:
-        UserError: as :func:`load_examples`, but for labels and units.
-    """
-    return tuple(_text_of(record) for record in _records(path, fmt, (text_column, label_column)))
-
-
 def _records(path: Path, fmt: Format, columns: tuple[str, ...]) -> Iterator[_Record]:
     """``columns``: of text and label, and of the unit where it is asked for."""
     columns = (TREE_TEXT, TREE_LABEL) if fmt == "folder" else columns

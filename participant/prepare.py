@@ -10,12 +10,14 @@ import structlog
 from numpy.typing import NDArray
 
 from participant import charging
+from participant.base_model import find_base
 from participant.config import DataSet
 from participant.data import Examples, load_examples
 from participant.patience import patiently
 from participant.registry import Registry
 from participant.site import Site
 from participant.store import Quantised, Trained
+from participant.text_data import Records, load_records
 from privacy.adapter import Tensors, check_start, release, save_peft, start_adapter
 from privacy.analytic import solved
 from privacy.errors import Refusal, UserError
@@ -73,7 +75,9 @@ def _local(job: Job, start: Tensors, vector: NDArray[np.float32]) -> Tensors:
     return release(start, vector, 1.0, job.layout)
 
 
-def _examples(site: Site, job: Job, data: DataSet) -> Examples:
+def _examples(site: Site, job: Job, data: DataSet) -> Examples | Records:
+    if job.plan.task == "generation":
+        return load_records(site.home.path(data.path), data)
     privacy = job.plan.privacy
     users = privacy is not None and privacy.unit == "user"
     examples = load_examples(
@@ -93,14 +97,14 @@ def _examples(site: Site, job: Job, data: DataSet) -> Examples:
 
 
 def _train(
-    site: Site, job: Job, identity: str, start: Tensors, examples: Examples, progress: Progress | None
+    site: Site, job: Job, identity: str, start: Tensors, examples: Examples | Records, progress: Progress | None
 ) -> TrainingResult:
     """Train the charged job: START is durable before the first batch, after the self-test of a private one."""
     # torch takes seconds to import, and only this needs it.
     settings = site.home.settings
     about: dict[str, Any] = {
         "plan": job.plan,
-        "base": site.home.path(settings.models[job.plan.base.name]),
+        "base": find_base(site.home, job.plan.base.name),
         "start": start,
         "examples": examples,
         "device": settings.device,
@@ -113,6 +117,10 @@ def _train(
             from participant.analytic import collect
 
             return collect(**about)
+        if job.plan.task == "generation":
+            from participant.generation import train as train_generation
+
+            return train_generation(**about)
         from participant.training import train
 
         return train(**about)

@@ -19,13 +19,13 @@ import numpy as np
 import peft
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from participant.base_model import base_digest as base_digest  # the name others look for here
 from participant.base_model import check_base
 from participant.data import Examples
+from participant.loading import HINT, finish, load_causal, loading
 from privacy.adapter import Tensors, Vector, check_tensors, flatten, layout_of, peft_config, trained_part
 from privacy.errors import UserError
 from privacy.plan import Adapter, Plan
@@ -93,12 +93,9 @@ def load_classifier(base: Path, labels: int) -> tuple[Any, Any, set[str]]:
     if not base.is_dir():  # transformers would take the name for one of a model hub
         raise UserError(
             f"{base}: expected the directory of a base model, found {'a file' if base.exists() else 'none'}",
-            hint="name a directory with config.json, *.safetensors and tokenizer files",
+            hint=HINT,
         )
-    # Its load report would tell the user to train the head, which is what we are about to do.
-    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
+    with loading(base, "sequence classification"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(base), local_files_only=True)
         model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
             str(base),
@@ -108,16 +105,13 @@ def load_classifier(base: Path, labels: int) -> tuple[Any, Any, set[str]]:
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{base}: expected a base model for sequence classification, found: {reason}",
-            hint="name a directory with config.json, *.safetensors and tokenizer files",
-        ) from error
-    if tokenizer.pad_token_id is None:  # decoder-only models often have none
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
+    finish(model, tokenizer)
     return model, tokenizer, set(report["missing_keys"])
+
+
+def _load_base(plan: Plan, base: Path) -> tuple[Any, Any, set[str]]:
+    """What :func:`load_classifier` gives, for the plan's task."""
+    return load_causal(base) if plan.task == "generation" else load_classifier(base, len(plan.data.labels))
 
 
 def _check_model(model: Any, missing: set[str], adapter: Adapter, base: Path) -> None:
@@ -156,7 +150,7 @@ def load_model(plan: Plan, base: Path, adapter: Mapping[str, Any], device: Devic
     check_tensors(adapter, layout_of(plan.adapter))
     check_base(plan, base)
     where = pick_device(device)
-    model, tokenizer, missing = load_classifier(base, len(plan.data.labels))
+    model, tokenizer, missing = _load_base(plan, base)
     _check_model(model, missing, plan.adapter, base)
     limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 1 << 30)
     if plan.data.max_length > limit:
@@ -279,21 +273,40 @@ def train(
     if settings.loss == "logit_adjusted":
         prior = log_prior(examples.labels, len(prior))
     prior = prior.to(loaded.device)
+
+    def loss_of(chosen: list[int]) -> Tensor:
+        with autocast(loaded.device):
+            logits = logits_of(loaded, [texts[i] for i in chosen])
+        return cross_entropy(logits + prior, labels[chosen])
+
+    loss = fit(plan, loaded, len(texts), loss_of, progress)
+    delta = delta_of(start, read_adapter(loaded.model), plan.adapter)
+    assert delta.shape == (layout.size,)
+    return TrainingResult(delta, len(texts), loss, time.monotonic() - began)
+
+
+def fit(
+    plan: Plan, loaded: Loaded, count: int, loss_of: Callable[[list[int]], Tensor], progress: Progress | None
+) -> float:
+    """The plan's epochs over ``count`` examples, in place; returns the mean loss over the last one.
+
+    Args:
+        loss_of: positions in the data set -> the scalar loss of that batch.
+    """
+    settings = plan.training
     weights = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(plan, weights)
     generator = torch.Generator().manual_seed(settings.seed)
     epochs, batch_size = settings.epochs, settings.batch_size
     assert epochs is not None, "a private plan is trained by train_private"
     assert batch_size is not None
-    steps = epochs * -(-len(texts) // batch_size)
+    steps = epochs * -(-count // batch_size)
     step, epoch_loss = 0, 0.0
     for _ in range(epochs):
         epoch_loss = 0.0
-        for chosen in batches(len(texts), batch_size, generator):
+        for chosen in batches(count, batch_size, generator):
             optimizer.param_groups[0]["lr"] = learning_rate_at(settings.learning_rate, step, steps)
-            with autocast(loaded.device):
-                logits = logits_of(loaded, [texts[i] for i in chosen])
-            loss = cross_entropy(logits + prior, labels[chosen])
+            loss = loss_of(chosen)
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(weights, MAX_GRADIENT_NORM)
             optimizer.step()
@@ -303,9 +316,7 @@ def train(
             epoch_loss += value * len(chosen)
             if progress is not None:
                 progress(step, steps, value)
-    delta = delta_of(start, read_adapter(loaded.model), plan.adapter)
-    assert delta.shape == (layout.size,)
-    return TrainingResult(delta, len(texts), epoch_loss / len(texts), time.monotonic() - began)
+    return epoch_loss / count
 
 
 def _check_examples(examples: Examples, plan: Plan) -> None:

@@ -131,6 +131,15 @@ class Analytic(Section):
     min_class_count: Positive
 
 
+class Generation(Section):
+    """How a causal language model sees a record (``participant/tokens.py``)."""
+
+    #: Chat template of conversations: the tokenizer's own, ChatML, or none: then a prompt is followed by its response.
+    template: Literal["model", "chatml", "none"]
+    #: Several records of a batch in one row of ``data.max_length`` tokens. They do not see one another: it saves time.
+    packing: bool = False
+
+
 class Aggregation(Section):
     """What is summed and how the mean is applied."""
 
@@ -180,13 +189,16 @@ class Plan(Section):
     """A whole plan file."""
 
     name: Name
-    task: Literal["classification"]
+    #: "generation": the next token of a causal language model, PEFT's CAUSAL_LM.
+    task: Literal["classification", "generation"]
     #: One upload per site in all; further stages come with a later version, until then they are refused.
     stages: Annotated[int, Field(ge=1, le=1)] = 1
     base: Base
     adapter: Adapter
     data: Data
     training: Training
+    #: With ``task = "generation"``, and only with it.
+    generation: Generation | None = None
     #: Without it a site's training gives no guarantee beyond that of the masking.
     privacy: Privacy | None = None
     aggregation: Aggregation = Aggregation()
@@ -197,6 +209,28 @@ class Plan(Section):
     def _task_fits_labels(self) -> Plan:
         if self.task == "classification" and len(self.data.labels) < 2:
             raise ValueError("data.labels: a classification task needs at least two labels")
+        return self
+
+    @model_validator(mode="after")
+    def _generation_is_whole(self) -> Plan:
+        if (self.task == "generation") != (self.generation is not None):
+            raise ValueError('generation: expected this section with task = "generation", and only with it')
+        if self.generation is None:
+            return self
+        for key, found, wanted in (
+            ("data.labels", list(self.data.labels), []),
+            ("adapter.head", sorted(self.adapter.head), []),
+            ("training.loss", self.training.loss, "cross_entropy"),
+        ):
+            if found != wanted:
+                raise ValueError(f'{key}: expected {wanted or "none"} for task = "generation", found {found}')
+        if self.privacy is not None and self.generation.packing:
+            raise ValueError(
+                "generation.packing: expected false under [privacy], found true: the gradient of a packed row is that "
+                "of several records, and none of them could be clipped by itself"
+            )
+        if self.privacy is not None and self.privacy.unit != "record":
+            raise ValueError(f'privacy.unit: expected "record" for task = "generation", found "{self.privacy.unit}"')
         return self
 
     @model_validator(mode="after")

@@ -1,0 +1,105 @@
+"""What loading any base model has in common: nothing is fetched, no code of the model is run, no pickle is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+
+from participant.base_model import GGUF_SUFFIX
+from privacy.errors import UserError, shown
+
+HINT = "name a directory with config.json, *.safetensors and tokenizer files"
+
+
+@contextmanager
+def loading(base: Path, kind: str) -> Iterator[None]:
+    """Whatever transformers raises about the files of a base model, as a UserError of one line."""
+    # Its load report would tell the user to train what is new in the model, which is what we are about to do.
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(
+            f"{base}: expected the package gguf, which reads such a file, found none or an older one",
+            hint="install veilsum with its extra: pip install 'veilsum[participant,gguf]'",
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{base}: expected a base model for {kind}, found: {shown(reason, 300)}", hint=HINT) from error
+
+
+def finish(model: Any, tokenizer: Any) -> None:
+    """Padding needs some token; decoder-only models often have none of their own. It is masked wherever it stands."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def load_causal(base: Path) -> tuple[Any, Any, set[str]]:
+    """(model in float32, tokenizer, names of the tensors that the files do not hold) of a causal language model.
+
+    Args:
+        base: a directory with safetensors, or one GGUF file, which is dequantised.
+
+    Raises:
+        UserError: transformers cannot load it, or its tokenizer cannot say which token is which part of a text.
+    """
+    if not base.exists():  # transformers would take the name for one of a model hub
+        raise UserError(f"{base}: expected the directory of a base model or a GGUF file, found none", hint=HINT)
+    place: dict[str, Any] = {"pretrained_model_name_or_path": str(base)}
+    if base.is_file():
+        if base.suffix != GGUF_SUFFIX:
+            raise UserError(f"{base}: expected a directory or a file named *{GGUF_SUFFIX}, found a file", hint=HINT)
+        place = {"pretrained_model_name_or_path": str(base.parent), "gguf_file": base.name}
+    with loading(base, "text generation"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**place, local_files_only=True)
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            **place, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+        model, report = loaded
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{base}: expected a tokenizer that says where in the text a token stands, found a slow one",
+            hint="take a base model with tokenizer.json",
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{base}: expected a tokenizer with an end-of-sequence token, found none", hint=HINT)
+    finish(model, tokenizer)
+    return model, tokenizer, set(report["missing_keys"])
+
+
+def inspect_causal(base: Path, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+    """Linear modules of a causal language model whose names end in one of ``targets``, with [out, in] features.
+
+    Raises:
+        UserError: not such a model, a tensor is missing from its files, or no module matches a target.
+    """
+    model, _, missing = load_causal(base)
+    if missing:
+        raise UserError(
+            f"{base}: expected weights for every tensor, found none for {min(missing)!r}",
+            hint="take a causal language model, with its output layer",
+        )
+    output = model.get_output_embeddings()  # often one with the embedding of the input, which is not trained
+    linear = {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not output
+    }
+    modules: dict[str, tuple[int, int]] = {}
+    for target in targets:
+        matching = {name: shape for name, shape in linear.items() if f".{name}".endswith(f".{target}")}
+        if not matching:
+            found = ", ".join(sorted({name.rpartition(".")[2] for name in linear})) or "none"
+            raise UserError(
+                f"{base}: expected linear modules named {target!r}, found {found}", hint="name other targets"
+            )
+        modules |= matching
+    return modules
