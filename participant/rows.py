@@ -144,11 +144,10 @@ def _from_parquet(path: Path, columns: Columns) -> Iterator[Row]:
 
 def _from_arrow(path: Path, columns: Columns) -> Iterator[Row]:
     """The layout of ``datasets.Dataset.save_to_disk``: Arrow streams, in the order that ``state.json`` gives."""
-    import pyarrow
     import pyarrow.ipc
 
     for file in _arrow_files(path):
-        with _arrow_errors(file, "an Arrow stream"), pyarrow.memory_map(str(file)) as source:
+        with file.open("rb") as source, _arrow_errors(file, "an Arrow stream"):
             stream = pyarrow.ipc.open_stream(source)
             found = columns.found_in(stream.schema.names, str(file))
             yield from _numbered(file, stream, found)

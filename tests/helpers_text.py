@@ -1,4 +1,4 @@
-"""A causal language model small enough for tests: a Llama of two layers with random weights, and a tokenizer of bytes."""
+"""A causal language model small enough for tests: a Llama of two layers with random weights, a tokenizer of bytes."""
 
 from __future__ import annotations
 
