@@ -94,6 +94,29 @@ def register(name: Name, directory: Directory = HERE, as_json: AsJson = False) -
 
 
 @app.command()
+def check(
+    name: Name,
+    plan: Annotated[Path | None, typer.Option(help="Read the records as this plan file would.")] = None,
+    directory: Directory = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Read every record and say what is there, or which record is wrong; nothing is registered, nothing leaves.
+
+    Without a plan records are taken as for text generation, where a text needs no label.
+
+    Example: veilsum-participant dataset check talks --plan plan.toml
+    """
+    from participant.checking import check_data
+    from privacy.plan import load_plan
+
+    found = check_data(_site(directory, name), name, load_plan(plan).plan if plan else None)
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        typer.echo(f"{name}: " + ", ".join(f"{key.replace('_', ' ')}: {count}" for key, count in found.items()))
+
+
+@app.command()
 def policy(
     name: Name,
     directory: Directory = HERE,

@@ -42,28 +42,27 @@ def finish(model: Any, tokenizer: Any) -> None:
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def load_causal(base: Path) -> tuple[Any, Any, set[str]]:
-    """(model in float32, tokenizer, names of the tensors that the files do not hold) of a causal language model.
-
-    Args:
-        base: a directory with safetensors, or one GGUF file, which is dequantised.
-
-    Raises:
-        UserError: transformers cannot load it, or its tokenizer cannot say which token is which part of a text.
-    """
+def _place(base: Path) -> dict[str, Any]:
+    """How transformers is told of a directory, or of a GGUF file."""
     if not base.exists():  # transformers would take the name for one of a model hub
         raise UserError(f"{base}: expected the directory of a base model or a GGUF file, found none", hint=HINT)
-    place: dict[str, Any] = {"pretrained_model_name_or_path": str(base)}
-    if base.is_file():
-        if base.suffix != GGUF_SUFFIX:
-            raise UserError(f"{base}: expected a directory or a file named *{GGUF_SUFFIX}, found a file", hint=HINT)
-        place = {"pretrained_model_name_or_path": str(base.parent), "gguf_file": base.name}
+    if base.is_dir():
+        return {"pretrained_model_name_or_path": str(base)}
+    if base.suffix != GGUF_SUFFIX:
+        raise UserError(f"{base}: expected a directory or a file named *{GGUF_SUFFIX}, found another", hint=HINT)
+    return {"pretrained_model_name_or_path": str(base.parent), "gguf_file": base.name}
+
+
+def load_tokenizer(base: Path) -> Any:
+    """The tokenizer of a causal language model, for text generation.
+
+    Raises:
+        UserError: transformers cannot load it, it cannot say where in a text a token stands, or it has no token that
+            ends a text.
+    """
+    place = _place(base)
     with loading(base, "text generation"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(**place, local_files_only=True)
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            **place, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-        model, report = loaded
     if not tokenizer.is_fast:
         raise UserError(
             f"{base}: expected a tokenizer that says where in the text a token stands, found a slow one",
@@ -71,6 +70,24 @@ def load_causal(base: Path) -> tuple[Any, Any, set[str]]:
         )
     if tokenizer.eos_token_id is None:
         raise UserError(f"{base}: expected a tokenizer with an end-of-sequence token, found none", hint=HINT)
+    return tokenizer
+
+
+def load_causal(base: Path) -> tuple[Any, Any, set[str]]:
+    """(model in float32, tokenizer, names of the tensors that the files do not hold) of a causal language model.
+
+    Args:
+        base: a directory with safetensors, or one GGUF file, which is dequantised.
+
+    Raises:
+        UserError: transformers cannot load it, or as :func:`load_tokenizer`.
+    """
+    tokenizer = load_tokenizer(base)
+    with loading(base, "text generation"):
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            **_place(base), dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    model, report = loaded
     finish(model, tokenizer)
     return model, tokenizer, set(report["missing_keys"])
 

@@ -42,9 +42,8 @@ def tiny_tokenizer(template: str | None = TEMPLATE) -> Any:
     built = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=words, merges=[]))
     built.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     built.decoder = tokenizers.decoders.ByteLevel()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=built, eos_token=END, additional_special_tokens=[START], chat_template=template
-    )
+    fast: Any = transformers.PreTrainedTokenizerFast
+    return fast(tokenizer_object=built, eos_token=END, additional_special_tokens=[START], chat_template=template)
 
 
 def tiny_causal(directory: Path, *, template: str | None = TEMPLATE, **changes: Any) -> Path:

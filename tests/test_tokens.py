@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import transformers
+from tokenizers.processors import TemplateProcessing
 
 from participant.text_data import Message, Record
 from participant.tokens import CHATML, Template, Tokens, encode, encoder
@@ -143,9 +143,7 @@ def test_letters_of_several_tokens_count_as_a_whole(tokenizer: Any) -> None:
 def test_a_tokenizer_that_begins_every_text_with_a_mark_keeps_it() -> None:
     tokenizer = tiny_tokenizer()
     first = tokenizer.convert_tokens_to_ids(START)
-    processor = transformers.convert_slow_tokenizer.processors.TemplateProcessing(
-        single=f"{START} $A", special_tokens=[(START, first)]
-    )
+    processor = TemplateProcessing(single=f"{START} $A", special_tokens=[(START, first)])
     tokenizer.backend_tokenizer.post_processor = processor
     assert counted(tokenizer, one(tokenizer, plain("Once"))) == f"Once{END}"
     assert one(tokenizer, pair("2 = ", "2"), "none").ids[0] == first
