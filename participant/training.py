@@ -163,6 +163,7 @@ def load_model(plan: Plan, base: Path, adapter: Mapping[str, Any], device: Devic
     # Moved before PEFT wraps it: adapters made on the CPU can otherwise stay there (opacus#820).
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT 0.21 asks transformers for a renamed property
+        warnings.filterwarnings("ignore", "The PEFT config's", UserWarning)  # of a GGUF file the model knows the folder
         wrapped = peft.get_peft_model(model.to(where), config)
     tensors = {name: torch.from_numpy(np.array(value)).to(where) for name, value in adapter.items()}
     report: Any = peft.set_peft_model_state_dict(wrapped, tensors)

@@ -107,12 +107,12 @@ def plain(text: str) -> Record:
 
 
 def talks(count: int, shift: int = 0) -> Records:
-    """``count`` questions for a capital, in different words."""
-    asked = ("Capital of {}?", "{}: which capital?", "Name the capital of {}")
+    """``count`` questions for a capital; the first forty differ from one another."""
+    asked = ("Capital of {}?", "{}: which capital?", "Name the capital of {}", "Which city rules {}?", "{}?")
     countries = list(CAPITALS)
     return Records(
         tuple(
-            conversation(asked[i % 3].format(countries[i % 8]), CAPITALS[countries[i % 8]], where=f"talk {i}")
+            conversation(asked[i % 5].format(countries[i % 8]), CAPITALS[countries[i % 8]], where=f"talk {i}")
             for i in range(shift, shift + count)
         )
     )
