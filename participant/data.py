@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from participant.rows import TREE_LABEL, TREE_TEXT, Columns, read_rows
+from participant.rows import TREE_LABEL, TREE_TEXT, Columns, read_rows, text_fault
 from participant.rows import Format as Format  # the name others look for here
 from privacy.errors import UserError
 
@@ -103,10 +103,9 @@ def _records(path: Path, fmt: Format, columns: tuple[str, ...]) -> Iterator[_Rec
 
 
 def _text_of(record: _Record) -> str:
-    if not isinstance(record.text, str) or not record.text.strip():
-        found = "an empty text" if isinstance(record.text, str) else type(record.text).__name__
-        raise UserError(f"{record.where}: expected a text, found {found}", hint="correct or remove the record")
-    return record.text
+    if fault := text_fault(record.text):
+        raise UserError(f"{record.where}: expected a text, found {fault}", hint="correct or remove the record")
+    return str(record.text)
 
 
 def _unit_of(record: _Record) -> str:

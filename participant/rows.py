@@ -80,6 +80,19 @@ def _kind(fmt: Format) -> str:
     return "directory" if fmt in ("folder", "arrow") else f"{fmt} file"
 
 
+def text_fault(value: object) -> str:
+    """What a value is instead of a text that says something; empty if it is one."""
+    if not isinstance(value, str):
+        return type(value).__name__
+    if not value.strip():
+        return "an empty text"
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can write one half of a surrogate pair, which is no character
+        return "half a character"
+    return ""
+
+
 def listed(columns: Iterable[str]) -> str:
     """Names of columns, which somebody else wrote, for an error."""
     return shown(", ".join(map(repr, columns)), 400) or "(none)"

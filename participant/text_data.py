@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from participant.config import DataSet
-from participant.rows import TREE_TEXT, Columns, Row, read_rows
+from participant.rows import TREE_TEXT, Columns, Row, read_rows, text_fault
 from privacy.errors import UserError, shown
 
 Kind = Literal["conversation", "pair", "text"]
@@ -100,10 +100,9 @@ def _record(row: Row, data: DataSet, text: str) -> Record:
 
 
 def _said(where: str, what: str, value: object) -> str:
-    if not isinstance(value, str) or not value.strip():
-        found = "an empty one" if isinstance(value, str) else type(value).__name__
-        raise UserError(f"{where}: expected a text as {what!r}, found {found}", hint=CORRECT)
-    return value
+    if fault := text_fault(value):
+        raise UserError(f"{where}: expected a text as {what!r}, found {fault}", hint=CORRECT)
+    return str(value)
 
 
 def _conversation(where: str, value: object) -> tuple[Message, ...]:

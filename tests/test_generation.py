@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -174,6 +176,33 @@ def test_packing_is_refused_where_the_model_would_let_records_see_one_another(
         run(text_plan(base, packing=True), base)
     assert "packing = false" in caught.value.hint
     run(text_plan(base, epochs=1), base, talks(4))
+
+
+SMALL: dict[str, Any] = {"vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.3}
+LLAMAS: dict[str, Any] = SMALL | {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+GEMMAS: dict[str, Any] = LLAMAS | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}
+NEOX: dict[str, Any] = SMALL | {"intermediate_size": 64, "num_attention_heads": 4}
+#: Architecture -> (its smallest model, does it tell packed records apart?).
+ARCHITECTURES: dict[str, tuple[Callable[[], Any], bool]] = {
+    "Qwen": (lambda: transformers.Qwen2Config(**LLAMAS), True),
+    "Mistral, with a window": (lambda: transformers.MistralConfig(**LLAMAS, sliding_window=8), True),
+    "Gemma, with a window in some layers": (lambda: transformers.Gemma2Config(**GEMMAS), True),
+    "GPT-NeoX": (lambda: transformers.GPTNeoXConfig(**NEOX, eos_token_id=0), True),
+    "BLOOM": (lambda: transformers.BloomConfig(**SMALL, n_head=4), False),
+    "Falcon": (lambda: transformers.FalconConfig(**SMALL, num_attention_heads=4), False),
+    "Mamba": (lambda: transformers.MambaConfig(**SMALL), False),
+}
+
+
+@pytest.mark.parametrize(("config", "tells"), ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
+def test_the_model_itself_is_asked_whether_it_tells_packed_records_apart(
+    loaded: Loaded, config: Callable[[], Any], tells: bool
+) -> None:
+    torch.manual_seed(0)
+    auto: Any = transformers.AutoModelForCausalLM
+    model = replace(loaded, model=auto.from_config(config()).eval())
+    with nullcontext() if tells else pytest.raises(UserError, match="packed records not to see one another"):
+        check_packing(model, 64)
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------

@@ -140,10 +140,11 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     ),
     "an empty answer": (
         {"messages": [*TALK, {"role": "assistant", "content": " "}]},
-        "message 3: expected a text as 'content', found an empty one",
+        "message 3: expected a text as 'content', found an empty text",
     ),
     "a conversation without an answer": ({"messages": TALK}, "expected a message of the assistant to learn from"),
-    "an empty response": ({"prompt": "x", "response": ""}, "expected a text as 'response', found an empty one"),
+    "an empty response": ({"prompt": "x", "response": ""}, "expected a text as 'response', found an empty text"),
+    "half a character": ({"text": "\ud83d"}, "expected a text as 'text', found half a character"),
     "a number as text": ({"text": 3}, "expected a text as 'text', found int"),
 }
 
