@@ -209,6 +209,8 @@ class Plan(Section):
     def _task_fits_labels(self) -> Plan:
         if self.task == "classification" and len(self.data.labels) < 2:
             raise ValueError("data.labels: a classification task needs at least two labels")
+        if self.task == "classification" and not self.adapter.head:
+            raise ValueError("adapter.head: a classification task needs a head, found none")
         return self
 
     @model_validator(mode="after")
