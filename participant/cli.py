@@ -206,6 +206,10 @@ def draft(
         raise UserError(f"draft: expected --task classification or generation, found '{task}'")
     if template not in ("model", "chatml", "none"):
         raise UserError(f"draft: expected --template model, chatml or none, found '{template}'")
+    if task == "generation" and label:
+        raise UserError("draft: expected no --label with --task generation, which has no labels")
+    if task == "classification" and (packing or template != "model"):
+        raise UserError("draft: expected --template and --packing with --task generation only")
     section = ""
     if epsilon is not None and size is not None:
         users = max_records_per_user is not None

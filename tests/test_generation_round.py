@@ -212,6 +212,8 @@ def test_a_draft_of_the_command_line(base: Path) -> None:
     for wrong, message in (
         (["--task", "translation"], "expected --task classification or generation, found 'translation'"),
         (["--template", "own"], "expected --template model, chatml or none, found 'own'"),
+        (["--label", "a"], "expected no --label with --task generation"),
+        (["--task", "classification", "--packing"], "expected --template and --packing with --task generation only"),
     ):
         with pytest.raises(UserError, match=message):
             CliRunner().invoke(app, ["draft", str(base), *names, *wrong], catch_exceptions=False)
