@@ -240,13 +240,11 @@ def draft_plan(
 def _inspect(
     base: Path, task: str, labels: int, targets: Sequence[str]
 ) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, ...]]]:
-    """(linear modules, head tensors) of the base model, with shapes; imports torch."""
+    """(linear modules, head tensors) of the base model, with shapes."""
+    from participant.loading import inspect_causal, inspect_model  # imports torch
+
     if task == "generation":
-        from participant.loading import inspect_causal
-
-        return inspect_causal(base, tuple(targets)), {}
-    from participant.training import inspect_model
-
+        return inspect_causal(base, targets), {}
     return inspect_model(base, labels, targets)
 
 

@@ -1,4 +1,4 @@
-"""Local fine-tuning of a causal language model at one site: records to a delta, and held-out loss and token accuracy.
+"""A causal language model and a site's records: the loss of a batch, of each record by itself, and how good it is.
 
 A batch's loss is the mean, over its tokens that count, of the cross-entropy of each token given those before it in its
 own record. Padded or packed makes no difference but rounding: packing lays the records of a batch one behind another
@@ -7,11 +7,8 @@ into rows, each with positions of its own and blind to the others, which is trie
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import structlog
 import torch
@@ -20,17 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from participant.text_data import Records
 from participant.tokens import Tokens, encode
-from participant.training import (
-    Device,
-    Loaded,
-    Progress,
-    TrainingResult,
-    autocast,
-    delta_of,
-    fit,
-    load_model,
-    read_adapter,
-)
+from participant.training import Loaded, Seen, autocast
 from privacy.errors import UserError
 from privacy.plan import Plan
 
@@ -168,42 +155,26 @@ def encoded(loaded: Loaded, plan: Plan, records: Records) -> list[Tokens]:
     return tokens
 
 
-def train(
-    *,
-    plan: Plan,
-    base: Path,
-    start: Mapping[str, Any],
-    examples: Records,
-    device: Device = "auto",
-    threads: int | None = None,
-    progress: Progress | None = None,
-) -> TrainingResult:
-    """Fine-tune B from ``start`` on the site's records, as the plan says, and return the delta.
-
-    The arguments are those of :func:`participant.training.train`; a record is an example, packed or not.
+def seen_by(loaded: Loaded, plan: Plan, records: Records) -> Seen:
+    """The records as :func:`participant.training.train` sees them; a record is an example, packed or not.
 
     Raises:
-        UserError: no records, another base model than the plan's, a record that cannot be rendered, packing that this
-            model cannot do, or a loss that is not finite.
-        ValueError: ``start`` is not of the plan's layout.
+        UserError: a record cannot be rendered, none has a token that counts, or packing that this model cannot do.
     """
-    began = time.monotonic()
     assert plan.generation is not None
-    if threads is not None:
-        torch.set_num_threads(threads)
-    loaded = load_model(plan, base, start, device)
-    tokens = encoded(loaded, plan, examples)
+    tokens, pad = encoded(loaded, plan, records), loaded.tokenizer.pad_token_id
     width = plan.data.max_length if plan.generation.packing else None
     if width is not None:
         check_packing(loaded, width)
 
     def loss_of(chosen: list[int]) -> Tensor:
-        said = say(loaded, lay_out([tokens[i] for i in chosen], loaded.tokenizer.pad_token_id, width))
+        said = say(loaded, lay_out([tokens[i] for i in chosen], pad, width))
         return said.losses.sum() / max(1, len(said.losses))
 
-    loss = fit(plan, loaded, len(tokens), loss_of, progress)
-    delta = delta_of(start, read_adapter(loaded.model), plan.adapter)
-    return TrainingResult(delta, len(tokens), loss, time.monotonic() - began)
+    def forward(batch: list[Tensor]) -> Tensor:
+        return logits_of(loaded, lay_out([Tokens(ids, torch.zeros(len(ids), dtype=torch.bool)) for ids in batch], pad))
+
+    return Seen([one.ids for one in tokens], loss_of, forward)
 
 
 def private_losses(loaded: Loaded, tokens: Sequence[Tokens]) -> Callable[[Sequence[int]], Tensor]:

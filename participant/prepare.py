@@ -117,10 +117,6 @@ def _train(
             from participant.analytic import collect
 
             return collect(**about)
-        if job.plan.task == "generation":
-            from participant.generation import train as train_generation
-
-            return train_generation(**about)
         from participant.training import train
 
         return train(**about)

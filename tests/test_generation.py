@@ -18,11 +18,11 @@ from torch.nn.functional import cross_entropy
 from participant import generation
 from participant.base_model import base_digest
 from participant.evaluation import accuracy
-from participant.generation import check_packing, foretell, lay_out, record_losses, say, synthetic, train
+from participant.generation import check_packing, foretell, lay_out, record_losses, say, seen_by, synthetic
 from participant.loading import load_causal
 from participant.text_data import Records
 from participant.tokens import Tokens, encode
-from participant.training import Loaded, TrainingResult, load_model
+from participant.training import Loaded, TrainingResult, load_model, train
 from privacy.adapter import layout_of, release, start_adapter
 from privacy.errors import UserError
 from privacy.plan import Plan, parse_plan
@@ -146,6 +146,17 @@ def test_a_packed_record_does_not_see_the_others(loaded: Loaded) -> None:
             said = say(loaded, lay_out([before, second], 0, 20))
         found.append(said.losses[said.owners == 1])
     assert torch.equal(*found)
+
+
+def test_what_a_method_sees_of_the_records_is_padded_whatever_the_plan_says(base: Path, loaded: Loaded) -> None:
+    """One row a record, its own tokens first: statistics are taken record by record."""
+    seen = seen_by(loaded, text_plan(base, packing=True, max_length=256), MIXED)
+    assert [text.tolist() for text in seen.texts] == [tokens.ids.tolist() for tokens in tokens_of(loaded)]
+    with torch.inference_mode():
+        logits = seen.forward(seen.texts[:3])
+        alone = seen.forward(seen.texts[1:2])
+    assert logits.shape == (3, max(map(len, seen.texts[:3])), len(loaded.tokenizer))
+    torch.testing.assert_close(logits[1, : len(seen.texts[1])], alone[0], rtol=1e-4, atol=1e-4)
 
 
 def test_rows_are_filled_in_the_order_of_the_records() -> None:

@@ -16,13 +16,13 @@ from coordinator import phases
 from demo.federation import Federation
 from participant.cli import app
 from participant.evaluation import Evaluation, accuracy
-from participant.generation import encoded, foretell, train
+from participant.generation import encoded, foretell
 from participant.loading import load_causal
 from participant.policy import admit
 from participant.prepare import kept_vector, prepare
 from participant.site import Site
 from participant.text_data import Records
-from participant.training import Loaded
+from participant.training import Loaded, train
 from privacy.adapter import load_peft, save_peft, start_adapter, start_digest
 from privacy.errors import UserError
 from privacy.job import Job

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from demo.corpus import package_files
-from participant import generation, loading, training
+from participant import loading, training
 from participant.base_model import base_digest
-from participant.generation import encoded, foretell, train
+from participant.generation import encoded, foretell
 from participant.text_data import Records
-from participant.training import Loaded, load_model
+from participant.training import Loaded, load_model, train
 from privacy.adapter import layout_of, release, save_peft, start_adapter
 from tests.helpers_text import CAPITALS, pair, text_plan
 
@@ -39,9 +39,8 @@ def test_a_language_model_in_a_gguf_file_is_trained_and_its_adapter_loads_in_pef
         in_training.append(load_model(*about))
         return in_training[-1]
 
-    for module in (loading, training):
-        monkeypatch.setattr(module, "load_causal", lambda _: read)
-    monkeypatch.setattr(generation, "load_model", load)
+    monkeypatch.setattr(loading, "load_causal", lambda _: read)
+    monkeypatch.setattr(training, "load_model", load)
     plan = text_plan(base, base_name="SmolLM2", max_length=48, epochs=1, batch_size=2, learning_rate=2e-3)
     assert plan.base.digest == base_digest(base)
     assert len(plan.adapter.modules) == 2 * 30
