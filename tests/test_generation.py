@@ -348,6 +348,7 @@ def test_what_a_plan_cannot_say(base: Path, old: str, new: str, message: str) ->
 def test_a_section_of_text_generation_has_no_place_in_another_plan(base: Path) -> None:
     text = text_draft(base)
     other = text.replace('task = "generation"', 'task = "classification"').replace("[data]\n", LABELLED)
+    other = other.replace("[adapter.modules]", HEADED)
     with pytest.raises(UserError, match="expected this section with task"):
         parse_plan(other.encode())
     lines = text.splitlines()
