@@ -16,6 +16,12 @@ from privacy.errors import UserError
 from privacy.plan import Plan
 
 
+def _examples(plan: Plan, data: Path, columns: DataSet) -> Examples | Records:
+    if plan.task == "generation":
+        return load_records(data, columns)
+    return load_examples(data, columns.format, columns.text, columns.label, plan.data.labels)
+
+
 def compare(site: Site, plan: Plan, data: Path, adapters: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Name -> accuracy, correct, total and loss on the records in ``data``, and whether texts or tokens were counted.
 
@@ -50,12 +56,6 @@ def compare(site: Site, plan: Plan, data: Path, adapters: Sequence[str]) -> dict
             "of": "tokens" if plan.task == "generation" else "texts",
         }
     return found
-
-
-def _examples(plan: Plan, data: Path, columns: DataSet) -> Examples | Records:
-    if plan.task == "generation":
-        return load_records(data, columns)
-    return load_examples(data, columns.format, columns.text, columns.label, plan.data.labels)
 
 
 def _directory(site: Site, plan: Plan, name: str) -> Path:
