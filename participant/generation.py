@@ -119,7 +119,7 @@ def check_packing(loaded: Loaded, width: int) -> None:
     """Raise UserError unless a packed record gets the logits that it gets alone.
 
     Whether a model reads the positions that tell records apart is its own affair, and one that does not would let them
-    see one another without a word. No record is read.
+    see one another without a word. It is asked with random tokens.
     """
     batch = synthetic(loaded, TRIAL)
     with torch.inference_mode():
@@ -162,10 +162,10 @@ def seen_by(loaded: Loaded, plan: Plan, records: Records) -> Seen:
         UserError: a record cannot be rendered, none has a token that counts, or packing that this model cannot do.
     """
     assert plan.generation is not None
-    tokens, pad = encoded(loaded, plan, records), loaded.tokenizer.pad_token_id
     width = plan.data.max_length if plan.generation.packing else None
     if width is not None:
         check_packing(loaded, width)
+    tokens, pad = encoded(loaded, plan, records), loaded.tokenizer.pad_token_id
 
     def loss_of(chosen: list[int]) -> Tensor:
         said = say(loaded, lay_out([tokens[i] for i in chosen], pad, width))

@@ -77,9 +77,9 @@ class Encoder:
 
     def _ended(self, ids: list[int], counted: list[bool]) -> Tokens:
         end = self.tokenizer.eos_token_id
-        if not ids or ids[-1] != end:
-            ids, counted = [*ids, end], [*counted, True]
-        return self._made(ids, counted)
+        if ids and ids[-1] == end:  # some tokenizers end every text themselves
+            ids, counted = ids[:-1], counted[:-1]
+        return self._made([*ids, end], [*counted, True])
 
     def _made(self, ids: Sequence[int], counted: Sequence[bool]) -> Tokens:
         foretold = [False, *counted[1 : self.max_length]]

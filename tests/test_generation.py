@@ -189,6 +189,16 @@ def test_packing_is_refused_where_the_model_would_let_records_see_one_another(
     run(text_plan(base, epochs=1), base, talks(4))
 
 
+def test_layers_of_another_kind_are_not_adapted(tmp_path: Path) -> None:
+    """GPT-2 has its own class for what elsewhere is linear."""
+    base = tiny_causal(tmp_path)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=258, n_embd=32, n_layer=1, n_head=4)
+    transformers.GPT2LMHeadModel(config).save_pretrained(base)
+    with pytest.raises(UserError, match="expected linear modules named 'c_attn', found none"):
+        text_draft(base, targets=("c_attn",))
+
+
 SMALL: dict[str, Any] = {"vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.3}
 LLAMAS: dict[str, Any] = SMALL | {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 GEMMAS: dict[str, Any] = LLAMAS | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}

@@ -35,6 +35,7 @@ from privacy.secagg.messages import Evidence
 from privacy.secagg.quantize import weighted_loss
 from tests.helpers_text import talks, text_draft, tiny_causal
 from tests.simulation import Simulation, identity
+from tests.test_end_to_end import toy_plan
 
 SITES = 3
 ROUND: dict[str, Any] = {"max_cohort": 3, "min_cohort": 3, "min_survivors": 3, "max_colluders": 0, "max_weight": 1024}
@@ -197,6 +198,15 @@ def test_a_check_needs_the_plans_own_data_set_and_model(site: Site) -> None:
     (site.home.directory / "base" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     with pytest.raises(UserError, match="expected base model tiny with digest"):
         run(site, "dataset", "check", "talks", "--plan", str(path))
+
+
+def test_a_check_for_classification_counts_labels(site: Site) -> None:
+    rows = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(5)]
+    (site.home.directory / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (site.home.directory / "toy.toml").write_bytes(toy_plan().replace(b'dataset = "toy"', b'dataset = "talks"'))
+    arguments = ("dataset", "check", "talks", "--plan", str(site.home.directory / "toy.toml"))
+    assert json.loads(run(site, *arguments, "--json")) == {"records": 5, "a": 3, "b": 2}
+    assert "talks: records: 5, text: 5" in run(site, "dataset", "check", "talks")
 
 
 def test_a_draft_of_the_command_line(base: Path) -> None:

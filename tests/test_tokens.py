@@ -148,3 +148,14 @@ def test_a_tokenizer_that_begins_every_text_with_a_mark_keeps_it() -> None:
     assert counted(tokenizer, one(tokenizer, plain("Once"))) == f"Once{END}"
     assert one(tokenizer, pair("2 = ", "2"), "none").ids[0] == first
     assert whole(tokenizer, one(tokenizer, conversation("Hi?", "x"), "chatml")).count(START) == 2
+
+
+def test_a_tokenizer_that_ends_every_text_itself_ends_it_once() -> None:
+    tokenizer = tiny_tokenizer()
+    end = tokenizer.convert_tokens_to_ids(END)
+    processor = TemplateProcessing(single=f"$A {END}", special_tokens=[(END, end)])
+    tokenizer.backend_tokenizer.post_processor = processor
+    for record, said in ((plain("Once"), f"nce{END}"), (pair("2 = ", "2"), f"2{END}")):
+        found = one(tokenizer, record, "none")
+        assert found.ids.tolist().count(end) == 1
+        assert counted(tokenizer, found) == said
