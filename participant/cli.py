@@ -127,7 +127,9 @@ def _find_plan(client: Any, name: str) -> Any:
 @app.command()
 def evaluate(
     plan: Annotated[Path, typer.Argument(help="The plan file.")],
-    data: Annotated[Path, typer.Option(help="Records to classify; columns as in the site's data set.")],
+    data: Annotated[
+        Path, typer.Option(help="Records nobody trained on; format and columns as in the site's data set.")
+    ],
     directory: Directory = HERE,
     adapter: Annotated[
         list[str] | None, typer.Option(help="base, local, release, or an adapter directory; may be repeated.")
@@ -137,7 +139,7 @@ def evaluate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the accuracy of adapters on this machine; nothing leaves it.
+    """Measure accuracy, and of a language model the loss, of adapters on this machine; nothing leaves it.
 
     Example: veilsum-participant evaluate plan.toml --data test.jsonl --adapter local --adapter release
     """
@@ -150,16 +152,32 @@ def evaluate(
         typer.echo(json.dumps(found))
         return
     for name, result in found.items():
-        typer.echo(f"{name}: accuracy {result['accuracy']:.4f} ({result['correct']} of {result['total']})")
+        counts = f"accuracy {result['accuracy']:.4f} ({result['correct']} of {result['total']}"
+        if result["of"] == "tokens":
+            typer.echo(f"{name}: loss {result['loss']:.4f} nats a token, {counts} tokens)")
+        else:
+            typer.echo(f"{name}: {counts})")
 
 
 @app.command()
 def draft(
-    base: Annotated[Path, typer.Argument(help="Directory of the base model (safetensors, config, tokenizer).")],
+    base: Annotated[
+        Path, typer.Argument(help="Directory of the base model (safetensors, config, tokenizer), or a GGUF file.")
+    ],
     name: Annotated[str, typer.Option(help="Name of the plan.")],
     base_name: Annotated[str, typer.Option(help="Name of the base model, as sites list it.")],
     dataset: Annotated[str, typer.Option(help="Name of the data set, as sites list it.")],
-    label: Annotated[list[str], typer.Option(help="A label; repeat for each, in order.")],
+    task: Annotated[
+        str, typer.Option(help="What is learnt: classification, or generation of text.")
+    ] = "classification",
+    label: Annotated[list[str] | None, typer.Option(help="A label; repeat for each, in order.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="A linear module to adapt, by the last part of its name; may be repeated.")
+    ] = None,
+    template: Annotated[
+        str, typer.Option(help="How a conversation becomes text: model, chatml or none. For generation.")
+    ] = "model",
+    packing: Annotated[bool, typer.Option(help="Several records in one row of tokens. For generation.")] = False,
     rank: Annotated[int, typer.Option(help="Rank of the LoRA adapter.")] = 8,
     max_length: Annotated[int, typer.Option(help="Tokens of a record that are read.")] = 128,
     train: Annotated[
@@ -196,9 +214,10 @@ def draft(
     Example: veilsum-participant draft ./MiniLM --name news --base-name MiniLM --dataset news --label a --label b
     """
     from participant.drafting import draft_plan
+    from privacy.aggregation import HEADS, METHODS, Head, Method
     from privacy.budget.presets import draft_privacy
     from privacy.budget.terms import noise_warning
-    from privacy.plan import HEADS, METHODS, Head, Method, parse_plan
+    from privacy.plan import parse_plan
 
     if (epsilon is None) != (size is None):
         raise UserError("draft: expected --epsilon and --size together, or neither")
@@ -210,6 +229,14 @@ def draft(
         raise UserError(f"draft: expected --head trained, counted or analytic, found '{head}'")
     if method not in METHODS:
         raise UserError(f"draft: expected --method {', '.join(METHODS[:-1])} or {METHODS[-1]}, found '{method}'")
+    if task not in ("classification", "generation"):
+        raise UserError(f"draft: expected --task classification or generation, found '{task}'")
+    if template not in ("model", "chatml", "none"):
+        raise UserError(f"draft: expected --template model, chatml or none, found '{template}'")
+    if task == "generation" and label:
+        raise UserError("draft: expected no --label with --task generation, which has no labels")
+    if task == "classification" and (packing or template != "model"):
+        raise UserError("draft: expected --template and --packing with --task generation only")
     section = ""
     if epsilon is not None and size is not None:
         users = max_records_per_user is not None
@@ -221,7 +248,11 @@ def draft(
         base_name=base_name,
         name=name,
         dataset=dataset,
-        labels=label,
+        labels=label or (),
+        task="generation" if task == "generation" else "classification",
+        template="chatml" if template == "chatml" else "none" if template == "none" else "model",
+        packing=packing,
+        targets=target,
         rank=rank,
         max_length=max_length,
         train="head" if train == "head" else "all",

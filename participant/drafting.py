@@ -17,19 +17,22 @@ from pydantic import ValidationError
 from participant.base_model import base_digest
 from participant.factors import of_base
 from privacy.adapter import start_digest
+from privacy.aggregation import TRAINS_A, Method
 from privacy.analytic import Head
 from privacy.errors import UserError
 from privacy.factors import first_start, keep_factors
 from privacy.methods import parts_of
-from privacy.plan import TRAINS_A, Adapter, Method, linear_head, parse_plan
+from privacy.plan import Adapter, linear_head, parse_plan
 from privacy.settings import explain
 
 _UNSET_DIGEST = "0" * 64
+#: Names of the query and value projections, as most models of each kind have them.
+TARGETS = {"classification": ("query", "value"), "generation": ("q_proj", "v_proj")}
 
 _TEMPLATE = """\
 # What to train and how to aggregate it. Every site has this very file: its digest is over the bytes, comments included.
 name = {name}
-task = "classification"
+task = {task}
 stages = 1  # one upload per site in all
 
 [base]
@@ -39,13 +42,10 @@ digest = {base_digest}
 
 [data]
 dataset = {dataset}  # the name under which each site has registered its own data
-labels = {labels}
-max_length = {max_length}  # tokens; what is longer is cut
+{labels}max_length = {max_length}  # tokens; what is longer is cut
 
-[training]
-# Adds the log of a {prior} class prior to the logits in training only (Menon et al. 2021): sites with different
-# label mixes can then be averaged. The alternative is "cross_entropy".
-loss = {loss}
+{generation}[training]
+{loss_comment}loss = {loss}
 learning_rate = {learning_rate}  # {rate_is_for}
 {schedule}
 [aggregation]
@@ -84,9 +84,27 @@ digest = {start_digest}
 
 [adapter.modules]  # linear module = [out_features, in_features]
 {modules}
+{head}"""
 
+#: What only a plan for classification has.
+_LOSS_COMMENT = """\
+# Adds the log of a {prior} class prior to the logits in training only (Menon et al. 2021): sites with different
+# label mixes can then be averaged. The alternative is "cross_entropy".
+"""
+_HEAD = """
 [adapter.head]  # trained beside the adapter, starting at zero
 {head}
+"""
+
+#: What only a plan for text generation has.
+_GENERATION = """\
+[generation]
+# How a conversation becomes text: "model" is the tokenizer's own chat template, "chatml" is ChatML, and with "none" a
+# prompt is followed by its response as they are. What the assistant says counts in the loss; of a plain text, all.
+template = {template}
+# Several records of a batch in one row of max_length tokens, blind to one another: quicker where most are much shorter.
+packing = {packing}
+
 """
 
 #: What stands in [training] for training without privacy; with it, [privacy] stands there instead.
@@ -157,8 +175,11 @@ def draft_plan(
     base_name: str,
     name: str,
     dataset: str,
-    labels: Sequence[str],
-    targets: Sequence[str] = ("query", "value"),
+    labels: Sequence[str] = (),
+    task: Literal["classification", "generation"] = "classification",
+    template: Literal["model", "chatml", "none"] = "model",
+    packing: bool = False,
+    targets: Sequence[str] | None = None,
     rank: int = 8,
     alpha: float | None = None,
     max_length: int = 128,
@@ -184,12 +205,13 @@ def draft_plan(
     """The text of a complete plan file that :func:`privacy.plan.parse_plan` accepts.
 
     Args:
-        base: directory of the base model.
+        base: directory of the base model, or for text generation a GGUF file.
         base_name: what people call it.
         name: the plan's name.
         dataset: name under which the sites registered their data.
-        labels: the classes; their order numbers the rows of the head.
-        targets: linear modules to adapt, by the last part of their names.
+        labels: the classes; their order numbers the rows of the head. Text generation has none.
+        task: "generation" for a causal language model; ``template`` and ``packing`` are for it alone, ``loss`` is not.
+        targets: linear modules to adapt, by the last part of their names; None: see :data:`TARGETS`.
         rank: of each LoRA pair.
         alpha: LoRA's scale, the adapter acts with alpha / rank; 2 * rank where None.
         seed: public 32-byte seed of the frozen A; drawn at random where None.
@@ -207,12 +229,12 @@ def draft_plan(
     Raises:
         UserError: the base model cannot be loaded or adapted, or a value is out of the plan's range.
     """
-    from participant.training import inspect_model  # imports torch
-
     if head == "analytic":
         train = "head"
     trained: Literal["all", "both", "head"] = "both" if method in TRAINS_A else train
-    modules, layer = inspect_model(base, len(labels), targets)
+    modules, layer = _inspect(base, task, len(labels), TARGETS[task] if targets is None else targets)
+    if task == "generation":
+        loss = "cross_entropy"
     try:
         adapter = Adapter(
             rank=rank,
@@ -241,10 +263,16 @@ def draft_plan(
         base_name=_toml(base_name),
         base_digest=_toml(base_digest(base)),
         dataset=_toml(dataset),
-        labels=_toml(list(labels)),
+        task=_toml(task),
+        labels=f"labels = {_toml(list(labels))}\n" if task == "classification" else "",
+        generation=_GENERATION.format(template=_toml(template), packing=str(packing).lower())
+        if task == "generation"
+        else "",
         max_length=max_length,
         loss=_toml(loss),
-        prior="public" if privacy else "site's own",
+        loss_comment=_LOSS_COMMENT.format(prior="public" if privacy else "site's own")
+        if task == "classification"
+        else "",
         learning_rate=float(rate if learning_rate is None else learning_rate),
         schedule="\n" + privacy
         if privacy
@@ -263,7 +291,7 @@ def draft_plan(
         seed=_toml(adapter.seed),
         start_digest=_toml(digest),
         modules=_table(modules),
-        head=_table(layer),
+        head=_HEAD.format(head=_table(layer)) if layer else "",
         method=_toml(method),
         says=_SAYS[method],
         rate_is_for=_RATES.get(method, "for B and head alone; higher than usual for LoRA, since A is frozen"),
@@ -273,6 +301,17 @@ def draft_plan(
     )
     parse_plan(text.encode(), "draft")
     return text
+
+
+def _inspect(
+    base: Path, task: str, labels: int, targets: Sequence[str]
+) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, ...]]]:
+    """(linear modules, head tensors) of the base model, with shapes."""
+    from participant.loading import inspect_causal, inspect_model  # imports torch
+
+    if task == "generation":
+        return inspect_causal(base, targets), {}
+    return inspect_model(base, labels, targets)
 
 
 def _coordinates(adapter: Adapter, labels: int, head: str, method: Method) -> int:

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from typing import Protocol, Self, TypeVar
 
-from participant.data import Examples
 from privacy.errors import UserError
 from privacy.plan import Plan
 
 LABEL = b"veilsum/1/holdout\0"
 
 
-def split(examples: Examples, plan: Plan) -> tuple[Examples, Examples]:
+class Splittable(Protocol):
+    """Records of whatever task."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What each is known by."""
+        ...
+
+    def some(self, positions: Sequence[int]) -> Self:
+        """Those at these positions."""
+        ...
+
+
+R = TypeVar("R", bound=Splittable)
+
+
+def split(examples: R, plan: Plan) -> tuple[R, R]:
     """(for training, held out) of a site's records.
 
     A record's own text decides, with the data set's name: equal texts stay together, every plan and stage on the data
@@ -21,7 +38,7 @@ def split(examples: Examples, plan: Plan) -> tuple[Examples, Examples]:
         UserError: nothing is left on one of the two sides.
     """
     if plan.evaluation is None:
-        return examples, Examples((), ())
+        return examples, examples.some([])
     sides: tuple[list[int], list[int]] = ([], [])
     for number, text in enumerate(examples.texts):
         sides[_draw(plan.data.dataset, text) < plan.evaluation.holdout].append(number)
@@ -31,15 +48,10 @@ def split(examples: Examples, plan: Plan) -> tuple[Examples, Examples]:
             f"found {len(sides[0])} and {len(sides[1])}",
             hint="the data set is too small for a plan with [evaluation]",
         )
-    kept, out = (_chosen(examples, side) for side in sides)
-    return kept, out
+    return examples.some(sides[0]), examples.some(sides[1])
 
 
 def _draw(dataset: str, text: str) -> float:
     """A number in [0, 1) that hangs on data set and text alone."""
     digest = hashlib.sha256(LABEL + dataset.encode() + b"\0" + text.encode(errors="surrogatepass")).digest()
     return int.from_bytes(digest[:6], "big") / (1 << 48)
-
-
-def _chosen(examples: Examples, side: list[int]) -> Examples:
-    return Examples(tuple(examples.texts[i] for i in side), tuple(examples.labels[i] for i in side))

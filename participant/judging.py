@@ -8,9 +8,11 @@ from collections.abc import Callable
 import numpy as np
 import structlog
 
+from participant.base_model import find_base
 from participant.data import Examples
 from participant.site import Site
 from participant.store import Trained
+from participant.text_data import Records
 from privacy.errors import UserError
 from privacy.evaluation import Counts, candidates_of, encode_counts
 from privacy.job import Job
@@ -24,7 +26,7 @@ def judge(
     job: Job,
     stage: int,
     start: Start,
-    held_out: Examples,
+    held_out: Examples | Records,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Trained:
     """Classify the held-out records with each candidate and keep the counts as the vector of the stage.
@@ -34,30 +36,32 @@ def judge(
     """
     from participant.evaluation import accuracy  # torch takes seconds to import
 
-    begun, plan, settings, counts = time.monotonic(), job.plan, site.home.settings, []
+    begun, plan, settings, found = time.monotonic(), job.plan, site.home.settings, []
+    base = find_base(site.home, plan.base.name)
     total = len(candidates_of(plan))
     for number, (name, tensors) in enumerate(each_candidate(job, start)):
-        found = accuracy(
+        one = accuracy(
             plan=plan,
-            base=site.home.path(settings.models[plan.base.name]),
+            base=base,
             adapter=tensors,
             examples=held_out,
             device=settings.device,
             threads=settings.threads,
         )
-        counts.append(Counts(found.correct, found.loss * found.total))
-        log.info("evaluated", plan=plan.name, candidate=name, correct=found.correct, records=found.total)
+        found.append(one)
+        log.info("evaluated", plan=plan.name, candidate=name, correct=one.correct, of=one.total)
         if progress is not None:
-            progress(number + 1, total, found.loss)
+            progress(number + 1, total, one.loss)
+    counted = found[0].total  # texts, or the tokens of a language model that count
     trained = Trained(
-        *(job.plan_file.digest.hex(), len(held_out), 0.0, time.monotonic() - begun, len(held_out)),
+        *(job.plan_file.digest.hex(), counted, 0.0, time.monotonic() - begun, len(held_out)),
         start.digest.hex(),
     )
     try:
-        extras = encode_counts(len(held_out), counts)
+        extras = encode_counts(counted, [Counts(one.correct, one.loss * one.total) for one in found])
     except ValueError as error:
         raise UserError(f"plan '{plan.name}': {error}", hint="register a part of the data set") from error
     quantizer = job.at(stage).quantizer
-    vector = quantizer.tiles(np.empty(0, np.float32), len(held_out), extras)
+    vector = quantizer.tiles(np.empty(0, np.float32), counted, extras)
     site.store.keep_trained(plan.name, stage, vector, trained)
     return trained

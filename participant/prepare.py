@@ -10,6 +10,7 @@ import structlog
 from numpy.typing import NDArray
 
 from participant import charging
+from participant.base_model import find_base
 from participant.config import DataSet
 from participant.data import Examples, load_examples
 from participant.factors import ensure_factors
@@ -19,6 +20,7 @@ from participant.patience import patiently
 from participant.registry import Registry
 from participant.site import Site
 from participant.store import Quantised, Trained
+from participant.text_data import Records, load_records
 from privacy.adapter import Tensors, check_start, save_peft
 from privacy.errors import Refusal, UserError
 from privacy.job import Job
@@ -110,7 +112,9 @@ def _local(job: Job, start: Tensors, vector: NDArray[np.float32]) -> Tensors:
     ).tensors
 
 
-def _examples(site: Site, job: Job, data: DataSet) -> Examples:
+def _examples(site: Site, job: Job, data: DataSet) -> Examples | Records:
+    if job.plan.task == "generation":
+        return load_records(site.home.path(data.path), data)
     privacy = job.plan.privacy
     users = privacy is not None and privacy.unit == "user"
     examples = load_examples(
@@ -145,14 +149,14 @@ def _enough_texts(examples: Examples, plan: Plan, own_minimum: int) -> None:
 
 
 def _train(
-    site: Site, job: Job, identity: str, start: Tensors, examples: Examples, progress: Progress | None
+    site: Site, job: Job, identity: str, start: Tensors, examples: Examples | Records, progress: Progress | None
 ) -> TrainingResult:
     """Train the charged job: START is durable before the first batch, after the self-test of a private one."""
     # torch takes seconds to import, and only this needs it.
     settings = site.home.settings
     about: dict[str, Any] = {
         "plan": job.plan,
-        "base": site.home.path(settings.models[job.plan.base.name]),
+        "base": find_base(site.home, job.plan.base.name),
         "start": start,
         "examples": examples,
         "device": settings.device,

@@ -30,10 +30,11 @@ from privacy.adapter import (
     release,
     unflatten,
 )
+from privacy.aggregation import Method
 from privacy.errors import ProtocolError
 from privacy.factors import out_name
 from privacy.linear import leading, product, sum_of_squares
-from privacy.plan import Adapter, Method, Plan
+from privacy.plan import Adapter, Plan
 
 PROBE_LABEL = b"veilsum/1/probe\0"
 #: Public directions v in which method "both" measures its error, for each module.

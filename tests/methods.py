@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from participant import sending
 from privacy.adapter import Tensors, Vector, a_name, b_name, flatten, layout_of, start_digest
+from privacy.aggregation import TRAINS_A
 from privacy.factors import factored, first_start, keep_factors, out_name
 from privacy.job import Job
 from privacy.methods import core_name, sent
 from privacy.outcome import Combined, combine
-from privacy.plan import TRAINS_A, Adapter
+from privacy.plan import Adapter
 from tests.analytic import job_for, run_round
 
 SITES = 5

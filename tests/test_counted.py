@@ -18,11 +18,12 @@ from participant.drafting import draft_plan
 from participant.policy import admit
 from participant.training import train
 from privacy.adapter import b_name, layout_of, start_adapter, unflatten
+from privacy.aggregation import METHODS
 from privacy.errors import ProtocolError, Refusal, UserError
 from privacy.job import Job
 from privacy.methods import SHARES, head_parts, merged, sent
 from privacy.outcome import combine
-from privacy.plan import METHODS, parse_plan
+from privacy.plan import parse_plan
 from tests.analytic import run_round
 from tests.helpers_learning import LABELS, tiny_base, tiny_plan, word_examples
 from tests.methods import WEIGHTS, Trained, close, plan_text, quantised, released, sites, the_job, unit, vector_of

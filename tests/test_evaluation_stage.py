@@ -27,8 +27,8 @@ from privacy.outcome import combine
 from privacy.secagg.messages import Offer
 from privacy.stages import first_start, next_start
 from tests.on_disk import OnDisk
+from tests.staged import manifest, released, run_stage, staged
 from tests.test_end_to_end import toy_plan
-from tests.test_stages import manifest, released, run_stage, staged
 
 RATES = (0.5, 1.0, 2.0)
 SECTION = b"[evaluation]\nholdout = 0.2\nserver_lr = [0.5, 1.0, 2.0]\n"

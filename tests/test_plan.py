@@ -98,6 +98,7 @@ BAD: dict[str, tuple[str, str, str]] = {
     "a name that climbs out of its directory": ('"news-1"', '"../news"', "key 'name'"),
     "a name in capitals": ('"news-1"', '"News"', "key 'name'"),
     "an unknown task": ('"classification"', '"poetry"', "key 'task'"),
+    "a classifier without a head": ('"classifier.bias" = [5]', "", "adapter.head: a classification task needs a head"),
     "no stage": ('task = "classification"', 'task = "classification"\nstages = 0', "key 'stages'"),
     "one label": ('["sport", "tech"]', '["sport"]', "at least two labels"),
     "a label twice": ('["sport", "tech"]', '["sport", "sport"]', "labels must be distinct"),
