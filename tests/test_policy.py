@@ -6,6 +6,9 @@ import pytest
 
 from participant.config import Settings
 from participant.policy import admit
+from privacy.budget import terms
+from privacy.budget.entries import Policy
+from privacy.budget.filter import Standing, enforced_epsilon
 from privacy.errors import Refusal
 from privacy.job import Job
 from privacy.plan import parse_plan
@@ -126,3 +129,37 @@ def test_sums_of_statistics_need_a_minimum_of_this_site() -> None:
     ):
         admit(plan, site())
     admit(plan, site("[policy]", "[policy]\nmin_class_count = 1"))
+
+
+# --- several stages ---------------------------------------------------------------------------------------------------
+
+PRIVATE = """
+[privacy]
+unit = "record"
+sigma = "1.5"
+delta = "1e-5"
+clip = "0.5"
+rate = "0.04"
+steps = 50
+nominal_batch = 4
+nominal_size = 100
+"""
+
+
+def test_all_stages_that_are_left_must_fit_the_budget() -> None:
+    """What was spent on the stages before is charged already, so a late one asks for less."""
+    private = job(
+        ("epochs = 1\n", ""),
+        ("batch_size = 4\n", ""),
+        ('task = "classification"', 'task = "classification"\nstages = 3'),
+        ("outcome_s = 2\n", "outcome_s = 2\n" + PRIVATE),
+    )
+    policy = Policy(delta="0.00001", epsilon="1", order=4)
+    one = terms.mechanism(private.plan)
+    costs = [enforced_epsilon(policy, (one,) * count) for count in (1, 2, 3)]
+    budget = policy.model_copy(update={"epsilon": f"{(costs[1] + costs[2]) / 2:.4f}".rstrip("0")})
+    for stage, spent in ((2, ()), (3, ()), (3, (one,))):
+        admit(private, site(), Standing(budget, spent), stage)
+    for stage, spent in ((1, ()), (2, (one,))):
+        with pytest.raises(Refusal, match=f"would cost epsilon .* in {4 - stage} stages and bring the data set to"):
+            admit(private, site(), Standing(budget, spent), stage)
