@@ -27,7 +27,7 @@ from participant.base_model import base_digest as base_digest  # the name others
 from participant.base_model import check_base
 from participant.cores import Cores
 from participant.data import Examples
-from participant.sending import class_shares, narrowed, vector_of
+from participant.sending import class_shares, narrowed, squared_gradients, vector_of
 from privacy.adapter import Tensors, Vector, check_tensors, flatten, layout_of, peft_config, trained_part
 from privacy.errors import UserError
 from privacy.plan import Adapter, Plan
@@ -319,6 +319,11 @@ def train(
     after = read_adapter(loaded.model)
     delta = delta_of(start, after, plan.adapter)
     assert delta.shape == (layout.size,)
+    squares: Tensors = {}
+    if plan.aggregation.fisher is not None:
+        one = (logits_of(loaded, [text]) + prior for text in texts)
+        squared_gradients(loaded.model, (cross_entropy(said, labels[i : i + 1]) for i, said in enumerate(one)))
+        squares = read_adapter(loaded.model)
     vector = vector_of(
         plan=plan,
         start=start,
@@ -327,6 +332,7 @@ def train(
         cores=moved,
         model=loaded.model,
         texts=texts,
+        squares=squares,
         shares=class_shares(examples, plan, min_class_count),
         forward=lambda b: logits_of(loaded, b),
     )
