@@ -112,6 +112,22 @@ BAD: dict[str, tuple[str, str, str]] = {
     "an unknown audit": ("clip = 0.25", 'clip = 0.25\naudit = "maybe"', "key 'round.audit'"),
     "a deadline of nothing": ("[round]", "[deadlines]\njoin_s = 0\n[round]", "key 'deadlines.join_s'"),
     "a server rate of nothing": ("[round]", "[aggregation]\nserver_lr = 0.0\n[round]", "key 'aggregation.server_lr'"),
+    "an unknown method": ("[round]", '[aggregation]\nmethod = "best"\n[round]', "key 'aggregation.method'"),
+    "both factors, one of them frozen": (
+        "[round]",
+        '[aggregation]\nmethod = "both"\n[round]',
+        "adapter.train: expected",
+    ),
+    "a method without its section": (
+        "[round]",
+        '[aggregation]\nmethod = "core"\n[round]',
+        "core: expected this section",
+    ),
+    "a factors' digest that is too short": (
+        "[round]",
+        '[aggregation]\nmethod = "core"\ncore = { factors = "ab" }\n[round]',
+        "key 'aggregation.core.factors'",
+    ),
     "an unknown loss": ("epochs = 2", 'epochs = 2\nloss = "best"', "key 'training.loss'"),
 }
 
@@ -158,3 +174,14 @@ def test_a_bad_file_is_named(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"plan\.toml: expected a plan file, found: No such file"):
         load_plan(tmp_path / "plan.toml")
+
+
+def test_the_sum_of_products_is_for_small_models() -> None:
+    text = PLAN.replace("[round]", '[aggregation]\nmethod = "dense"\n[round]').replace(
+        "rank = 8", 'rank = 8\ntrain = "both"'
+    )
+    parse_plan(text.replace("[384, 384]", "[8192, 4096]").encode())
+    with pytest.raises(
+        UserError, match=r'expected at most 33554432 numbers in the modules for "dense", found 33558528'
+    ):
+        parse_plan(text.replace("[384, 384]", "[8193, 4096]").encode())
