@@ -191,9 +191,7 @@ def draft(
     ] = "trained",
     method: Annotated[
         str,
-        typer.Option(
-            help="What is summed of LoRA's factors: freeze_a, both, regmean, core or dense; see docs/aggregation.md."
-        ),
+        typer.Option(help="What is summed of LoRA's factors: freeze_a, both, regmean, fisher, core or dense."),
     ] = "freeze_a",
     factors: Annotated[
         Path, typer.Option(help='Directory for the factors file of the method "core"; the coordinator needs it.')

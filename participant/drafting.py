@@ -119,6 +119,7 @@ _SAYS: dict[Method, str] = {
     "freeze_a": "A from the public seed, B trained: the mean of B is exact",
     "both": "A and B summed apart: inexact, and the release says by how much",
     "regmean": "B weighted by what each site has seen in each direction of the frozen A",
+    "fisher": "each number weighted by how much each site's records depend on it",
     "dense": "A and B trained, the products B A summed: exact up to the truncation, which the release gives",
     "core": "rank x rank numbers between frozen factors of the base model's weights: exact, and the shortest vector",
 }
@@ -136,6 +137,13 @@ _REGMEAN = """\
 ridge = 0.01  # added to the diagonal of each mean Gram matrix, whose entries are at most 1; large: the plain mean
 # What A says of a token is clipped to this range, coordinate by coordinate; a site logs the share that was beyond.
 feature_clip = 4.0
+min_texts = 20  # a site with fewer different texts sits out: the sums say more of the records than an update
+"""
+
+_FISHER = """\
+[aggregation.fisher]
+ridge = 0.01  # added to each weight, which is at most 1; large: the plain mean
+reach = 16.0  # a weight is relative to the mean of its tensor at the site, and ends at so many times that
 min_texts = 20  # a site with fewer different texts sits out: the sums say more of the records than an update
 """
 
@@ -256,7 +264,7 @@ def draft_plan(
     digest = start_digest(first_start(adapter, factors)).hex()
     # The head's comes first: it begins with a key, and the other is a table.
     section = {"analytic": _ANALYTIC, "counted": _COUNTED}.get(head, "")
-    section += {"regmean": _REGMEAN, "core": core}.get(method, "")
+    section += {"regmean": _REGMEAN, "fisher": _FISHER, "core": core}.get(method, "")
     rate, reach = (5e-2, 4.0) if method == "core" else (2e-3, 0.5)
     text = _TEMPLATE.format(
         name=_toml(name),
@@ -296,8 +304,8 @@ def draft_plan(
         says=_SAYS[method],
         rate_is_for=_RATES.get(method, "for B and head alone; higher than usual for LoRA, since A is frozen"),
         aggregation="\n" + section if section else "",
-        # Rounding is multiplied by the inverse of a Gram matrix; entries of B A are far smaller than those of B.
-        bits=32 if head != "trained" or method in ("regmean", "dense") else 24,
+        # Rounding is multiplied by an inverse or divided by a weight; entries of B A are far smaller than those of B.
+        bits=32 if head != "trained" or method in ("regmean", "fisher", "dense") else 24,
     )
     parse_plan(text.encode(), "draft")
     return text

@@ -25,7 +25,6 @@ from privacy.adapter import Tensors, check_start, save_peft
 from privacy.errors import Refusal, UserError
 from privacy.job import Job
 from privacy.methods import merged
-from privacy.plan import Plan
 from privacy.secagg.masking import tiles_of
 from privacy.secagg.quantize import weighted_loss
 from privacy.stages import Start
@@ -127,8 +126,8 @@ def _examples(site: Site, job: Job, data: DataSet) -> Examples | Records:
         max_records_per_unit=privacy.max_records_per_unit if privacy is not None and users else None,
     )
     aggregation, own = job.plan.aggregation, site.home.settings.policy
-    if aggregation.regmean is not None:
-        _enough_texts(examples, job.plan, own.min_texts or 1)
+    if settings := aggregation.regmean or aggregation.fisher:
+        _enough_texts(examples, max(settings.min_texts, own.min_texts or 1))
     if aggregation.analytic is None:
         return examples
     from participant.analytic import frequent
@@ -136,12 +135,9 @@ def _examples(site: Site, job: Job, data: DataSet) -> Examples | Records:
     return frequent(examples, job.plan, own.min_class_count or 1)
 
 
-def _enough_texts(examples: Examples, plan: Plan, own_minimum: int) -> None:
+def _enough_texts(examples: Examples, least: int) -> None:
     """Raise UserError unless the site has as many different texts as the plan and its own file ask for."""
-    settings = plan.aggregation.regmean
-    assert settings is not None
-    least, found = max(settings.min_texts, own_minimum), len(set(examples.texts))
-    if found < least:
+    if (found := len(set(examples.texts))) < least:
         raise UserError(
             f"data: expected at least {least} different texts (min_texts), found {found}",
             hint="sit this plan out, or agree on a smaller minimum",

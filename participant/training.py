@@ -27,7 +27,7 @@ from participant.cores import Cores
 from participant.data import Examples
 from participant.loading import check_model, load_base
 from participant.loading import load_classifier as load_classifier
-from participant.sending import class_shares, narrowed, vector_of
+from participant.sending import class_shares, narrowed, squared_gradients, vector_of
 from participant.text_data import Records
 from privacy.adapter import Tensors, Vector, check_tensors, flatten, layout_of, peft_config, trained_part
 from privacy.errors import UserError
@@ -263,6 +263,10 @@ def train(
     after = read_adapter(loaded.model)
     delta = delta_of(start, after, plan.adapter)
     assert delta.shape == (layout.size,)
+    squares: Tensors = {}
+    if plan.aggregation.fisher is not None:
+        squared_gradients(loaded.model, (seen.loss_of([i]) for i in range(len(examples))))
+        squares = read_adapter(loaded.model)
     vector = vector_of(
         plan=plan,
         start=start,
@@ -271,6 +275,7 @@ def train(
         cores=moved,
         model=loaded.model,
         texts=seen.texts,
+        squares=squares,
         shares=class_shares(examples, plan, min_class_count) if isinstance(examples, Examples) else [],
         forward=seen.forward,
     )

@@ -38,6 +38,17 @@ class Regmean(Section):
     min_texts: Positive
 
 
+class Fisher(Section):
+    """Each number counts by how much a site's records depend on it (``privacy/methods.py``); all of it is public."""
+
+    #: Added to each weight, which is at most 1; a large one gives the plain mean.
+    ridge: Annotated[float, Field(ge=1e-6, le=1e6)]
+    #: Weights are relative to the mean of their tensor at the site, and end at so many times that.
+    reach: Annotated[float, Field(ge=1, le=1e6)]
+    #: A site with fewer different texts sits out.
+    min_texts: Positive
+
+
 class Core(Section):
     """Frozen factors of the base model's weights, of which only the core between them is trained."""
 
@@ -46,7 +57,7 @@ class Core(Section):
 
 
 #: What is summed of LoRA's factors, see ``privacy/methods.py`` and docs/aggregation.md.
-Method = Literal["freeze_a", "both", "regmean", "core", "dense"]
+Method = Literal["freeze_a", "both", "regmean", "fisher", "core", "dense"]
 Head = Literal["trained", "analytic", "counted"]
 HEADS: tuple[str, ...] = get_args(Head)
 METHODS: tuple[str, ...] = get_args(Method)
@@ -61,16 +72,17 @@ class Aggregation(Section):
     weights: Literal["examples", "uniform"] = "examples"
     server_lr: Annotated[float, Field(gt=0, le=10)] = 1.0
     #: "analytic" sums statistics of the records instead of a trained delta: off unless the plan says so.
-    #: "counted" weights each row of a trained head by the records of its class, whose numbers are known in total then.
+    #: "counted" weights each row of a trained head by the records of its class, whose numbers all learn in total.
     head: Head = "trained"
     analytic: Analytic | None = None
     counted: Counted | None = None
     regmean: Regmean | None = None
+    fisher: Fisher | None = None
     core: Core | None = None
 
     @model_validator(mode="after")
     def _sections_are_the_methods(self) -> Aggregation:
-        for name, section in (("regmean", self.regmean), ("core", self.core)):
+        for name, section in (("regmean", self.regmean), ("fisher", self.fisher), ("core", self.core)):
             if (self.method == name) != (section is not None):
                 raise ValueError(f'{name}: expected this section with method = "{name}", and only with it')
         return self
@@ -83,6 +95,8 @@ class Aggregation(Section):
             raise ValueError('counted: expected this section with head = "counted", and only with it')
         if self.counted is not None and self.weights != "examples":
             raise ValueError('head: "counted" counts records: expected weights "examples"')
+        if self.counted is not None and self.fisher is not None:
+            raise ValueError('head: expected "trained" with method "fisher", which weights the head itself')
         if self.analytic is not None and (self.weights != "examples" or self.server_lr != 1.0):
             raise ValueError('head: "analytic" counts every record once: expected weights "examples" and server_lr 1.0')
         return self

@@ -51,7 +51,7 @@ def rows_of(job: Job, everybody: list[Trained], name: str, counts: Any) -> np.nd
     return np.asarray(start + np.where(total > 0, above / np.where(total > 0, total, 1), 0.0))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "fisher"])
 def test_rows_count_by_the_records_of_their_class(method: str, tmp_path: Path) -> None:
     job = the_job(method, counted=True)
     everybody = counted_sites(job)
@@ -105,9 +105,9 @@ def test_any_counts_give_the_weighted_rows(counts: list[tuple[int, int, int]]) -
 
 #: Sentence -> (part, entry, factor of Qmax, the refusal).
 TAMPERED = {
-    "a negative share": (SHARES, 1, -0.9, "expected shares of classes from 0, at most 1 together"),
-    "more than all records": (SHARES, 1, 2.0, "expected shares of classes from 0, at most 1 together"),
-    "a row beyond the clipping range": (HEAD[0], 2, 0.9, "expected rows of '.*' within the clipping range"),
+    "a negative share": (SHARES, 1, -0.9, "expected weights from 0 to 1"),
+    "more than all records": (SHARES, 1, 2.0, "expected shares of classes of at most 1 together"),
+    "a row beyond the clipping range": (HEAD[0], 2, 0.9, "expected weighted numbers within the clipping range"),
 }
 
 

@@ -115,6 +115,22 @@ BAD: dict[str, tuple[str, str, str]] = {
     "an unknown audit": ("clip = 0.25", 'clip = 0.25\naudit = "maybe"', "key 'round.audit'"),
     "a deadline of nothing": ("[round]", "[deadlines]\njoin_s = 0\n[round]", "key 'deadlines.join_s'"),
     "a server rate of nothing": ("[round]", "[aggregation]\nserver_lr = 0.0\n[round]", "key 'aggregation.server_lr'"),
+    "an unknown method": ("[round]", '[aggregation]\nmethod = "best"\n[round]', "key 'aggregation.method'"),
+    "both factors, one of them frozen": (
+        "[round]",
+        '[aggregation]\nmethod = "both"\n[round]',
+        "adapter.train: expected",
+    ),
+    "a method without its section": (
+        "[round]",
+        '[aggregation]\nmethod = "core"\n[round]',
+        "core: expected this section",
+    ),
+    "a factors' digest that is too short": (
+        "[round]",
+        '[aggregation]\nmethod = "core"\ncore = { factors = "ab" }\n[round]',
+        "key 'aggregation.core.factors'",
+    ),
     "an unknown loss": ("epochs = 2", 'epochs = 2\nloss = "best"', "key 'training.loss'"),
 }
 
@@ -188,7 +204,8 @@ def test_several_stages_demand_the_divided_audit(audit: str) -> None:
 
 
 def test_an_analytic_head_has_one_stage() -> None:
-    head = '[aggregation]\nhead = "analytic"\n[aggregation.analytic]\nridge = 0.1\nfeature_clip = 1.0\nmin_class_count = 2\n'
+    head = '[aggregation]\nhead = "analytic"\n[aggregation.analytic]\nridge = 0.1\nfeature_clip = 1.0\n'
+    head += "min_class_count = 2\n"
     text = PLAN.replace("[round]", head + "[round]").replace("rank = 8", 'rank = 8\ntrain = "head"')
     text = text.replace('"classifier.bias" = [5]', '"classifier.weight" = [2, 384]')
     parse_plan(staged(1, text).encode())
@@ -196,3 +213,14 @@ def test_an_analytic_head_has_one_stage() -> None:
         UserError, match=r"stages: expected 1 with an analytic head, which is exact after one round, found 2"
     ):
         parse_plan(staged(2, text).encode())
+
+
+def test_the_sum_of_products_is_for_small_models() -> None:
+    text = PLAN.replace("[round]", '[aggregation]\nmethod = "dense"\n[round]').replace(
+        "rank = 8", 'rank = 8\ntrain = "both"'
+    )
+    parse_plan(text.replace("[384, 384]", "[8192, 4096]").encode())
+    with pytest.raises(
+        UserError, match=r'expected at most 33554432 numbers in the modules for "dense", found 33558528'
+    ):
+        parse_plan(text.replace("[384, 384]", "[8193, 4096]").encode())

@@ -163,3 +163,36 @@ def test_all_stages_that_are_left_must_fit_the_budget() -> None:
     for stage, spent in ((1, ()), (2, (one,))):
         with pytest.raises(Refusal, match=f"would cost epsilon .* in {4 - stage} stages and bring the data set to"):
             admit(private, site(), Standing(budget, spent), stage)
+
+
+REGMEAN = "[aggregation.regmean]\nridge = 0.1\nfeature_clip = 1.0\nmin_texts = 9\n[training]"
+FISHER = "[aggregation.fisher]\nridge = 0.1\nreach = 9.0\nmin_texts = 9\n[training]"
+
+
+@pytest.mark.parametrize(("method", "section"), [("regmean", REGMEAN), ("fisher", FISHER)])
+def test_other_statistics_need_a_minimum_of_texts_of_this_site(method: str, section: str) -> None:
+    plan = job(("[training]", f'[aggregation]\nmethod = "{method}"\n{section}'))
+    with pytest.raises(Refusal, match=r"plan 'toy' sums statistics of the records; .* not opted in \(min_texts\)"):
+        admit(plan, site("[policy]", "[policy]\nmin_class_count = 1"))
+    admit(plan, site("[policy]", "[policy]\nmin_texts = 1"))
+
+
+def test_counts_need_a_minimum_of_this_site() -> None:
+    section = "[aggregation.counted]\nmin_class_count = 9\n[training]"
+    plan = job(("[training]", f'[aggregation]\nhead = "counted"\n{section}'))
+    with pytest.raises(Refusal, match=r"not opted in \(min_class_count\)"):
+        admit(plan, site("[policy]", "[policy]\nmin_texts = 1"))
+    admit(plan, site("[policy]", "[policy]\nmin_class_count = 1"))
+
+
+def test_a_larger_rank_than_this_site_trains_needs_the_method_that_sums_any() -> None:
+    narrow, just = (site("[models]", f"max_rank = {rank}\n[models]") for rank in (1, 2))
+    with pytest.raises(Refusal, match=r"plan 'toy' has rank 2; this site trains at most 1 \(max_rank\), which only"):
+        admit(job(), narrow)
+    admit(job(), just)
+    admit(job(('head = { "classifier', 'train = "head"\nhead = { "classifier')), narrow)
+    both = ("[training]", '[aggregation]\nmethod = "both"\n[training]')
+    trained = ('head = { "classifier', 'train = "both"\nhead = { "classifier')
+    with pytest.raises(Refusal, match="has rank 2"):
+        admit(job(both, trained), narrow)
+    admit(job(("[training]", '[aggregation]\nmethod = "dense"\n[training]'), trained), narrow)
