@@ -146,7 +146,21 @@ def show(
         for entry in row["named"]:
             typer.echo(f"    proven cheat: {entry['member']} ({entry['kind']})")
     if found["release"]:
+        for line in _judged(found["release"].get("evaluation")):
+            typer.echo(line)
         typer.echo(f"  adapter: {found['release']['adapter']}")
+
+
+def _judged(evaluation: dict[str, Any] | None) -> list[str]:
+    """What the held-out records of all sites together say of each candidate."""
+    if evaluation is None:
+        return []
+    lines = []
+    for one in evaluation["candidates"]:
+        right = f"{one['correct']} of {one['records']} right ({one['accuracy']:.3f})"
+        elected = " (elected)" if one["candidate"] == evaluation["elected"] else ""
+        lines.append(f"  {one['candidate']}: {right}, loss {one['loss']:.4f}{elected}")
+    return lines
 
 
 @app.command()

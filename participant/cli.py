@@ -206,6 +206,13 @@ def draft(
     max_records_per_user: Annotated[
         int | None, typer.Option(help="Protect users with at most so many records, instead of single records.")
     ] = None,
+    stages: Annotated[int, typer.Option(min=1, max=16, help="Trainings, each from the release of the one before.")] = 1,
+    holdout: Annotated[
+        float | None, typer.Option(help="Share of each site's records that judge the release, in total only.")
+    ] = None,
+    server_lr: Annotated[
+        list[float] | None, typer.Option(help="A rate to vote on by these records; repeat for each. With --holdout.")
+    ] = None,
 ) -> None:
     """Write a complete plan for a base model to standard output, with every digest filled in.
 
@@ -221,6 +228,8 @@ def draft(
         raise UserError("draft: expected --epsilon and --size together, or neither")
     if max_records_per_user is not None and epsilon is None:
         raise UserError("draft: expected --max-records-per-user with --epsilon and --size, found it alone")
+    if server_lr and holdout is None:
+        raise UserError("draft: expected --server-lr with --holdout, found it alone")
     if train not in ("all", "head"):
         raise UserError(f"draft: expected --train all or head, found '{train}'")
     if head not in HEADS:
@@ -258,6 +267,9 @@ def draft(
         method=cast(Method, method),
         factors_to=factors,
         privacy=section,
+        stages=stages,
+        holdout=holdout,
+        rates=server_lr or (),
         # Under [privacy] each site counts nominal_size, the same everywhere: uniform weights say so, and round finer.
         weights="uniform" if section else "examples",
         max_weight=1 if section else 65536,

@@ -33,7 +33,7 @@ _TEMPLATE = """\
 # What to train and how to aggregate it. Every site has this very file: its digest is over the bytes, comments included.
 name = {name}
 task = {task}
-stages = 1  # one upload per site in all
+stages = {stages}  # trainings and uploads of each site, each from the release of the one before
 
 [base]
 name = {base_name}
@@ -163,6 +163,12 @@ min_class_count = 5  # a class with fewer different texts at a site has no part 
 """
 
 #: What stands at the end of [aggregation] for a head that is computed from sums.
+_EVALUATION = """\
+[evaluation]  # one stage more: sites judge the release, in total only, on records that no stage trained on
+holdout = {holdout}  # share of each site's records
+server_lr = {rates}  # candidates to vote on; aggregation.server_lr alone where empty
+"""
+
 _ANALYTIC = """\
 # The head is not trained: each site sends sums of products of the model's features, and the head is the ridge solution
 # of all records together. [training] is not read. The sums say more of the records than an update: docs/analytic.md.
@@ -208,6 +214,9 @@ def draft_plan(
     max_colluders: int = 1,
     clip: float | None = None,
     max_weight: int = 65536,
+    stages: int = 1,
+    holdout: float | None = None,
+    rates: Sequence[float] = (),
     seed: bytes | None = None,
 ) -> str:
     """The text of a complete plan file that :func:`privacy.plan.parse_plan` accepts.
@@ -231,6 +240,8 @@ def draft_plan(
         factors_to: directory for the file with the factors of the method "core", which the coordinator needs too.
         privacy: a section ``[privacy]``, see :func:`privacy.budget.presets.draft_privacy`; ``epochs``, ``batch_size``
             and ``training_seed`` have no place beside it and are left out.
+        holdout: share of each site's records kept for a section ``[evaluation]``; None: no such section.
+        rates: candidates for ``server_lr`` in it.
 
     The other arguments are the plan's keys of the same name.
 
@@ -265,6 +276,8 @@ def draft_plan(
     # The head's comes first: it begins with a key, and the other is a table.
     section = {"analytic": _ANALYTIC, "counted": _COUNTED}.get(head, "")
     section += {"regmean": _REGMEAN, "fisher": _FISHER, "core": core}.get(method, "")
+    if holdout is not None:
+        section += _EVALUATION.format(holdout=holdout, rates=_toml(list(map(float, rates))))
     rate, reach = (5e-2, 4.0) if method == "core" else (2e-3, 0.5)
     text = _TEMPLATE.format(
         name=_toml(name),
@@ -303,6 +316,7 @@ def draft_plan(
         method=_toml(method),
         says=_SAYS[method],
         rate_is_for=_RATES.get(method, "for B and head alone; higher than usual for LoRA, since A is frozen"),
+        stages=stages,
         aggregation="\n" + section if section else "",
         # Rounding is multiplied by an inverse or divided by a weight; entries of B A are far smaller than those of B.
         bits=32 if head != "trained" or method in ("regmean", "fisher", "dense") else 24,
@@ -329,8 +343,8 @@ def _coordinates(adapter: Adapter, labels: int, head: str, method: Method) -> in
     return Head(module, bias, features, labels).size
 
 
-def _toml(value: str | list[str]) -> str:
-    """A TOML string, or array of strings; JSON's escapes are valid in TOML's basic strings, save DEL."""
+def _toml(value: str | Sequence[str] | Sequence[float]) -> str:
+    """A TOML string, or array; JSON's escapes are valid in TOML's basic strings, save DEL."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
