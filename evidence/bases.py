@@ -36,11 +36,13 @@ def _random(directory: Path) -> Path:
     if directory.exists():
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     staging = Path(tempfile.mkdtemp(dir=directory.parent))
     config = transformers.AutoConfig.from_pretrained(str(base_model()), local_files_only=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        transformers.AutoModel.from_config(config, dtype=torch.float32).save_pretrained(staging)
+        model = transformers.AutoModel.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        model.save_pretrained(staging)
     for name in TOKENIZER:
         if (base_model() / name).exists():
             shutil.copyfile(base_model() / name, staging / name)

@@ -14,10 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from evidence.arms import ALPHA, ARMS, BATCH, CLIP, RANK
 from privacy.errors import UserError
 
 #: Raised whenever the same definition would give another measurement.
 RECIPE = 1
+#: Settings that every cell shares.
+SETTINGS = {"recipe": RECIPE, "rank": RANK, "alpha": ALPHA, "batch": BATCH, "clip": CLIP}
 SITES, EPOCHS = 10, 3
 
 Part = Literal["validation", "test"]
@@ -57,13 +60,14 @@ class Cell:
 
     @property
     def digest(self) -> str:
-        """24 hexadecimal digits over the definition."""
-        return digest_of(asdict(self))
+        """24 hexadecimal digits over the definition, that of the arm included."""
+        arm = ARMS[self.arm]
+        return digest_of({**asdict(self), "kind": arm.kind, "method": arm.method, "rounds": arm.rounds})
 
 
 def digest_of(definition: dict[str, Any]) -> str:
-    """24 hexadecimal digits over a JSON object and the recipe."""
-    content = json.dumps({"recipe": RECIPE, **definition}, sort_keys=True)
+    """24 hexadecimal digits over a JSON object and the shared settings."""
+    content = json.dumps(SETTINGS | definition, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:24]
 
 
@@ -82,7 +86,7 @@ def write_json(path: Path, content: object) -> None:
 
 def save_result(out: Path, cell: Cell, result: dict[str, Any]) -> None:
     """Keep the result of a cell with its definition."""
-    write_json(cell_path(out, cell), {"recipe": RECIPE, "cell": asdict(cell), "result": result})
+    write_json(cell_path(out, cell), {"settings": SETTINGS, "cell": asdict(cell), "result": result})
 
 
 def load_result(out: Path, cell: Cell) -> dict[str, Any] | None:
@@ -98,7 +102,7 @@ def load_result(out: Path, cell: Cell) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise UserError(f"{path}: expected the result of a cell, found no JSON", hint="delete the file") from error
-    if not isinstance(content, dict) or content.get("cell") != asdict(cell) or content.get("recipe") != RECIPE:
+    if not isinstance(content, dict) or content.get("cell") != asdict(cell) or content.get("settings") != SETTINGS:
         raise UserError(f"{path}: expected the result of {cell.name}, found another", hint="delete the file")
     result: dict[str, Any] = content["result"]
     return result

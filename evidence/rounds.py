@@ -18,6 +18,7 @@ import structlog
 from numpy.typing import NDArray
 
 from coordinator import phases
+from participant.client import seen_hash
 from participant.daemon import Daemon
 from participant.store import Trained
 from privacy.adapter import Tensors, Vector, release, start_adapter, start_digest
@@ -30,7 +31,7 @@ from privacy.secagg.quantize import Quantizer, weighted_loss
 from privacy.secagg.signed import Signed
 from privacy.wire.convert import to_wire
 from privacy.wire.transport import CHUNK_HEADER, chunk_bytes
-from tests.on_disk import Direct, OnDisk, seen_hash
+from tests.on_disk import Direct, OnDisk
 
 SITE = """keep_plain_vector = true
 [models]
@@ -116,7 +117,11 @@ class World(OnDisk):
         self.contributions = contributions
         self.vectors: dict[int, NDArray[np.int32]] = {}
         p, r = plan.plan, plan.plan.round
-        policy = {"max_colluders": r.max_colluders, "min_cohort": r.min_cohort, "min_survivors": r.min_survivors}
+        policy: dict[str, object] = {
+            "max_colluders": r.max_colluders,
+            "min_cohort": r.min_cohort,
+            "min_survivors": r.min_survivors,
+        }
         toml = SITE.format(base=p.base.name, dataset=p.data.dataset, plan=p.name)
         super().__init__(directory, len(contributions), plan.raw, policy, toml)
 

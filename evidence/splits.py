@@ -8,11 +8,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from evidence.arms import BATCH
+
 #: Share of a class that its own sites hold in the natural split; the other sites divide the rest evenly.
 OWN_SHARE = 0.8
-#: A Dirichlet deal is drawn anew until every site has so many records, of two classes at least: with one class alone
-#: there is nothing to learn, and with less than this nobody would take part.
-LEAST_RECORDS, LEAST_CLASSES = 10, 2
+#: A Dirichlet deal is drawn anew until every site has more than one batch of records, of two classes at least. With one
+#: class there is nothing to learn; and in the first step B has no gradient, since the head is still zero.
+LEAST_RECORDS, LEAST_CLASSES = BATCH + 1, 2
 MOST_DRAWS = 10_000
 
 Deal = tuple[tuple[int, ...], ...]

@@ -1,0 +1,231 @@
+"""How each arm is measured; everything that aggregates goes through :mod:`evidence.rounds`."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evidence.arms import ALPHA, ARMS, BATCH, CLIP, MAX_WEIGHT, RANK, Arm
+from evidence.bases import base_of
+from evidence.cells import Cell, digest_of
+from evidence.corpora import CORPORA, Corpus
+from evidence.rounds import Aggregated, Contribution, secure_round
+from evidence.scoring import Score, score, update_size
+from evidence.splits import deal
+from participant.analytic import collect, frequent
+from participant.data import Examples
+from participant.drafting import draft_plan
+from participant.training import train
+from privacy.adapter import Tensors, layout_of, release, start_adapter
+from privacy.plan import PlanFile, parse_plan
+
+
+@dataclass
+class Bench:
+    """What the measurement of one cell works with."""
+
+    cell: Cell
+    corpus: Corpus
+    base: Path
+    out: Path
+
+    @property
+    def arm(self) -> Arm:
+        return ARMS[self.cell.arm]
+
+    @property
+    def held_out(self) -> Examples:
+        """The records that the cell is judged by."""
+        return self.corpus.test if self.cell.part == "test" else self.corpus.validation
+
+    @property
+    def parts(self) -> list[Examples]:
+        """The training records of each site."""
+        train_set, c = self.corpus.train, self.cell
+        dealt = deal(c.split, train_set.labels, len(self.corpus.labels), c.sites, c.seed)
+        return [picked(train_set, numbers) for numbers in dealt]
+
+    def plan(self, round_number: int = 1, epochs: int = 1) -> PlanFile:
+        """The plan of one round of this cell, as the product drafts it."""
+        c = self.cell
+        text = draft_plan(
+            base=self.base,
+            base_name=c.weights,
+            name=f"evidence-{round_number}",
+            dataset=c.corpus,
+            labels=self.corpus.labels,
+            rank=RANK,
+            alpha=ALPHA,
+            max_length=self.corpus.max_length,
+            head="analytic" if self.arm.kind == "analytic" else "trained",
+            epochs=epochs,
+            learning_rate=c.rate or 1e-3,  # where nothing is trained, the plan's rate is not read
+            batch_size=BATCH,
+            training_seed=1000 * c.seed + round_number,
+            max_cohort=c.sites,
+            min_cohort=c.sites - 2,
+            min_survivors=c.sites - 4 if c.sites > 7 else 3,
+            clip=CLIP,
+            max_weight=MAX_WEIGHT,
+            seed=hashlib.sha256(f"evidence {c.seed}".encode()).digest(),
+        )
+        return parse_plan(text.encode(), c.name)
+
+
+def picked(examples: Examples, numbers: Sequence[int]) -> Examples:
+    """These records, in this order."""
+    return Examples(tuple(examples.texts[i] for i in numbers), tuple(examples.labels[i] for i in numbers))
+
+
+@lru_cache(maxsize=2)
+def corpus_of(name: str) -> Corpus:
+    """A corpus, read once in a process."""
+    return CORPORA[name]()
+
+
+def measure(cell: Cell, out: Path) -> dict[str, Any]:
+    """Measure one cell; the result as JSON.
+
+    Raises:
+        UserError: a package is missing, or training diverged.
+    """
+    bench = Bench(cell, corpus_of(cell.corpus), base_of(cell.weights, out), out)
+    began, spent = time.monotonic(), time.process_time()
+    kinds: dict[str, Callable[[Bench], dict[str, Any]]] = {
+        "base": _base,
+        "alone": _alone,
+        "pooled": _pooled,
+        "rounds": _rounds,
+        "analytic": _analytic,
+    }
+    result = kinds[bench.arm.kind](bench)
+    about = {"corpus_digest": bench.corpus.digest, "cpu_s": time.process_time() - spent}
+    return result | about | {"wall_s": time.monotonic() - began}
+
+
+def _scored(found: Score) -> dict[str, Any]:
+    return {"accuracy": found.accuracy, "loss": found.loss, "right": list(found.right)}
+
+
+def _base(bench: Bench) -> dict[str, Any]:
+    plan = bench.plan().plan
+    return _scored(score(plan, bench.base, start_adapter(plan.adapter), bench.held_out))
+
+
+def _pooled(bench: Bench) -> dict[str, Any]:
+    plan = bench.plan(epochs=bench.cell.epochs).plan
+    start = start_adapter(plan.adapter)
+    found = train(plan=plan, base=bench.base, start=start, examples=bench.corpus.train, device="cpu", threads=1)
+    tensors = release(start, found.delta, 1.0, layout_of(plan.adapter))
+    return _scored(score(plan, bench.base, tensors, bench.held_out)) | {
+        "tau": update_size(plan, bench.base, start, tensors)
+    }
+
+
+def trained_sites(bench: Bench, plan: PlanFile, start: Tensors, round_number: int) -> list[Contribution]:
+    """Every site's training of one round; what was trained before a kill, or for another arm, is not trained again."""
+    c, digest = bench.cell, hashlib.sha256(plan.raw).hexdigest()
+    before = hashlib.sha256(b"".join(start[name].tobytes() for name in sorted(start))).hexdigest()
+    key = digest_of(
+        {
+            "plan": digest,
+            "start": before,
+            "split": c.split,
+            "seed": c.seed,
+            "sites": c.sites,
+            "corpus": bench.corpus.digest,
+        }
+    )
+    place = bench.out / "local" / (key if round_number == 1 else f"later-{c.digest}-{round_number}-{key}")
+    place.mkdir(parents=True, exist_ok=True)
+    found = []
+    for site, examples in enumerate(bench.parts):
+        path = place / f"site-{site}.npz"
+        if not path.exists():
+            result = train(plan=plan.plan, base=bench.base, start=start, examples=examples, device="cpu", threads=1)
+            staging = path.with_suffix(f".{time.time_ns()}.tmp.npz")
+            np.savez(staging, delta=result.delta, about=np.array([result.examples, result.loss]))
+            staging.replace(path)
+        kept = np.load(path)
+        found.append(Contribution(kept["delta"], int(kept["about"][0]), float(kept["about"][1])))
+    return found
+
+
+def _forget_later_rounds(bench: Bench) -> None:
+    for place in (bench.out / "local").glob(f"later-{bench.cell.digest}-*"):
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _alone(bench: Bench) -> dict[str, Any]:
+    """Each site with its own records only: the means over the sites."""
+    plan = bench.plan(epochs=bench.cell.epochs)
+    start = start_adapter(plan.plan.adapter)
+    found = []
+    for one in trained_sites(bench, plan, start, 1):
+        tensors = release(start, one.delta, 1.0, layout_of(plan.plan.adapter))
+        found.append(score(plan.plan, bench.base, tensors, bench.held_out))
+    accuracies = [one.accuracy for one in found]
+    return {
+        "accuracy": float(np.mean(accuracies)),
+        "loss": float(np.mean([one.loss for one in found])),
+        "right": np.mean([one.right for one in found], axis=0).tolist(),
+        "by_site": accuracies,
+    }
+
+
+def _rounds(bench: Bench) -> dict[str, Any]:
+    arm, cell = bench.arm, bench.cell
+    assert cell.epochs % arm.rounds == 0, "the epochs are shared out evenly"
+    start = tensors = start_adapter(bench.plan().plan.adapter)
+    rounds: list[dict[str, Any]] = []
+    for number in range(1, arm.rounds + 1):
+        plan = bench.plan(number, cell.epochs // arm.rounds)
+        contributions = trained_sites(bench, plan, tensors, number)
+        before = tensors
+        found = secure_round(plan, contributions, before, bench.out / "scratch")
+        tensors = found.tensors
+        sites = [release(before, c.delta, 1.0, layout_of(plan.plan.adapter)) for c in contributions]
+        rounds.append(_facts(found) | {"tau_sites": _mean_tau(bench, plan, before, sites)})
+    clear = release(before, found.plain.astype(np.float32), 1.0, layout_of(plan.plan.adapter))
+    result = _scored(score(plan.plan, bench.base, tensors, bench.held_out))
+    in_clear = score(plan.plan, bench.base, clear, bench.held_out)
+    _forget_later_rounds(bench)
+    return result | {
+        "rounds": rounds,
+        "tau": update_size(plan.plan, bench.base, start, tensors),
+        "clear": {
+            "accuracy": in_clear.accuracy,
+            "other_answers": sum(a != b for a, b in zip(in_clear.right, result["right"], strict=True)),
+        },
+    }
+
+
+def _mean_tau(bench: Bench, plan: PlanFile, start: Tensors, sites: Sequence[Tensors]) -> dict[str, float]:
+    found = [update_size(plan.plan, bench.base, start, tensors) for tensors in sites]
+    return {key: float(np.mean([one[key] for one in found])) for key in found[0]}
+
+
+def _facts(found: Aggregated) -> dict[str, Any]:
+    names = ("difference", "tolerance", "clipped", "coordinates", "sent", "received")
+    return {name: value for name, value in asdict(found).items() if name in names}
+
+
+def _analytic(bench: Bench) -> dict[str, Any]:
+    plan = bench.plan()
+    start = start_adapter(plan.plan.adapter)
+    contributions = []
+    for examples in bench.parts:
+        kept = frequent(examples, plan.plan, 1)
+        found = collect(plan=plan.plan, base=bench.base, start=start, examples=kept, device="cpu", threads=1)
+        contributions.append(Contribution(found.delta, found.examples, found.loss))
+    aggregated = secure_round(plan, contributions, start, bench.out / "scratch")
+    result = _scored(score(plan.plan, bench.base, aggregated.tensors, bench.held_out))
+    return result | {"rounds": [_facts(aggregated)]}
