@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -156,6 +156,9 @@ def draft(
     head: Annotated[
         str, typer.Option(help="How the head comes about: trained, or analytic, from sums of statistics.")
     ] = "trained",
+    method: Annotated[
+        str, typer.Option(help="What is summed of LoRA's factors: freeze_a, both or regmean; see docs/aggregation.md.")
+    ] = "freeze_a",
     epsilon: Annotated[
         str | None, typer.Option(help="Train with differential privacy of this epsilon; needs --size.")
     ] = None,
@@ -174,7 +177,7 @@ def draft(
     from participant.drafting import draft_plan
     from privacy.budget.presets import draft_privacy
     from privacy.budget.terms import noise_warning
-    from privacy.plan import parse_plan
+    from privacy.plan import METHODS, Method, parse_plan
 
     if (epsilon is None) != (size is None):
         raise UserError("draft: expected --epsilon and --size together, or neither")
@@ -184,6 +187,8 @@ def draft(
         raise UserError(f"draft: expected --train all or head, found '{train}'")
     if head not in ("trained", "analytic"):
         raise UserError(f"draft: expected --head trained or analytic, found '{head}'")
+    if method not in METHODS:
+        raise UserError(f"draft: expected --method {', '.join(METHODS[:-1])} or {METHODS[-1]}, found '{method}'")
     section = ""
     if epsilon is not None and size is not None:
         users = max_records_per_user is not None
@@ -200,6 +205,7 @@ def draft(
         max_length=max_length,
         train="head" if train == "head" else "all",
         head="analytic" if head == "analytic" else "trained",
+        method=cast(Method, method),
         privacy=section,
         # Under [privacy] each site counts nominal_size, the same everywhere: uniform weights say so, and round finer.
         weights="uniform" if section else "examples",

@@ -92,6 +92,9 @@ class SitePolicy(Section):
     #: Consent to plans with an analytic head, which sum statistics of the records: classes with fewer different texts
     #: here are left out (the larger of this and the plan's minimum holds). Without it such plans are refused.
     min_class_count: Positive | None = None
+    #: Consent to plans with the method "regmean", which sum Gram matrices of what A says of the records: with fewer
+    #: different texts here (the larger of this and the plan's minimum holds) the site sits out.
+    min_texts: Positive | None = None
 
 
 class Settings(Section):

@@ -15,10 +15,11 @@ from typing import Literal
 from pydantic import ValidationError
 
 from participant.base_model import base_digest
-from privacy.adapter import layout_of, start_adapter, start_digest
+from privacy.adapter import start_adapter, start_digest
 from privacy.analytic import Head
 from privacy.errors import UserError
-from privacy.plan import Adapter, linear_head, parse_plan
+from privacy.methods import parts_of
+from privacy.plan import TRAINS_A, Adapter, Method, linear_head, parse_plan
 from privacy.settings import explain
 
 _UNSET_DIGEST = "0" * 64
@@ -43,10 +44,10 @@ max_length = {max_length}  # tokens; what is longer is cut
 # Adds the log of a {prior} class prior to the logits in training only (Menon et al. 2021): sites with different
 # label mixes can then be averaged. The alternative is "cross_entropy".
 loss = {loss}
-learning_rate = {learning_rate}  # for B and head alone; higher than usual for LoRA, since A is frozen
+learning_rate = {learning_rate}  # {rate_is_for}
 {schedule}
 [aggregation]
-method = "freeze_a"  # A from the public seed, B trained: the mean of B is exact
+method = {method}  # {says}
 weights = {weights}  # sites count by their number of examples, or each the same: "uniform"
 server_lr = 1.0  # released = start + server_lr * mean delta
 {aggregation}
@@ -74,7 +75,7 @@ outcome_s = 3600
 # {coordinates} coordinates are sent.
 rank = {rank}
 alpha = {alpha}  # the adapter acts with alpha / rank
-train = {train}  # B and the head: "all"; or the "head" alone, on the base model's features
+train = {train}  # B and the head: "all"; A as well: "both"; or the "head" alone, on the base model's features
 seed = {seed}
 # SHA-256 of the start adapter that every site computes from seed, modules and head.
 digest = {start_digest}
@@ -91,6 +92,22 @@ _SCHEDULE = """\
 epochs = {epochs}
 batch_size = {batch_size}
 seed = {training_seed}  # of the order of examples; not secret
+"""
+
+#: What a plan says of its method; docs/aggregation.md has more.
+_SAYS: dict[Method, str] = {
+    "freeze_a": "A from the public seed, B trained: the mean of B is exact",
+    "both": "A and B summed apart: inexact, and the release says by how much",
+    "regmean": "B weighted by what each site has seen in each direction of the frozen A",
+}
+
+#: What stands at the end of [aggregation] for this method.
+_REGMEAN = """\
+[aggregation.regmean]
+ridge = 0.01  # added to the diagonal of each mean Gram matrix, whose entries are at most 1; large: the plain mean
+# What A says of a token is clipped to this range, coordinate by coordinate; a site logs the share that was beyond.
+feature_clip = 4.0
+min_texts = 20  # a site with fewer different texts sits out: the sums say more of the records than an update
 """
 
 #: What stands at the end of [aggregation] for a head that is computed from sums.
@@ -121,6 +138,7 @@ def draft_plan(
     max_length: int = 128,
     train: Literal["all", "head"] = "all",
     head: Literal["trained", "analytic"] = "trained",
+    method: Method = "freeze_a",
     privacy: str = "",
     loss: Literal["logit_adjusted", "cross_entropy"] = "logit_adjusted",
     epochs: int = 2,
@@ -149,6 +167,7 @@ def draft_plan(
         alpha: LoRA's scale, the adapter acts with alpha / rank; 2 * rank where None.
         seed: public 32-byte seed of the frozen A; drawn at random where None.
         head: "analytic" for a head computed from sums of statistics, see ``privacy/analytic.py``; nothing is trained.
+        method: what is summed of LoRA's factors; A is trained too where the method can sum it.
         privacy: a section ``[privacy]``, see :func:`privacy.budget.presets.draft_privacy`; ``epochs``, ``batch_size``
             and ``training_seed`` have no place beside it and are left out.
 
@@ -161,6 +180,7 @@ def draft_plan(
 
     if head == "analytic":
         train = "head"
+    trained: Literal["all", "both", "head"] = "both" if method in TRAINS_A else train
     modules, layer = inspect_model(base, len(labels), targets)
     try:
         adapter = Adapter(
@@ -170,11 +190,12 @@ def draft_plan(
             digest=_UNSET_DIGEST,
             modules=modules,
             head=layer,
-            train=train,
+            train=trained,
         )
     except ValidationError as error:
         raise UserError(f"draft: {explain(error)}", hint="choose another rank or alpha") from error
     digest = start_digest(start_adapter(adapter)).hex()
+    section = {"regmean": _REGMEAN}.get(method, "") + (_ANALYTIC if head == "analytic" else "")
     text = _TEMPLATE.format(
         name=_toml(name),
         base_name=_toml(base_name),
@@ -195,24 +216,30 @@ def draft_plan(
         max_colluders=max_colluders,
         clip=float(clip),
         max_weight=max_weight,
-        coordinates=f"{_coordinates(adapter, len(labels), head):,}",
+        coordinates=f"{_coordinates(adapter, len(labels), head, method):,}",
         rank=rank,
         alpha=adapter.alpha,
-        train=_toml(train),
+        train=_toml(trained),
         seed=_toml(adapter.seed),
         start_digest=_toml(digest),
         modules=_table(modules),
         head=_table(layer),
-        aggregation="\n" + _ANALYTIC if head == "analytic" else "",
-        bits=32 if head == "analytic" else 24,  # rounding is multiplied by the inverse of the Gram matrix
+        method=_toml(method),
+        says=_SAYS[method],
+        rate_is_for="for A, B and head"
+        if trained == "both"
+        else "for B and head alone; higher than usual for LoRA, since A is frozen",
+        aggregation="\n" + section if section else "",
+        # Rounding is multiplied by the inverse of a Gram matrix.
+        bits=32 if head == "analytic" or method == "regmean" else 24,
     )
     parse_plan(text.encode(), "draft")
     return text
 
 
-def _coordinates(adapter: Adapter, labels: int, head: str) -> int:
+def _coordinates(adapter: Adapter, labels: int, head: str, method: Method) -> int:
     if head == "trained":
-        return layout_of(adapter).size
+        return parts_of(adapter, method).size
     module, bias, features = linear_head(adapter, labels)
     return Head(module, bias, features, labels).size
 

@@ -51,6 +51,8 @@ def admit(job: Job, settings: Settings, standing: Standing | None = None) -> Non
         raise Refusal(f"{name} has audit '{plan.round.audit}'; this site demands '{own.audit}'")
     if plan.aggregation.head == "analytic" and own.min_class_count is None:
         raise Refusal(f"{name} sums statistics of the records; this site has not opted in (min_class_count)")
+    if plan.aggregation.method == "regmean" and own.min_texts is None:
+        raise Refusal(f"{name} sums statistics of the records; this site has not opted in (min_texts)")
     data = settings.datasets[plan.data.dataset]
     if plan.privacy is not None and plan.privacy.unit == "user" and data.unit is None:
         raise Refusal(

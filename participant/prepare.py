@@ -16,10 +16,11 @@ from participant.patience import patiently
 from participant.registry import Registry
 from participant.site import Site
 from participant.store import Quantised, Trained
-from privacy.adapter import Tensors, check_start, release, save_peft, start_adapter
-from privacy.analytic import solved
+from privacy.adapter import Tensors, check_start, save_peft, start_adapter
 from privacy.errors import Refusal, UserError
 from privacy.job import Job
+from privacy.methods import merged
+from privacy.plan import Plan
 from privacy.secagg.masking import tiles_of
 from privacy.secagg.quantize import weighted_loss
 
@@ -67,10 +68,9 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None) 
 
 
 def _local(job: Job, start: Tensors, vector: NDArray[np.float32]) -> Tensors:
-    """What this site's vector gives alone."""
-    if job.plan.aggregation.analytic is not None:
-        return solved(start, vector, job.plan)[0]
-    return release(start, vector, 1.0, job.layout)
+    """What this site's vector gives alone, at a server rate of 1."""
+    aggregation = job.plan.aggregation.model_copy(update={"server_lr": 1.0})
+    return merged(start, vector.copy(), job.plan.model_copy(update={"aggregation": aggregation})).tensors
 
 
 def _examples(site: Site, job: Job, data: DataSet) -> Examples:
@@ -85,11 +85,26 @@ def _examples(site: Site, job: Job, data: DataSet) -> Examples:
         unit_column=data.unit if users else None,
         max_records_per_unit=privacy.max_records_per_unit if privacy is not None and users else None,
     )
-    if job.plan.aggregation.analytic is None:
+    aggregation, own = job.plan.aggregation, site.home.settings.policy
+    if aggregation.regmean is not None:
+        _enough_texts(examples, job.plan, own.min_texts or 1)
+    if aggregation.analytic is None:
         return examples
     from participant.analytic import frequent
 
-    return frequent(examples, job.plan, site.home.settings.policy.min_class_count or 1)
+    return frequent(examples, job.plan, own.min_class_count or 1)
+
+
+def _enough_texts(examples: Examples, plan: Plan, own_minimum: int) -> None:
+    """Raise UserError unless the site has as many different texts as the plan and its own file ask for."""
+    settings = plan.aggregation.regmean
+    assert settings is not None
+    least, found = max(settings.min_texts, own_minimum), len(set(examples.texts))
+    if found < least:
+        raise UserError(
+            f"data: expected at least {least} different texts (min_texts), found {found}",
+            hint="sit this plan out, or agree on a smaller minimum",
+        )
 
 
 def _train(

@@ -26,6 +26,7 @@ from torch.nn.functional import cross_entropy
 from participant.base_model import base_digest as base_digest  # the name others look for here
 from participant.base_model import check_base
 from participant.data import Examples
+from participant.sending import vector_of
 from privacy.adapter import Tensors, Vector, check_tensors, flatten, layout_of, peft_config, trained_part
 from privacy.errors import UserError
 from privacy.plan import Adapter, Plan
@@ -44,7 +45,7 @@ Progress = Callable[[int, int, float], None]
 class TrainingResult:
     """What a site's training gives: ``delta`` goes to masking, the rest to the log."""
 
-    #: (d,) float32: trained minus start, see :func:`privacy.adapter.flatten`.
+    #: (d,) float32: trained minus start, see :func:`privacy.adapter.flatten`, or what the plan's method makes of it.
     delta: Vector
     #: Number of examples in the data set; the site's weight.
     examples: int
@@ -174,8 +175,10 @@ def load_model(plan: Plan, base: Path, adapter: Mapping[str, Any], device: Devic
     report: Any = peft.set_peft_model_state_dict(wrapped, tensors)
     assert not report.unexpected_keys, report.unexpected_keys
     for name, parameter in wrapped.named_parameters():
-        in_b = "lora_B" in name and plan.adapter.train == "all"
-        parameter.requires_grad_(in_b or "modules_to_save" in name)
+        in_lora = ("lora_B" in name and plan.adapter.train != "head") or (
+            "lora_A" in name and plan.adapter.train == "both"
+        )
+        parameter.requires_grad_(in_lora or "modules_to_save" in name)
     wrapped.eval()
     placed = read_adapter(wrapped)
     assert all(np.array_equal(placed[name], value) for name, value in adapter.items()), "PEFT lost a tensor"
@@ -303,9 +306,13 @@ def train(
             epoch_loss += value * len(chosen)
             if progress is not None:
                 progress(step, steps, value)
-    delta = delta_of(start, read_adapter(loaded.model), plan.adapter)
+    after = read_adapter(loaded.model)
+    delta = delta_of(start, after, plan.adapter)
     assert delta.shape == (layout.size,)
-    return TrainingResult(delta, len(texts), epoch_loss / len(texts), time.monotonic() - began)
+    vector = vector_of(
+        plan=plan, after=after, delta=delta, model=loaded.model, texts=texts, forward=lambda b: logits_of(loaded, b)
+    )
+    return TrainingResult(vector, len(texts), epoch_loss / len(texts), time.monotonic() - began)
 
 
 def _check_examples(examples: Examples, plan: Plan) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from privacy import PROTOCOL_VERSION
 from privacy.adapter import Layout, layout_of
-from privacy.analytic import vector_size
+from privacy.methods import vector_size
 from privacy.plan import Plan, PlanFile
 from privacy.roster import Roster, RosterFile, Rules, rules_for
 from privacy.secagg.masking import packed_length
@@ -33,9 +33,8 @@ class Job:
     def of(cls, plan_file: PlanFile, roster_file: RosterFile) -> Job:
         rules = rules_for(plan_file.plan, roster_file.roster.policy)
         layout = layout_of(plan_file.plan.adapter)
-        return cls(
-            plan_file, roster_file, rules, layout, quantizer_for(plan_file.plan, vector_size(plan_file.plan, layout))
-        )
+        quantizer = quantizer_for(plan_file.plan, vector_size(plan_file.plan))
+        return cls(plan_file, roster_file, rules, layout, quantizer)
 
     @property
     def plan(self) -> Plan:

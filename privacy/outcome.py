@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privacy import analytic, merkle
-from privacy.adapter import Tensors, release, start_adapter, start_digest
+from privacy import merkle
+from privacy.adapter import Tensors, start_adapter, start_digest
 from privacy.errors import ProtocolError
 from privacy.job import Job
+from privacy.methods import Rounding, merged
 from privacy.secagg import projection, transcript
 from privacy.secagg.masking import BLOCK, MaskStreams, block_sizes, packed_bytes, unpack
 from privacy.secagg.messages import Evidence, Outcome, OutcomeVote
@@ -145,13 +146,12 @@ class Combined:
     tensors: Tensors
     weight: int
     loss: float
-    #: Of an analytic head: the ridge it was solved with.
-    ridge: float | None = None
+    #: What the manifest says of the method: an error that was measured, a ridge that was used.
+    facts: Facts = field(default_factory=dict)
 
 
 def combine(job: Job, cohorts: Sequence[VerifiedCohort]) -> Combined:
-    """The mean over disjoint cohorts and the adapter it gives: start + server_lr * mean, or the head that a mean of
-    statistics gives. O(d) memory: the adapter.
+    """The mean over disjoint cohorts and the adapter it gives by the plan's method. O(d) memory: the adapter.
 
     Raises:
         ProtocolError: no cohorts, or one member in two of them.
@@ -161,13 +161,9 @@ def combine(job: Job, cohorts: Sequence[VerifiedCohort]) -> Combined:
         raise ProtocolError("expected disjoint cohorts in a release, found a member twice or none at all")
     weight, loss = _weight_and_loss(job, cohorts)
     start, mean = start_adapter(job.plan.adapter), _mean(job, cohorts, weight)
-    if job.plan.aggregation.analytic is not None:
-        unit = job.quantizer.max_weight / (job.quantizer.qmax * weight)
-        least = analytic.rounding_ridge(analytic.head_of(job.plan), unit, len(members))
-        solved, ridge = analytic.solved(start, mean, job.plan, least)
-        return Combined(solved, weight, loss, ridge)
-    tensors = release(start, mean, job.plan.aggregation.server_lr, job.layout, in_place=True)
-    return Combined(tensors, weight, loss)
+    rounding = Rounding(job.quantizer.max_weight / (job.quantizer.qmax * weight), len(members))
+    found = merged(start, mean, job.plan, rounding)
+    return Combined(found.tensors, weight, loss, found.facts)
 
 
 def _weight_and_loss(job: Job, cohorts: Sequence[VerifiedCohort]) -> tuple[int, float]:
@@ -188,7 +184,6 @@ def _mean(job: Job, cohorts: Sequence[VerifiedCohort], weight: int) -> NDArray[n
 
 def manifest(job: Job, stage: int, cohorts: Sequence[VerifiedCohort], combined: Combined) -> Facts:
     """What a release says about itself, the same at coordinator and sites."""
-    head = {} if combined.ridge is None else {"head": "analytic", "ridge": combined.ridge}
     return {
         "plan": job.plan.name,
         "plan_digest": job.plan_file.digest.hex(),
@@ -197,7 +192,7 @@ def manifest(job: Job, stage: int, cohorts: Sequence[VerifiedCohort], combined: 
         "adapter_digest": start_digest(combined.tensors).hex(),
         "coordinates": job.quantizer.size,
         "total_weight": combined.weight,
-        **head,
+        **combined.facts,
         **_training(job, combined.loss),
         "cohorts": [_cohort(job, cohort) for cohort in cohorts],
     }

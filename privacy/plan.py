@@ -11,7 +11,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -53,8 +53,9 @@ class Adapter(Section):
     modules: Annotated[dict[str, tuple[Positive, Positive]], Field(min_length=1)]
     #: Tensors trained beside the adapter -> shape; they start at zero.
     head: dict[str, Annotated[tuple[Positive, ...], Field(min_length=1, max_length=8)]] = Field(default_factory=dict)
-    #: B and the head, or the head alone: then A and B both stay as they start, and the model's features too.
-    train: Literal["all", "head"] = "all"
+    #: B and the head ("all"); A as well ("both", for methods that can sum it); or the head alone: then A and B both
+    #: stay as they start, and the model's features too.
+    train: Literal["all", "both", "head"] = "all"
 
     @model_validator(mode="after")
     def _something_is_trained(self) -> Adapter:
@@ -131,15 +132,40 @@ class Analytic(Section):
     min_class_count: Positive
 
 
+class Regmean(Section):
+    """Sites count in each direction by what they have seen there (``privacy/methods.py``); all of these are public."""
+
+    #: Added to the diagonal of each Gram matrix, whose entries are at most 1; a large one gives the plain mean.
+    ridge: Annotated[float, Field(ge=1e-9, le=1e6)]
+    #: What A says of a token is clipped to +-feature_clip, coordinate by coordinate, and divided by it.
+    feature_clip: Annotated[float, Field(gt=0, le=1e6)]
+    #: A site with fewer different texts sits out.
+    min_texts: Positive
+
+
+#: What is summed of LoRA's factors, see ``privacy/methods.py`` and docs/aggregation.md.
+Method = Literal["freeze_a", "both", "regmean"]
+METHODS: tuple[str, ...] = get_args(Method)
+#: Methods under which A is trained as well.
+TRAINS_A = ("both",)
+
+
 class Aggregation(Section):
     """What is summed and how the mean is applied."""
 
-    method: Literal["freeze_a"] = "freeze_a"
+    method: Method = "freeze_a"
     weights: Literal["examples", "uniform"] = "examples"
     server_lr: Annotated[float, Field(gt=0, le=10)] = 1.0
     #: "analytic" sums statistics of the records instead of a trained delta: off unless the plan says so.
     head: Literal["trained", "analytic"] = "trained"
     analytic: Analytic | None = None
+    regmean: Regmean | None = None
+
+    @model_validator(mode="after")
+    def _regmean_is_whole(self) -> Aggregation:
+        if (self.method == "regmean") != (self.regmean is not None):
+            raise ValueError('regmean: expected this section with method = "regmean", and only with it')
+        return self
 
     @model_validator(mode="after")
     def _analytic_is_whole(self) -> Aggregation:
@@ -248,6 +274,20 @@ class Plan(Section):
         if self.adapter.train != "head":
             raise ValueError('adapter.train: expected "head" beside an analytic head, found "all"')
         linear_head(self.adapter, len(self.data.labels))
+        return self
+
+    @model_validator(mode="after")
+    def _method_fits(self) -> Plan:
+        method, train = self.aggregation.method, self.adapter.train
+        if method != "freeze_a" and self.privacy is not None:
+            raise ValueError(
+                f'aggregation.method: expected "freeze_a" under [privacy], found "{method}": its steps train B alone'
+            )
+        wanted = ("both",) if method in TRAINS_A else ("all", "head") if method == "freeze_a" else ("all",)
+        if train not in wanted:
+            raise ValueError(
+                f'adapter.train: expected {" or ".join(map(repr, wanted))} with method "{method}", found {train!r}'
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,0 +1,124 @@
+"""What a site's training becomes in the vector it sends, by the method; ``privacy/methods.py`` has the other end.
+
+Whatever is said of records beside the trained tensors is computed here, after training, under the trained adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import structlog
+import torch
+from torch import Tensor
+
+from privacy.adapter import Matrix, Tensors, Vector, a_name, b_name, flatten, layout_of, unflatten
+from privacy.methods import gram_name, probe_name, probes, sent
+from privacy.plan import Plan
+
+log = structlog.get_logger()
+
+#: Texts in one forward pass for statistics.
+BATCH = 16
+
+#: The logits of a batch, which here is run for what A says in it.
+Forward = Callable[[list[Tensor]], object]
+
+
+def vector_of(
+    *,
+    plan: Plan,
+    after: Tensors,
+    delta: Vector,
+    model: Any,
+    texts: Sequence[Tensor],
+    forward: Forward,
+) -> Vector:
+    """(d,) float32: the vector of a site that trained.
+
+    Args:
+        after: the whole adapter after training.
+        delta: after minus start, on the trained tensors.
+        model: the base model with the adapter in place, as trained.
+        texts: token ids of the site's records.
+        forward: runs the model on a batch of them, padded on the right.
+    """
+    method = plan.aggregation.method
+    if method == "freeze_a":
+        return delta
+    parts = unflatten(delta, layout_of(plan.adapter))
+    if method == "both":
+        parts |= probed(plan, after)
+    else:
+        parts |= weighted(plan, parts, gram_means(plan, model, texts, forward))
+    return flatten(parts, sent(plan))
+
+
+def probed(plan: Plan, after: Tensors) -> Tensors:
+    """B (A v) of this site in the public directions."""
+    found: Tensors = {}
+    for module in plan.adapter.modules:
+        a, b = after[a_name(module)].astype(np.float64), after[b_name(module)].astype(np.float64)
+        found[probe_name(module)] = ((probes(plan, module) @ a.T) @ b.T).astype(np.float32)
+    return found
+
+
+# --- regmean: what A says of the tokens ------------------------------------------------------------------------------
+
+
+def gram_means(plan: Plan, model: Any, texts: Sequence[Tensor], forward: Forward) -> dict[str, Matrix]:
+    """Module -> (rank, rank) float64: of z z^T the mean over the tokens of a record, and of that over the records.
+
+    z is what A says of a token, clipped and scaled to +-1. The mean comes first within a record, so that a long one
+    counts no more than a short one.
+    """
+    settings = plan.aggregation.regmean
+    assert settings is not None
+    clip, rank = settings.feature_clip, plan.adapter.rank
+    totals = {module: torch.zeros(rank, rank, dtype=torch.float64) for module in plan.adapter.modules}
+    seen = clipped = 0
+    with torch.no_grad(), _heard(model, totals) as said:
+        for first in range(0, len(texts), BATCH):
+            batch = list(texts[first : first + BATCH])
+            forward(batch)
+            for module, heard in said.items():
+                for features, text in zip(heard, batch, strict=True):
+                    own = features[: len(text)].double().cpu() / clip  # without the padding
+                    seen, clipped = seen + own.numel(), clipped + int((own.abs() > 1).sum())
+                    z = own.clamp(-1, 1)
+                    totals[module] += z.T @ z / len(z)
+    if clipped:
+        log.warning("clipping", plan=plan.name, share=round(clipped / seen, 6), feature_clip=clip)
+    return {module: (total / len(texts)).numpy() for module, total in totals.items()}
+
+
+@contextmanager
+def _heard(model: Any, modules: Mapping[str, object]) -> Iterator[dict[str, Tensor]]:
+    """Module -> (batch, tokens, rank): what A said in the last forward pass."""
+    said: dict[str, Tensor] = {}
+    layers = dict(model.named_modules())
+    handles = [
+        layers[f"base_model.model.{module}.lora_A.default"].register_forward_hook(
+            lambda _, __, output, module=module: said.__setitem__(module, output)
+        )
+        for module in modules
+    ]
+    try:
+        yield said
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def weighted(plan: Plan, deltas: Tensors, grams: Mapping[str, Matrix]) -> Tensors:
+    """For each module D (G + ridge I) in the place of D, what was added to B, and the upper triangle of G."""
+    settings = plan.aggregation.regmean
+    assert settings is not None
+    rank, found = plan.adapter.rank, {}
+    for module, gram in grams.items():
+        weights = gram + settings.ridge * np.eye(rank)
+        found[b_name(module)] = (deltas[b_name(module)].astype(np.float64) @ weights).astype(np.float32)
+        found[gram_name(module)] = (plan.round.clip * gram[np.triu_indices(rank)]).astype(np.float32)
+    return found

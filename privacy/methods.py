@@ -1,0 +1,209 @@
+"""What a plan's method sums, and the release that the mean of it gives (docs/aggregation.md).
+
+A site sends one vector of named parts, in sorted-name order, each row-major; a plan fixes their names and shapes. The
+mean over all sites, each by its weight, is all that is ever known; what is made of it here is the same computation at
+coordinator, sites and auditors, bit for bit (``privacy/linear.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privacy import analytic
+from privacy.adapter import (
+    PREFIX,
+    Keystream,
+    Layout,
+    Matrix,
+    Tensors,
+    Vector,
+    a_name,
+    b_name,
+    flatten,
+    layout_of,
+    release,
+    unflatten,
+)
+from privacy.errors import ProtocolError
+from privacy.linear import product, sum_of_squares
+from privacy.plan import Adapter, Method, Plan
+
+PROBE_LABEL = b"veilsum/1/probe\0"
+#: Public directions v in which method "both" measures its error, for each module.
+PROBES = 2
+
+Start = Mapping[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How far the quantiser may have moved a mean."""
+
+    #: Largest error of one site in one coordinate of the mean, relative to the clipping range.
+    unit: float = 0.0
+    survivors: int = 1
+
+    def deviation(self, clip: float) -> float:
+        """Standard deviation of a coordinate of the mean, at most: that of stochastic rounding is half a unit."""
+        return clip * self.unit * math.sqrt(self.survivors) / 2.0
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The whole adapter of a release, and what its manifest says of how it was made."""
+
+    tensors: Tensors
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def sent(plan: Plan) -> Layout:
+    """The parts of the vector that a plan's sites send, extras not counted; none of them is frozen."""
+    return parts_of(plan.adapter, plan.aggregation.method)
+
+
+def parts_of(adapter: Adapter, method: Method) -> Layout:
+    """As :func:`sent`, of a plan that is still to be written."""
+    parts, rank = dict(layout_of(adapter).trained), adapter.rank
+    for module, (outputs, _) in adapter.modules.items():
+        if method == "both":
+            parts[probe_name(module)] = (PROBES, outputs)
+        elif method == "regmean":
+            parts[gram_name(module)] = (rank * (rank + 1) // 2,)
+    return Layout((), tuple(sorted(parts.items())))
+
+
+def vector_size(plan: Plan) -> int:
+    """d: coordinates of the vector that a plan's sites send, extras not counted."""
+    return sent(plan).size if plan.aggregation.analytic is None else analytic.head_of(plan).size
+
+
+def probe_name(module: str) -> str:
+    """Name of the part that has B (A v) of a site, (PROBES, out_features)."""
+    return f"{PREFIX}{module}.probe"
+
+
+def gram_name(module: str) -> str:
+    """Name of the part that has the upper triangle of a site's mean of z z^T, row by row."""
+    return f"{PREFIX}{module}.gram"
+
+
+def probes(plan: Plan, module: str) -> Matrix:
+    """(PROBES, in_features) v, entries +-1 / sqrt(rank) from the public seed: so B (A v) is about as large as B."""
+    inputs = plan.adapter.modules[module][1]
+    stream = Keystream(bytes.fromhex(plan.adapter.seed), PROBE_LABEL + module.encode())
+    signs = np.where(stream.integers(PROBES * inputs) < 0, -1.0, 1.0)
+    return np.divide(signs, math.sqrt(plan.adapter.rank)).reshape(PROBES, inputs)
+
+
+def merged(start: Start, mean: Vector, plan: Plan, rounding: Rounding = Rounding()) -> Merged:
+    """The adapter that a mean of sites' vectors gives.
+
+    Args:
+        start: the whole start adapter of the stage, under PEFT's names.
+        mean: (d,) float32, of :func:`vector_size`; it may be overwritten.
+        rounding: of the mean; none for a single site's own vector.
+
+    Raises:
+        ProtocolError: no sites have vectors with such a mean.
+    """
+    method, rate, layout = plan.aggregation.method, plan.aggregation.server_lr, layout_of(plan.adapter)
+    if plan.aggregation.analytic is not None:
+        inputs = analytic.head_of(plan).inputs
+        least = analytic.rounding_ridge(inputs, rounding.unit, rounding.survivors)
+        tensors, ridge = analytic.solved(start, mean, plan, least)
+        return Merged(tensors, {"head": "analytic", "ridge": ridge})
+    if method == "freeze_a":
+        return Merged(release(start, mean, rate, layout, in_place=True))
+    parts = unflatten(mean, sent(plan))
+    facts: dict[str, Any] = {"method": method}
+    if method == "both":
+        facts["probe"] = _probed(start, parts, plan, rounding)
+    else:
+        facts["ridge"] = _regmean(parts, plan, rounding)
+    delta = flatten({name: parts[name] for name, _ in layout.trained}, layout)
+    return Merged(release(start, delta, rate, layout, in_place=True), facts)
+
+
+def shown(value: float) -> float:
+    """A figure for the manifest: six digits."""
+    return float(f"{value:.6g}")
+
+
+# --- both: the mean of B times the mean of A is not the mean of B A --------------------------------------------------
+
+
+def _probed(start: Start, parts: Tensors, plan: Plan, rounding: Rounding) -> dict[str, Any]:
+    """How far mean(B) mean(A) is from mean(B A), relative, as seen in public directions, and the part of rounding.
+
+    E |M v|^2 over random signs v is the squared Frobenius norm of M (Hutchinson 1990); the two norms are estimated from
+    all modules together. At a server rate other than 1 the release is another product; this is of the means alone.
+    """
+    gap, size, noise = [], [], []
+    for module in sorted(plan.adapter.modules):
+        v = probes(plan, module)
+        a = _moved(start, parts, a_name(module))
+        b = _moved(start, parts, b_name(module))
+        inner = product(a, np.ascontiguousarray(v.T))  # (rank, PROBES)
+        mean = parts[probe_name(module)].astype(np.float64)
+        gap.append(sum_of_squares(np.subtract(mean, product(b, inner).T)))
+        size.append(sum_of_squares(mean))
+        noise.append(mean.size + len(b) * sum_of_squares(inner) + sum_of_squares(b) * sum_of_squares(v))
+    whole = math.sqrt(math.fsum(size))
+    if whole == 0.0:
+        return {"directions": PROBES, "relative_error": 0.0, "of_rounding": 0.0}
+    deviation = rounding.deviation(plan.round.clip) * math.sqrt(math.fsum(noise))
+    return {
+        "directions": PROBES,
+        "relative_error": shown(math.sqrt(math.fsum(gap)) / whole),
+        "of_rounding": shown(deviation / whole),
+    }
+
+
+def _moved(start: Start, parts: Tensors, name: str) -> Matrix:
+    """start + mean delta of one tensor, in float64."""
+    return np.add(start[name].astype(np.float64), parts[name].astype(np.float64))
+
+
+# --- regmean: sites count by what they have seen ---------------------------------------------------------------------
+
+
+def _regmean(parts: Tensors, plan: Plan, rounding: Rounding) -> float:
+    """Puts D with D (G + ridge I) = S in the place of each S, of the means G and S; returns the largest ridge used.
+
+    Each site sent S_i = D_i (G_i + ridge I), with D_i what it added to B and G_i its mean of z z^T: D is the mean of
+    the D_i, each weighted by G_i + ridge I (RegMean, Jin et al. 2023, arXiv 2212.09849, inputs seen through the frozen
+    A). A large ridge makes it the plain mean.
+
+    Raises:
+        ProtocolError: no records have such statistics.
+    """
+    settings = plan.aggregation.regmean
+    assert settings is not None
+    rank, used = plan.adapter.rank, settings.ridge
+    least = analytic.rounding_ridge(rank, rounding.unit, rounding.survivors)
+    for module in sorted(plan.adapter.modules):
+        gram = whole_gram(parts[gram_name(module)], rank, plan.round.clip)
+        ridge = max(settings.ridge, least + analytic.FLOAT32 * math.fsum(np.diagonal(gram)))
+        if (largest := float(np.abs(gram).max())) > 1.0 + ridge:
+            raise ProtocolError(f"garbled total: expected means of statistics within 1, found {largest:.3g}")
+        name = b_name(module)
+        try:
+            solution = analytic.solve(gram, parts[name].T.astype(np.float64), ridge)
+        except ValueError as error:
+            raise ProtocolError(f"garbled total: no records have this Gram matrix: {error}") from error
+        parts[name] = np.ascontiguousarray(solution.T, np.float32)
+        used = max(used, ridge)
+    return used
+
+
+def whole_gram(triangle: Vector, rank: int, clip: float) -> Matrix:
+    """(rank, rank) from its upper triangle, scaled back from the +-clip of the quantiser to [-1, 1]."""
+    gram, upper = np.zeros((rank, rank)), np.triu_indices(rank)
+    gram[upper] = gram[upper[::-1]] = triangle.astype(np.float64) / clip
+    return gram
