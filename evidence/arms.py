@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from privacy.plan import Method
+
 #: Adapter and batches of every trained arm. The scale alpha / rank is the demo's.
 RANK, ALPHA, BATCH = 8, 48.0, 16
 #: Public range of one coordinate of a delta; nothing measured comes near it, and each result says how much was clipped.
@@ -25,7 +27,7 @@ class Arm:
     """
 
     kind: Literal["base", "alone", "pooled", "rounds", "analytic"]
-    method: str = "freeze_a"
+    method: Method = "freeze_a"
     rounds: int = 0
     rates: tuple[float, ...] = ()
     source: str | None = None
@@ -39,7 +41,11 @@ ARMS: dict[str, Arm] = {
     "base": Arm("base"),
     "analytic": Arm("analytic"),
     "pooled-freeze_a": Arm("pooled", "freeze_a", 0, HIGH),
+    "pooled-both": Arm("pooled", "both", 0, LOW),
     "one-freeze_a": Arm("rounds", "freeze_a", 1, HIGH),
+    "one-both": Arm("rounds", "both", 1, LOW),
+    "one-regmean": Arm("rounds", "regmean", 1, HIGH),
     "multi-freeze_a": Arm("rounds", "freeze_a", 3, HIGH),
+    "multi-both": Arm("rounds", "both", 3, LOW),
     "alone": Arm("alone", "freeze_a", 1, source="one-freeze_a"),
 }

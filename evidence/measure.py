@@ -24,7 +24,8 @@ from participant.analytic import collect, frequent
 from participant.data import Examples
 from participant.drafting import draft_plan
 from participant.training import train
-from privacy.adapter import Tensors, layout_of, release, start_adapter
+from privacy.adapter import Tensors, start_adapter
+from privacy.methods import merged
 from privacy.plan import PlanFile, parse_plan
 
 
@@ -66,6 +67,7 @@ class Bench:
             alpha=ALPHA,
             max_length=self.corpus.max_length,
             head="analytic" if self.arm.kind == "analytic" else "trained",
+            method=self.arm.method,
             epochs=epochs,
             learning_rate=c.rate or 1e-3,  # where nothing is trained, the plan's rate is not read
             batch_size=BATCH,
@@ -124,7 +126,7 @@ def _pooled(bench: Bench) -> dict[str, Any]:
     plan = bench.plan(epochs=bench.cell.epochs).plan
     start = start_adapter(plan.adapter)
     found = train(plan=plan, base=bench.base, start=start, examples=bench.corpus.train, device="cpu", threads=1)
-    tensors = release(start, found.delta, 1.0, layout_of(plan.adapter))
+    tensors = merged(start, found.delta.copy(), plan).tensors
     return _scored(score(plan, bench.base, tensors, bench.held_out)) | {
         "tau": update_size(plan, bench.base, start, tensors)
     }
@@ -170,7 +172,7 @@ def _alone(bench: Bench) -> dict[str, Any]:
     start = start_adapter(plan.plan.adapter)
     found = []
     for one in trained_sites(bench, plan, start, 1):
-        tensors = release(start, one.delta, 1.0, layout_of(plan.plan.adapter))
+        tensors = merged(start, one.delta.copy(), plan.plan).tensors
         found.append(score(plan.plan, bench.base, tensors, bench.held_out))
     accuracies = [one.accuracy for one in found]
     return {
@@ -192,9 +194,9 @@ def _rounds(bench: Bench) -> dict[str, Any]:
         before = tensors
         found = secure_round(plan, contributions, before, bench.out / "scratch")
         tensors = found.tensors
-        sites = [release(before, c.delta, 1.0, layout_of(plan.plan.adapter)) for c in contributions]
+        sites = [merged(before, c.delta.copy(), plan.plan).tensors for c in contributions]
         rounds.append(_facts(found) | {"tau_sites": _mean_tau(bench, plan, before, sites)})
-    clear = release(before, found.plain.astype(np.float32), 1.0, layout_of(plan.plan.adapter))
+    clear = merged(before, found.plain.astype(np.float32), plan.plan).tensors
     result = _scored(score(plan.plan, bench.base, tensors, bench.held_out))
     in_clear = score(plan.plan, bench.base, clear, bench.held_out)
     _forget_later_rounds(bench)
@@ -214,7 +216,7 @@ def _mean_tau(bench: Bench, plan: PlanFile, start: Tensors, sites: Sequence[Tens
 
 
 def _facts(found: Aggregated) -> dict[str, Any]:
-    names = ("difference", "tolerance", "clipped", "coordinates", "sent", "received")
+    names = ("facts", "difference", "tolerance", "clipped", "coordinates", "sent", "received")
     return {name: value for name, value in asdict(found).items() if name in names}
 
 

@@ -21,13 +21,14 @@ from coordinator import phases
 from participant.client import seen_hash
 from participant.daemon import Daemon
 from participant.store import Trained
-from privacy.adapter import Tensors, Vector, release, start_adapter, start_digest
+from privacy.adapter import Tensors, Vector, start_adapter, start_digest
 from privacy.job import Job
+from privacy.methods import Merged, Rounding, merged
 from privacy.outcome import VerifiedCohort, combine, verify_cohort
 from privacy.plan import PlanFile
 from privacy.secagg.dialogue import FromMember, ToMember
 from privacy.secagg.messages import MaskedInput
-from privacy.secagg.quantize import Quantizer, weighted_loss
+from privacy.secagg.quantize import Decoded, Quantizer, weighted_loss
 from privacy.secagg.signed import Signed
 from privacy.wire.convert import to_wire
 from privacy.wire.transport import CHUNK_HEADER, chunk_bytes
@@ -43,6 +44,7 @@ format = "jsonl"
 plans = ["{plan}"]
 min_cohort = 2
 min_class_count = 1
+min_texts = 1
 """
 
 
@@ -61,6 +63,7 @@ class Aggregated:
 
     Attributes:
         tensors: the release.
+        facts: what its manifest says of the method.
         plain: the weighted mean of the float deltas, nothing masked or quantised, (d,) float64.
         difference: the largest difference, of one coordinate, of the mean in the unmasked total from ``plain``.
         tolerance: what stochastic rounding can make of it at most.
@@ -70,6 +73,7 @@ class Aggregated:
     """
 
     tensors: Tensors
+    facts: dict[str, Any]
     plain: NDArray[np.float64]
     difference: float
     tolerance: float
@@ -212,8 +216,10 @@ def _result(world: World, start: Tensors) -> Aggregated:
     decoded = job.quantizer.decode_sum(world.totals()[0][1], len(contributions))
     plain = plain_mean(contributions, weights, job.quantizer.clip)
     clients = [world.client(i) for i in members]
+    found = released(job, cohorts, decoded, start)
     return Aggregated(
-        tensors=released(job, cohorts, decoded.mean, start),
+        tensors=found.tensors,
+        facts=found.facts,
         plain=plain,
         difference=float(np.abs(decoded.mean - plain).max()),
         tolerance=rounding_bound(job.quantizer, len(contributions), decoded.weight),
@@ -224,8 +230,10 @@ def _result(world: World, start: Tensors) -> Aggregated:
     )
 
 
-def released(job: Job, cohorts: Sequence[VerifiedCohort], mean: Vector, start: Tensors) -> Tensors:
+def released(job: Job, cohorts: Sequence[VerifiedCohort], decoded: Decoded, start: Tensors) -> Merged:
     """The release: the product's own computation; of a later round, on top of the release before it."""
     if start_digest(start).hex() == job.plan.adapter.digest:
-        return combine(job, cohorts).tensors
-    return release(start, mean, job.plan.aggregation.server_lr, job.layout)
+        found = combine(job, cohorts)
+        return Merged(found.tensors, found.facts)
+    rounding = Rounding(job.quantizer.max_weight / (job.quantizer.qmax * decoded.weight), len(cohorts[0].survivors))
+    return merged(start, decoded.mean.copy(), job.plan, rounding)

@@ -8,13 +8,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from evidence.arms import BATCH
-
 #: Share of a class that its own sites hold in the natural split; the other sites divide the rest evenly.
 OWN_SHARE = 0.8
-#: A Dirichlet deal is drawn anew until every site has more than one batch of records, of two classes at least. With one
-#: class there is nothing to learn; and in the first step B has no gradient, since the head is still zero.
-LEAST_RECORDS, LEAST_CLASSES = BATCH + 1, 2
+#: A Dirichlet deal is drawn anew until every site has so many records, of two classes at least: with one class there is
+#: nothing to learn, and with one batch B has no gradient, since in the first step the head is still zero. With fewer
+#: records than this a site would also have to sit out the method regmean.
+LEAST_RECORDS, LEAST_CLASSES = 20, 2
 MOST_DRAWS = 10_000
 
 Deal = tuple[tuple[int, ...], ...]
