@@ -19,14 +19,15 @@ class Arm:
     """One way to use the sites' records.
 
     Attributes:
-        kind: "base", "alone", "pooled", "rounds" (federated training) or "analytic" (a head from sums).
+        kind: "base", "alone", "pooled", "rounds" (federated training), "analytic" (a head from sums) or "tls" (one
+            round between processes over TLS; measured once).
         method: how the adapter is trained and aggregated, ``aggregation.method`` of the plan.
         rounds: rounds of an arm of kind "rounds"; its local epochs are shared out evenly.
         rates: learning rates tried first on the validation records, a part of :data:`LADDER`.
         source: arm whose learning rate, and whose sites' training, this one takes over.
     """
 
-    kind: Literal["base", "alone", "pooled", "rounds", "analytic"]
+    kind: Literal["base", "alone", "pooled", "rounds", "analytic", "tls"]
     method: Method = "freeze_a"
     rounds: int = 0
     rates: tuple[float, ...] = ()
@@ -47,5 +48,6 @@ ARMS: dict[str, Arm] = {
     "one-regmean": Arm("rounds", "regmean", 1, HIGH),
     "multi-freeze_a": Arm("rounds", "freeze_a", 3, HIGH),
     "multi-both": Arm("rounds", "both", 3, LOW),
+    "tls-freeze_a": Arm("tls", "freeze_a", 1, source="one-freeze_a"),
     "alone": Arm("alone", "freeze_a", 1, source="one-freeze_a"),
 }

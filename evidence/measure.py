@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,16 +18,18 @@ from evidence.arms import ALPHA, ARMS, BATCH, CLIP, MAX_WEIGHT, RANK, Arm
 from evidence.bases import base_of
 from evidence.cells import Cell, digest_of
 from evidence.corpora import CORPORA, Corpus
-from evidence.rounds import Aggregated, Contribution, secure_round
+from evidence.rounds import Aggregated, Contribution, plain_mean, rounding_bound, secure_round
 from evidence.scoring import Score, score, update_size
 from evidence.splits import deal
+from evidence.tls import federate, largest_difference
 from participant.analytic import collect, frequent
 from participant.data import Examples
 from participant.drafting import draft_plan
 from participant.training import train
 from privacy.adapter import Tensors, start_adapter
-from privacy.methods import merged
+from privacy.methods import merged, vector_size
 from privacy.plan import PlanFile, parse_plan
+from privacy.secagg.quantize import quantizer_for
 
 
 @dataclass
@@ -107,6 +110,7 @@ def measure(cell: Cell, out: Path) -> dict[str, Any]:
         "pooled": _pooled,
         "rounds": _rounds,
         "analytic": _analytic,
+        "tls": _tls,
     }
     result = kinds[bench.arm.kind](bench)
     about = {"corpus_digest": bench.corpus.digest, "cpu_s": time.process_time() - spent}
@@ -208,6 +212,28 @@ def _rounds(bench: Bench) -> dict[str, Any]:
             "other_answers": sum(a != b for a, b in zip(in_clear.right, result["right"], strict=True)),
         },
     }
+
+
+def _tls(bench: Bench) -> dict[str, Any]:
+    """Daemons over TLS; beside it the mean in the clear of what the same sites trained in this process."""
+    plan = bench.plan(epochs=bench.cell.epochs)
+    start = start_adapter(plan.plan.adapter)
+    (bench.out / "scratch").mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=bench.out / "scratch") as place:
+        tensors, facts = federate(Path(place) / "tls", plan, bench.base, bench.parts)
+    contributions = trained_sites(bench, plan, start, 1)
+    mean = plain_mean(contributions, [c.examples for c in contributions], CLIP)
+    clear = merged(start, mean.astype(np.float32), plan.plan).tensors
+    quantizer = quantizer_for(plan.plan, vector_size(plan.plan))
+    bound = rounding_bound(quantizer, len(contributions), sum(c.examples for c in contributions))
+    difference = largest_difference(tensors, clear)
+    assert facts["secure_is_plain"], "the unmasked total is not the plain sum"
+    assert difference <= bound, (difference, bound)
+    clipped = float(np.mean([np.mean(np.abs(c.delta) > CLIP) for c in contributions]))
+    one = facts | {"difference": difference, "tolerance": bound, "clipped": clipped}
+    sites = [merged(start, c.delta.copy(), plan.plan).tensors for c in contributions]
+    result = _scored(score(plan.plan, bench.base, tensors, bench.held_out))
+    return result | {"rounds": [one | {"tau_sites": _mean_tau(bench, plan, start, sites)}]}
 
 
 def _mean_tau(bench: Bench, plan: PlanFile, start: Tensors, sites: Sequence[Tensors]) -> dict[str, float]:

@@ -47,6 +47,7 @@ METHOD = """\
 * Every aggregation ran masked, through the real state machines, the coordinator's engine and the sites' daemons in one
   process, without gRPC and TLS. Bytes are those of the protobuf messages and chunks, both ways, audit included. Beside
   it the same mean was computed in the clear, from floats; a cell fails where they differ by more than rounding.
+* `tls-freeze_a` is one cell between processes, over gRPC and mutual TLS; its bytes are counted by the service.
 * tau is the Frobenius norm of what the adapter adds over that of the adapted matrices."""
 
 
@@ -114,7 +115,7 @@ def table_row(results: Results, arm: str, where: Where) -> str:
         gap, rho = difference(answers, multi), recovered(answers, multi, base)
         cells[3] = points(gap) if gap else ""
         cells[5] = f"{rho.value:.3f} [{rho.low:.3f}, {rho.high:.3f}]" if rho else ""
-    if ARMS[arm].kind in ("rounds", "alone", "analytic"):
+    if ARMS[arm].kind in ("rounds", "alone", "analytic", "tls"):
         pooled_arm = f"pooled-{method}" if f"pooled-{method}" in ARMS else "pooled-freeze_a"
         gap = difference(answers, results.answers(pooled_arm, where))
         cells[4] = points(gap) if gap else ""

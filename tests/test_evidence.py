@@ -317,6 +317,19 @@ def test_a_masked_mean_that_is_not_the_plain_one_ends_the_cell(toy_out: Path, mo
         measure.measure(toy_cell(), toy_out)
 
 
+def test_bytes_over_tls_are_those_of_all_attempts_and_of_every_site() -> None:
+    from evidence.tls import _facts, largest_difference
+
+    traffic = {f"site-{i}": {"sent": 100 * i, "received": 10, "upload": 1} for i in (1, 2)}
+    one = {"coordinates": 7, "traffic": traffic, "survivors": ["site-1", "site-2"]}
+    facts = _facts([{"coordinates": 7, "traffic": traffic}, one], 2)
+    assert facts == {"attempts": 2, "coordinates": 7, "sent": 300.0, "received": 20.0}
+    with pytest.raises(UserError, match="expected 3 sites in the total, found 2"):
+        _facts([one], 3)
+    zero, other = np.zeros(3, np.float32), np.array([0, -0.5, 0.25], np.float32)
+    assert largest_difference({"a": zero, "b": other}, {"a": zero, "b": zero}) == 0.5
+
+
 # --- the grid
 
 
