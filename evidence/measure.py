@@ -7,93 +7,24 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from evidence.arms import ALPHA, ARMS, BATCH, CLIP, MAX_WEIGHT, RANK, Arm
+from evidence.arms import CLIP
 from evidence.bases import base_of
+from evidence.bench import Bench, corpus_of
 from evidence.cells import Cell, digest_of
-from evidence.corpora import CORPORA, Corpus
 from evidence.rounds import Aggregated, Contribution, plain_mean, rounding_bound, secure_round
-from evidence.scoring import Score, score, update_size
-from evidence.splits import deal
+from evidence.scoring import update_size
 from evidence.tls import federate, largest_difference
 from participant.analytic import collect, frequent
-from participant.data import Examples
-from participant.drafting import draft_plan
-from participant.training import train
 from privacy.adapter import Tensors, start_adapter
 from privacy.methods import merged, vector_size
-from privacy.plan import PlanFile, parse_plan
+from privacy.plan import PlanFile
 from privacy.secagg.quantize import quantizer_for
-
-
-@dataclass
-class Bench:
-    """What the measurement of one cell works with."""
-
-    cell: Cell
-    corpus: Corpus
-    base: Path
-    out: Path
-
-    @property
-    def arm(self) -> Arm:
-        return ARMS[self.cell.arm]
-
-    @property
-    def held_out(self) -> Examples:
-        """The records that the cell is judged by."""
-        return self.corpus.test if self.cell.part == "test" else self.corpus.validation
-
-    @property
-    def parts(self) -> list[Examples]:
-        """The training records of each site."""
-        train_set, c = self.corpus.train, self.cell
-        dealt = deal(c.split, train_set.labels, len(self.corpus.labels), c.sites, c.seed)
-        return [picked(train_set, numbers) for numbers in dealt]
-
-    def plan(self, round_number: int = 1, epochs: int = 1) -> PlanFile:
-        """The plan of one round of this cell, as the product drafts it."""
-        c = self.cell
-        text = draft_plan(
-            base=self.base,
-            base_name=c.weights,
-            name=f"evidence-{round_number}",
-            dataset=c.corpus,
-            labels=self.corpus.labels,
-            rank=RANK,
-            alpha=ALPHA,
-            max_length=self.corpus.max_length,
-            head="analytic" if self.arm.kind == "analytic" else "trained",
-            method=self.arm.method,
-            epochs=epochs,
-            learning_rate=c.rate or 1e-3,  # where nothing is trained, the plan's rate is not read
-            batch_size=BATCH,
-            training_seed=1000 * c.seed + round_number,
-            max_cohort=c.sites,
-            min_cohort=c.sites - 2,
-            min_survivors=c.sites - 4 if c.sites > 7 else 3,
-            clip=CLIP,
-            max_weight=MAX_WEIGHT,
-            seed=hashlib.sha256(f"evidence {c.seed}".encode()).digest(),
-        )
-        return parse_plan(text.encode(), c.name)
-
-
-def picked(examples: Examples, numbers: Sequence[int]) -> Examples:
-    """These records, in this order."""
-    return Examples(tuple(examples.texts[i] for i in numbers), tuple(examples.labels[i] for i in numbers))
-
-
-@lru_cache(maxsize=2)
-def corpus_of(name: str) -> Corpus:
-    """A corpus, read once in a process."""
-    return CORPORA[name]()
 
 
 def measure(cell: Cell, out: Path) -> dict[str, Any]:
@@ -117,23 +48,17 @@ def measure(cell: Cell, out: Path) -> dict[str, Any]:
     return result | about | {"wall_s": time.monotonic() - began}
 
 
-def _scored(found: Score) -> dict[str, Any]:
-    return {"accuracy": found.accuracy, "loss": found.loss, "right": list(found.right)}
-
-
 def _base(bench: Bench) -> dict[str, Any]:
     plan = bench.plan().plan
-    return _scored(score(plan, bench.base, start_adapter(plan.adapter), bench.held_out))
+    return bench.judge(plan, start_adapter(plan.adapter))
 
 
 def _pooled(bench: Bench) -> dict[str, Any]:
     plan = bench.plan(epochs=bench.cell.epochs).plan
     start = start_adapter(plan.adapter)
-    found = train(plan=plan, base=bench.base, start=start, examples=bench.corpus.train, device="cpu", threads=1)
+    found = bench.train(plan, start, bench.corpus.train)
     tensors = merged(start, found.delta.copy(), plan).tensors
-    return _scored(score(plan, bench.base, tensors, bench.held_out)) | {
-        "tau": update_size(plan, bench.base, start, tensors)
-    }
+    return bench.judge(plan, tensors) | {"tau": update_size(plan, bench.base, start, tensors)}
 
 
 def trained_sites(bench: Bench, plan: PlanFile, start: Tensors, round_number: int) -> list[Contribution]:
@@ -156,7 +81,7 @@ def trained_sites(bench: Bench, plan: PlanFile, start: Tensors, round_number: in
     for site, examples in enumerate(bench.parts):
         path = place / f"site-{site}.npz"
         if not path.exists():
-            result = train(plan=plan.plan, base=bench.base, start=start, examples=examples, device="cpu", threads=1)
+            result = bench.train(plan.plan, start, examples)
             staging = path.with_suffix(f".{time.time_ns()}.tmp.npz")
             np.savez(staging, delta=result.delta, about=np.array([result.examples, result.loss]))
             staging.replace(path)
@@ -177,12 +102,12 @@ def _alone(bench: Bench) -> dict[str, Any]:
     found = []
     for one in trained_sites(bench, plan, start, 1):
         tensors = merged(start, one.delta.copy(), plan.plan).tensors
-        found.append(score(plan.plan, bench.base, tensors, bench.held_out))
-    accuracies = [one.accuracy for one in found]
+        found.append(bench.judge(plan.plan, tensors))
+    accuracies = [one["accuracy"] for one in found]
     return {
         "accuracy": float(np.mean(accuracies)),
-        "loss": float(np.mean([one.loss for one in found])),
-        "right": np.mean([one.right for one in found], axis=0).tolist(),
+        "loss": float(np.mean([one["loss"] for one in found])),
+        "right": np.mean([one["right"] for one in found], axis=0).tolist(),
         "by_site": accuracies,
     }
 
@@ -201,15 +126,15 @@ def _rounds(bench: Bench) -> dict[str, Any]:
         sites = [merged(before, c.delta.copy(), plan.plan).tensors for c in contributions]
         rounds.append(_facts(found) | {"tau_sites": _mean_tau(bench, plan, before, sites)})
     clear = merged(before, found.plain.astype(np.float32), plan.plan).tensors
-    result = _scored(score(plan.plan, bench.base, tensors, bench.held_out))
-    in_clear = score(plan.plan, bench.base, clear, bench.held_out)
+    result, in_clear = bench.judge(plan.plan, tensors), bench.judge(plan.plan, clear)
     _forget_later_rounds(bench)
     return result | {
         "rounds": rounds,
         "tau": update_size(plan.plan, bench.base, start, tensors),
         "clear": {
-            "accuracy": in_clear.accuracy,
-            "other_answers": sum(a != b for a, b in zip(in_clear.right, result["right"], strict=True)),
+            "accuracy": in_clear["accuracy"],
+            "loss": in_clear["loss"],
+            "other_answers": sum(a != b for a, b in zip(in_clear["right"], result["right"], strict=True)),
         },
     }
 
@@ -232,7 +157,7 @@ def _tls(bench: Bench) -> dict[str, Any]:
     clipped = float(np.mean([np.mean(np.abs(c.delta) > CLIP) for c in contributions]))
     one = facts | {"difference": difference, "tolerance": bound, "clipped": clipped}
     sites = [merged(start, c.delta.copy(), plan.plan).tensors for c in contributions]
-    result = _scored(score(plan.plan, bench.base, tensors, bench.held_out))
+    result = bench.judge(plan.plan, tensors)
     return result | {"rounds": [one | {"tau_sites": _mean_tau(bench, plan, start, sites)}]}
 
 
@@ -255,5 +180,5 @@ def _analytic(bench: Bench) -> dict[str, Any]:
         found = collect(plan=plan.plan, base=bench.base, start=start, examples=kept, device="cpu", threads=1)
         contributions.append(Contribution(found.delta, found.examples, found.loss))
     aggregated = secure_round(plan, contributions, start, bench.out / "scratch")
-    result = _scored(score(plan.plan, bench.base, aggregated.tensors, bench.held_out))
+    result = bench.judge(plan.plan, aggregated.tensors)
     return result | {"rounds": [_facts(aggregated)]}

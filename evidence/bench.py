@@ -1,0 +1,94 @@
+"""What the measurement of a cell works with: its records, its plan, its training, and how an adapter is judged."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from evidence.arms import ALPHA, ARMS, BATCH, CLIP, MAX_WEIGHT, RANK, Arm
+from evidence.cells import Cell
+from evidence.corpora import CORPORA, Corpus
+from evidence.scoring import score
+from evidence.splits import deal
+from participant.data import Examples
+from participant.drafting import draft_plan
+from participant.training import TrainingResult, train
+from privacy.adapter import Tensors
+from privacy.plan import Plan, PlanFile, parse_plan
+
+
+@dataclass
+class Bench:
+    """What the measurement of one cell works with."""
+
+    cell: Cell
+    corpus: Corpus
+    base: Path
+    out: Path
+
+    @property
+    def arm(self) -> Arm:
+        return ARMS[self.cell.arm]
+
+    @property
+    def held_out(self) -> Examples:
+        """The records that the cell is judged by."""
+        return self.corpus.test if self.cell.part == "test" else self.corpus.validation
+
+    @property
+    def parts(self) -> list[Examples]:
+        """The training records of each site."""
+        train_set, c = self.corpus.train, self.cell
+        dealt = deal(c.split, train_set.labels, len(self.corpus.labels), c.sites, c.seed)
+        return [picked(train_set, numbers) for numbers in dealt]
+
+    def plan(self, round_number: int = 1, epochs: int = 1) -> PlanFile:
+        """The plan of one round of this cell, as the product drafts it."""
+        c = self.cell
+        text = draft_plan(
+            base=self.base,
+            base_name=c.weights,
+            name=f"evidence-{round_number}",
+            dataset=c.corpus,
+            labels=self.corpus.labels,
+            rank=RANK,
+            alpha=ALPHA,
+            max_length=self.corpus.max_length,
+            head="analytic" if self.arm.kind == "analytic" else "trained",
+            method=self.arm.method,
+            epochs=epochs,
+            learning_rate=c.rate or 1e-3,  # where nothing is trained, the plan's rate is not read
+            batch_size=BATCH,
+            training_seed=1000 * c.seed + round_number,
+            max_cohort=c.sites,
+            min_cohort=c.sites - 2,
+            min_survivors=c.sites - 4 if c.sites > 7 else 3,
+            clip=CLIP,
+            max_weight=MAX_WEIGHT,
+            seed=hashlib.sha256(f"evidence {c.seed}".encode()).digest(),
+        )
+        return parse_plan(text.encode(), c.name)
+
+    def train(self, plan: Plan, start: Tensors, examples: Examples) -> TrainingResult:
+        """The product's own training, on one CPU thread."""
+        return train(plan=plan, base=self.base, start=start, examples=examples, device="cpu", threads=1)
+
+    def judge(self, plan: Plan, adapter: Tensors) -> dict[str, Any]:
+        """``accuracy``, ``loss`` and, record by record, ``right`` on the held-out records."""
+        found = score(plan, self.base, adapter, self.held_out)
+        return {"accuracy": found.accuracy, "loss": found.loss, "right": list(found.right)}
+
+
+def picked(examples: Examples, numbers: Sequence[int]) -> Examples:
+    """These records, in this order."""
+    return Examples(tuple(examples.texts[i] for i in numbers), tuple(examples.labels[i] for i in numbers))
+
+
+@lru_cache(maxsize=2)
+def corpus_of(name: str) -> Corpus:
+    """A corpus, read once in a process."""
+    return CORPORA[name]()
