@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from evidence.arms import ARMS
+from evidence.grid import SEEDS
 from evidence.results import Results, Where
-from evidence.stats import Interval, difference, mean_accuracy
+from evidence.stats import Interval, bootstrap, difference, mean_accuracy, recovered
 
 Holds = Literal["holds", "FAILS", "not measured"]
 #: Measured on the wire, one round over T rounds must be 1 / T up to this factor.
 BYTES_SLACK = 0.1
+#: Where the language model is measured.
+DESKS: Where = ("desks", "smollm2", "natural")
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,40 @@ def near_pooled(results: Results, where: Where, most: float, promise: str) -> Ba
     if gap is None:
         return Bar(promise, "not measured", "no seed that both were measured with yet")
     seeds = len(set(results.of(one, where)) & set(results.of(pooled, where)))
-    words = f"{one} against {pooled}: {points(gap)}, {seeds} seed{'s' if seeds != 1 else ''}"
+    words = f"{one} against {pooled}: {points(gap)}, {seeds_in_words(seeds)}"
     absent = [arm for arm in one_shot_arms() if len(results.of(arm, where)) < seeds]
     words += f"; not yet measured: {', '.join(absent)}" if absent else ""
     # A hundredth of a point is far below one record; it only keeps binary fractions from deciding.
     return Bar(promise, "holds" if gap.value >= -most - 1e-4 else "FAILS", words)
+
+
+def text_learns(results: Results) -> Bar:
+    """Several rounds lower the language model's held-out loss by at least 5 %."""
+    promise = "SmolLM2, held-out loss on the five desks: several rounds lower that of the base model by at least 5 %"
+    multi, base = results.answers("multi-freeze_a", DESKS), results.answers("base", DESKS, SEEDS)
+    gain = bootstrap(lambda after, before: 1 - after / before, multi, base)
+    if gain is None:
+        return Bar(promise, "not measured", "no result of several rounds and of the base model yet")
+    p = gain.scaled(100)
+    words = f"by {p.value:.1f} % [{p.low:.1f}, {p.high:.1f}], {seeds_in_words(len(multi))}"
+    return Bar(promise, "holds" if gain.value >= 0.05 - 1e-9 else "FAILS", words)
+
+
+def text_keeps(results: Results) -> Bar:
+    """One round keeps at least 0.8 of what several gain."""
+    promise = "SmolLM2: one round reaches rho >= 0.8 at equal epochs"
+    one, multi = results.answers("one-freeze_a", DESKS), results.answers("multi-freeze_a", DESKS)
+    rho = recovered(one, multi, results.answers("base", DESKS, SEEDS))
+    if rho is None:
+        return Bar(promise, "not measured", "no result of one round, of several, and of the base model yet")
+    seeds = seeds_in_words(len(one.keys() & multi.keys()))
+    words = f"rho = {rho.value:.3f} [{rho.low:.3f}, {rho.high:.3f}], {seeds}"
+    return Bar(promise, "holds" if rho.value >= 0.8 - 1e-9 else "FAILS", words)
+
+
+def seeds_in_words(count: int) -> str:
+    """A number of seeds."""
+    return f"{count} seed{'s' if count != 1 else ''}"
 
 
 def fewer_bytes(results: Results) -> Bar:
@@ -112,6 +144,8 @@ def all_bars(results: Results) -> list[Bar]:
             "BBC News, 80 % of each desk at its own sites: best one-shot within 1 point of pooled",
         ),
         lambda: near_pooled(results, skewed, 0.03, "BBC News, Dirichlet 0.1: best one-shot within 3 points of pooled"),
+        lambda: text_learns(results),
+        lambda: text_keeps(results),
         lambda: fewer_bytes(results),
         lambda: secure_is_plain(results),
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,11 +34,23 @@ def base_of(weights: str, out: Path) -> Path:
 
 def _random(directory: Path) -> Path:
     """The architecture's own initialisation (normal, deviation 0.02) from a fixed seed."""
-    if directory.exists():
-        return directory
+    return directory if directory.exists() else made(directory, _write_random)
+
+
+def made(directory: Path, write: Callable[[Path], None]) -> Path:
+    """The directory, written elsewhere and renamed, so that it is whole or not there."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     staging = Path(tempfile.mkdtemp(dir=directory.parent))
+    write(staging)
+    try:
+        os.rename(staging, directory)
+    except OSError:  # another worker was first
+        shutil.rmtree(staging)
+    return directory
+
+
+def _write_random(staging: Path) -> None:
     config = transformers.AutoConfig.from_pretrained(str(base_model()), local_files_only=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
@@ -46,8 +59,3 @@ def _random(directory: Path) -> Path:
     for name in TOKENIZER:
         if (base_model() / name).exists():
             shutil.copyfile(base_model() / name, staging / name)
-    try:
-        os.rename(staging, directory)
-    except OSError:  # another worker was first
-        shutil.rmtree(staging)
-    return directory

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from evidence.arms import ALPHA, ARMS, BATCH, CLIP, RANK
+from evidence.arms import ALPHA, ARMS, BATCH, CLIP, RANK, TEXT
 from privacy.errors import UserError
 
 #: Raised whenever the same definition would give another measurement.
@@ -62,7 +62,8 @@ class Cell:
     def digest(self) -> str:
         """24 hexadecimal digits over the definition, that of the arm included."""
         arm = ARMS[self.arm]
-        return digest_of({**asdict(self), "kind": arm.kind, "method": arm.method, "rounds": arm.rounds})
+        about = {"kind": arm.kind, "method": arm.method, "rounds": arm.rounds}
+        return digest_of({**asdict(self), **about, **({"text": TEXT} if self.corpus == "desks" else {})})
 
 
 def digest_of(definition: dict[str, Any]) -> str:

@@ -27,13 +27,19 @@ from privacy.plan import PlanFile
 from privacy.secagg.quantize import quantizer_for
 
 
+def bench_of(cell: Cell, out: Path) -> Bench:
+    """What the cell works with."""
+    about = (cell, corpus_of(cell.corpus), base_of(cell.weights, out), out)
+    return Bench(*about)
+
+
 def measure(cell: Cell, out: Path) -> dict[str, Any]:
     """Measure one cell; the result as JSON.
 
     Raises:
         UserError: a package is missing, or training diverged.
     """
-    bench = Bench(cell, corpus_of(cell.corpus), base_of(cell.weights, out), out)
+    bench = bench_of(cell, out)
     began, spent = time.monotonic(), time.process_time()
     kinds: dict[str, Callable[[Bench], dict[str, Any]]] = {
         "base": _base,
@@ -134,7 +140,9 @@ def _rounds(bench: Bench) -> dict[str, Any]:
         "clear": {
             "accuracy": in_clear["accuracy"],
             "loss": in_clear["loss"],
-            "other_answers": sum(a != b for a, b in zip(in_clear["right"], result["right"], strict=True)),
+            "other_answers": sum(
+                a != b for a, b in zip(in_clear.get("right", ()), result.get("right", ()), strict=True)
+            ),
         },
     }
 

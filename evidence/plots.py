@@ -13,6 +13,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from evidence.arms import ARMS
+from evidence.bars import DESKS
 from evidence.results import Results, Where
 from evidence.stats import difference, mean_accuracy
 
@@ -24,6 +25,8 @@ def draw(out: Path, results: Results) -> list[Path]:
     """Draw what there are results for; the files, below ``out``."""
     groups: dict[tuple[str, str], list[Where]] = {}
     for where in results.places:
+        if where == DESKS:
+            continue
         groups.setdefault(where[:2], []).append(where)
     found = [_accuracies(out, results, places) for places in groups.values()]
     gaps = _gaps(out, results)
@@ -70,6 +73,8 @@ def _gaps(out: Path, results: Results) -> Path | None:
     drawn = 0
     for where in results.places:
         for arm, about in ARMS.items():
+            if where == DESKS:
+                continue  # losses, not points
             multi = f"multi-{about.method}"
             if about.kind != "rounds" or about.rounds != 1 or multi not in ARMS:
                 continue

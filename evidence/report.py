@@ -10,7 +10,8 @@ import numpy as np
 
 from evidence import plots
 from evidence.arms import ALPHA, ARMS, BATCH, LADDER, RANK
-from evidence.bars import Bar, all_bars, points, wire
+from evidence.bars import DESKS, Bar, all_bars, wire
+from evidence.bars import points as in_points
 from evidence.cells import EPOCHS, SITES
 from evidence.grid import SEEDS, TUNED_SEED, TUNED_SPLIT, Grid
 from evidence.results import Results, Where, collect
@@ -19,6 +20,8 @@ from evidence.stats import Interval, difference, mean_accuracy, recovered
 TITLES = {
     "bbc": "BBC News, five desks",
     "icd": "ICD-10 diagnoses, ten chapters",
+    "desks": "articles of five desks, five sites",
+    "smollm2": "SmolLM2-135M-Instruct",
     "pretrained": "all-MiniLM-L6-v2",
     "random": "the same network with random weights",
     "iid": "even",
@@ -90,8 +93,12 @@ def verdict(bars: Sequence[Bar]) -> list[str]:
 def section(results: Results, where: Where) -> list[str]:
     """The table of one corpus, base and split."""
     corpus, weights, split = where
+    text = corpus == "desks"
     head = [f"## {_title(corpus)}, {_title(weights)}: {_title(split)}", ""]
-    columns = "| arm | seeds | accuracy | minus multi-round | minus pooled | rho | bytes a site | tau sites, release |"
+    measure = "nats a token" if text else "accuracy"
+    columns = (
+        f"| arm | seeds | {measure} | minus multi-round | minus pooled | rho | bytes a site | tau sites, release |"
+    )
     rows = [row for arm in ARMS if (row := table_row(results, arm, where))]
     return [*head, columns, "|---|---:|---:|---:|---:|---:|---:|---:|", *rows]
 
@@ -108,7 +115,8 @@ def table_row(results: Results, arm: str, where: Where) -> str:
     answers, method = results.answers(arm, where, SEEDS), ARMS[arm].method
     mean = mean_accuracy(answers)
     assert mean is not None
-    cells = [arm, str(len(by_seed)), percent(mean), "", "", "", "", ""]
+    number, points = (nats, nats) if where == DESKS else (percent, in_points)
+    cells = [arm, str(len(by_seed)), number(mean), "", "", "", "", ""]
     if ARMS[arm].kind == "rounds" and ARMS[arm].rounds == 1:
         multi = multi_of(results, method, where)
         base = results.answers("base", where, SEEDS)
@@ -119,7 +127,7 @@ def table_row(results: Results, arm: str, where: Where) -> str:
         pooled_arm = f"pooled-{method}" if f"pooled-{method}" in ARMS else "pooled-freeze_a"
         gap = difference(answers, results.answers(pooled_arm, where))
         cells[4] = points(gap) if gap else ""
-    if any("rounds" in result for result in by_seed.values()):
+    if any(result.get("rounds") for result in by_seed.values()):
         cells[6] = f"{np.mean([wire(r) for r in by_seed.values()]):,.0f}"
     cells[7] = tau_words(list(by_seed.values()))
     return f"| {' | '.join(cells)} |"
@@ -135,6 +143,11 @@ def percent(interval: Interval) -> str:
     """An accuracy in per cent with its interval."""
     p = interval.scaled(100)
     return f"{p.value:.1f} [{p.low:.1f}, {p.high:.1f}]"
+
+
+def nats(interval: Interval) -> str:
+    """A loss, or a difference of losses, with its interval."""
+    return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
 
 
 def tau_words(found: Sequence[dict[str, Any]]) -> str:
@@ -167,7 +180,7 @@ def mechanism(results: Results) -> list[str]:
             if gap and mean:
                 tau = tau_words(list(results.of(arm, where).values())).split(", ")
                 rows.append(
-                    f"| {corpus}, {split}, {about.method} | {weights} | {percent(mean)} | {points(gap)} | "
+                    f"| {corpus}, {split}, {about.method} | {weights} | {percent(mean)} | {in_points(gap)} | "
                     f"{' | '.join(tau)} |"
                 )
     return [*text, *sorted(rows)] if rows else [*text[:5], "", "Not measured yet."]
@@ -181,7 +194,7 @@ def tuning(results: Results) -> list[str]:
         f"Tried on the validation records, seed {TUNED_SEED}, split `{TUNED_SPLIT}`; the best is used everywhere else.",
         "Where the best was the lowest or highest tried, the next was tried too. A star: there was no next.",
         "",
-        "| corpus | weights | arm | validation accuracy by rate |",
+        "| corpus | weights | arm | validation accuracy, and loss, by rate |",
         "|---|---|---|---|",
     ]
     groups: dict[tuple[str, str, str], list[tuple[float, dict[str, Any]]]] = {}
@@ -193,7 +206,7 @@ def tuning(results: Results) -> list[str]:
 def _tried(tried: Sequence[tuple[float, dict[str, Any]]]) -> str:
     winner = min(tried, key=lambda one: (-one[1]["accuracy"], one[1]["loss"], one[0]))[0]
     edge = "*" if winner in (LADDER[0], LADDER[-1]) else ""
-    words = [f"{rate:g}: {result['accuracy']:.3f}" for rate, result in tried]
+    words = [f"{rate:g}: {result['accuracy']:.3f} ({result['loss']:.3f} nats)" for rate, result in tried]
     return ", ".join(
         f"**{word}{edge}**" if rate == winner else word for word, (rate, _) in zip(words, tried, strict=True)
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evidence.arms import ARMS
 from evidence.cells import Cell, load_result
@@ -40,11 +41,20 @@ class Results:
         }
 
     def answers(self, arm: str, where: Where, seeds: Sequence[int] = ()) -> Answers:
-        """Seed -> right answers; what does not depend on the seed, such as the base model's, is repeated for each."""
-        found = {seed: np.array(r["right"], np.float64) for seed, r in self.of(arm, where).items()}
+        """Seed -> what :func:`by_record` says. The base model's is the same with each seed, and repeated."""
+        found = {seed: by_record(result) for seed, result in self.of(arm, where).items()}
         if ARMS[arm].kind == "base" and found:
             return dict.fromkeys(seeds, next(iter(found.values())))
         return found
+
+
+def by_record(result: dict[str, Any]) -> NDArray[np.float64]:
+    """(records,) whose mean is the accuracy; of a language model, whose mean is the loss in nats a token."""
+    if "right" in result:
+        return np.array(result["right"], np.float64)
+    tokens = np.array(result["tokens"], np.float64)
+    share: NDArray[np.float64] = np.array(result["nats"], np.float64) / tokens.mean()
+    return share
 
 
 def collect(out: Path, ready: Sequence[Cell], waiting: Sequence[Cell]) -> Results:

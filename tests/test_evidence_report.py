@@ -102,6 +102,35 @@ def test_what_is_not_measured_is_not_said_to_hold() -> None:
     assert any("cells are not measured yet" in line for line in lines(missing, all_bars(missing)))
 
 
+def text_results(base: float, one: float, multi: float) -> Results:
+    reported = []
+    for seed in range(3):
+        for arm, loss in (("base", base), ("one-freeze_a", one), ("multi-freeze_a", multi)):
+            nats = [loss * 100 * (1 + 0.01 * i) for i in range(-10, 11)]
+            result: dict[str, Any] = {"accuracy": 0.3, "loss": loss, "nats": nats, "tokens": [100] * len(nats)}
+            wire = {"difference": 0.0, "tolerance": 1.0, "clipped": 0.0, "sent": 1.0, "received": 1.0}
+            result["rounds"] = [wire] * {"base": 0, "one-freeze_a": 1, "multi-freeze_a": 3}[arm]
+            split = "none" if arm == "base" else "natural"
+            reported.append((Cell(arm, "desks", "smollm2", split, seed, 0.003, "test", 5), result))
+    return Results(tuple(reported))
+
+
+@pytest.mark.parametrize(
+    ("multi", "one", "learns", "keeps"),
+    [
+        (3.5, 3.6, "holds", "holds"),  # by 12.5 %, rho 0.8
+        (3.5, 3.61, "holds", "FAILS"),
+        (3.79, 3.7, "holds", "holds"),  # one round may be the better one
+        (3.81, 3.81, "FAILS", "holds"),
+    ],
+)
+def test_the_language_model_has_bars_of_its_own(multi: float, one: float, learns: str, keeps: str) -> None:
+    bars = all_bars(text_results(4.0, one, multi))
+    assert (find(bars, "at least 5 %").holds, find(bars, "rho >= 0.8").holds) == (learns, keeps)
+    text = "\n".join(lines(text_results(4.0, one, multi), bars))
+    assert f"| one-freeze_a | 3 | {one:.3f} [" in text
+
+
 def find(bars: list[Any], word: str) -> Any:
     return next(bar for bar in bars if word in bar.promise)
 
