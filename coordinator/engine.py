@@ -50,7 +50,7 @@ class Engine:
         #: Called whenever a member may have something new to hear.
         self.changed: Callable[[], None] = lambda: None
         for plan in store.plans():
-            self.jobs[plan.digest] = Job.of(parse_plan(plan.toml, plan.name), self.roster)
+            self.jobs[plan.digest] = Job.of(parse_plan(plan.toml, plan.name), self.roster, home.factors)
         for row in store.rounds():
             if row.state == "running":
                 store.recover(row.id)
@@ -61,7 +61,8 @@ class Engine:
     def submit_plan(self, toml: bytes) -> bytes:
         """Offer a plan to the members; its digest. Raises UserError or Refusal."""
         plan_file = parse_plan(toml)
-        job = Job.of(plan_file, self.roster)
+        job = Job.of(plan_file, self.roster, self.home.factors)
+        job.factors()  # or no release could be made
         with self.lock:
             self.store.add_plan(plan_file.digest, plan_file.plan.name, toml, self.clock())
             self.jobs[plan_file.digest] = job

@@ -4,6 +4,7 @@ releases/PLAN/stage-K/
     adapter/            what peft.PeftModel.from_pretrained loads
     manifest.json       cohorts, totals, weights, digests
     plan.toml, roster.toml
+    factors/            those of the method "core", for who has no base model
     rounds/NUMBER/      transcript.bin, total.bin (packed)
 """
 
@@ -17,9 +18,10 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from privacy.adapter import save_peft, start_adapter, start_digest
+from privacy.adapter import save_peft, start_digest
 from privacy.encoding import encode
 from privacy.evidence import TOTAL_FILE, write_evidence
+from privacy.factors import FACTORS, keep_factors
 from privacy.files import disk_errors, fsync_file, replace_durably, write_durably
 from privacy.job import Job
 from privacy.outcome import Facts, combine, manifest, verify_cohort
@@ -68,7 +70,7 @@ def withdraw(job: Job, stage: int, releases: Path) -> None:
 
 
 def _publish(job: Job, stage: int, cohorts: Sequence[CohortTotal], directory: Path, named: Sequence[Facts]) -> Facts:
-    start = start_digest(start_adapter(job.plan.adapter))
+    start = start_digest(job.start_tensors())
     verified = [verify_cohort(job, stage, start, cohort.evidence, cohort.total) for cohort in cohorts]
     combined = combine(job, verified)
     for cohort in cohorts:
@@ -76,6 +78,8 @@ def _publish(job: Job, stage: int, cohorts: Sequence[CohortTotal], directory: Pa
         evidence.mkdir(parents=True, exist_ok=True)
         _copy_total(cohort.total, evidence / TOTAL_FILE)
         write_evidence(evidence, cohort.evidence)
+    if (factors := job.factors()) is not None:
+        keep_factors(directory / FACTORS, factors, private=False)
     write_durably(directory / "plan.toml", job.plan_file.raw, private=False)
     write_durably(directory / "roster.toml", job.roster_file.raw, private=False)
     save_peft(directory / "adapter", combined.tensors, adapter=job.plan.adapter, base_name=job.plan.base.name)

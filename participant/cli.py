@@ -157,8 +157,14 @@ def draft(
         str, typer.Option(help="How the head comes about: trained, or analytic, from sums of statistics.")
     ] = "trained",
     method: Annotated[
-        str, typer.Option(help="What is summed of LoRA's factors: freeze_a, both or regmean; see docs/aggregation.md.")
+        str,
+        typer.Option(
+            help="What is summed of LoRA's factors: freeze_a, both, regmean, core or dense; see docs/aggregation.md."
+        ),
     ] = "freeze_a",
+    factors: Annotated[
+        Path, typer.Option(help='Directory for the factors file of the method "core"; the coordinator needs it.')
+    ] = HERE,
     epsilon: Annotated[
         str | None, typer.Option(help="Train with differential privacy of this epsilon; needs --size.")
     ] = None,
@@ -206,12 +212,13 @@ def draft(
         train="head" if train == "head" else "all",
         head="analytic" if head == "analytic" else "trained",
         method=cast(Method, method),
+        factors_to=factors,
         privacy=section,
         # Under [privacy] each site counts nominal_size, the same everywhere: uniform weights say so, and round finer.
         weights="uniform" if section else "examples",
         max_weight=1 if section else 65536,
         # A private head is trained on centred features; taken back to the model's own, its weights are far larger.
-        clip=64.0 if section and train == "head" else 0.5,
+        clip=64.0 if section and train == "head" else None,
     )
     if warning := noise_warning(parse_plan(text.encode()).plan):
         typer.echo(f"note: {warning}", err=True)

@@ -107,6 +107,9 @@ class Settings(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     #: CPU threads for training, default: all.
     threads: Positive | None = None
+    #: Largest rank of an adapter that this site trains. Plans with the method "dense" take any; others of a larger rank
+    #: are refused.
+    max_rank: Positive | None = None
     #: For tests and demonstrations: keep the quantised vector in the clear beside the spool. Never leaves the site.
     keep_plain_vector: bool = False
     #: Base model name in plans -> directory.
@@ -131,6 +134,11 @@ class Home:
     def work(self) -> Path:
         """Deltas, quantised vectors and spools, by plan."""
         return self.directory / "work"
+
+    @property
+    def factors(self) -> Path:
+        """Factors of base models for plans with the method "core", by their digest."""
+        return self.work / "factors"
 
     @property
     def releases(self) -> Path:

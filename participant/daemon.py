@@ -66,7 +66,7 @@ class Daemon:
         try:
             plan_file = parse_plan(offered.toml)
             name = plan_file.plan.name
-            job = Job.of(plan_file, self.site.roster)
+            job = Job.of(plan_file, self.site.roster, self.site.home.factors)
             admit(job, self.site.home.settings, charging.standing(self.site, job, STAGE))
             state, reason = self._work(job, offered)
         except Unreachable:

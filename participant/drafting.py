@@ -15,9 +15,11 @@ from typing import Literal
 from pydantic import ValidationError
 
 from participant.base_model import base_digest
-from privacy.adapter import start_adapter, start_digest
+from participant.factors import of_base
+from privacy.adapter import start_digest
 from privacy.analytic import Head
 from privacy.errors import UserError
+from privacy.factors import first_start, keep_factors
 from privacy.methods import parts_of
 from privacy.plan import TRAINS_A, Adapter, Method, linear_head, parse_plan
 from privacy.settings import explain
@@ -99,6 +101,15 @@ _SAYS: dict[Method, str] = {
     "freeze_a": "A from the public seed, B trained: the mean of B is exact",
     "both": "A and B summed apart: inexact, and the release says by how much",
     "regmean": "B weighted by what each site has seen in each direction of the frozen A",
+    "dense": "A and B trained, the products B A summed: exact up to the truncation, which the release gives",
+    "core": "rank x rank numbers between frozen factors of the base model's weights: exact, and the shortest vector",
+}
+
+#: What a plan says of its learning rate, where A is not frozen or B not trained.
+_RATES = {
+    "both": "for A, B and head",
+    "dense": "for A, B and head",
+    "core": "for R and head; far higher than for B, since R is small and acts through unit vectors",
 }
 
 #: What stands at the end of [aggregation] for this method.
@@ -108,6 +119,12 @@ ridge = 0.01  # added to the diagonal of each mean Gram matrix, whose entries ar
 # What A says of a token is clipped to this range, coordinate by coordinate; a site logs the share that was beyond.
 feature_clip = 4.0
 min_texts = 20  # a site with fewer different texts sits out: the sums say more of the records than an update
+"""
+
+_CORE = """\
+[aggregation.core]
+# SHA-256 of the factors, which every site computes from its base model; coordinator and auditors need the file.
+factors = {factors}
 """
 
 #: What stands at the end of [aggregation] for a head that is computed from sums.
@@ -139,10 +156,11 @@ def draft_plan(
     train: Literal["all", "head"] = "all",
     head: Literal["trained", "analytic"] = "trained",
     method: Method = "freeze_a",
+    factors_to: Path | None = None,
     privacy: str = "",
     loss: Literal["logit_adjusted", "cross_entropy"] = "logit_adjusted",
     epochs: int = 2,
-    learning_rate: float = 2e-3,
+    learning_rate: float | None = None,
     batch_size: int = 16,
     training_seed: int = 0,
     weights: Literal["examples", "uniform"] = "examples",
@@ -150,7 +168,7 @@ def draft_plan(
     min_cohort: int = 4,
     min_survivors: int = 3,
     max_colluders: int = 1,
-    clip: float = 0.5,
+    clip: float | None = None,
     max_weight: int = 65536,
     seed: bytes | None = None,
 ) -> str:
@@ -167,7 +185,10 @@ def draft_plan(
         alpha: LoRA's scale, the adapter acts with alpha / rank; 2 * rank where None.
         seed: public 32-byte seed of the frozen A; drawn at random where None.
         head: "analytic" for a head computed from sums of statistics, see ``privacy/analytic.py``; nothing is trained.
+        learning_rate: 0.002 where None, and 0.05 for the method "core", whose few numbers have further to go.
+        clip: 0.5 where None, and 4 for the method "core".
         method: what is summed of LoRA's factors; A is trained too where the method can sum it.
+        factors_to: directory for the file with the factors of the method "core", which the coordinator needs too.
         privacy: a section ``[privacy]``, see :func:`privacy.budget.presets.draft_privacy`; ``epochs``, ``batch_size``
             and ``training_seed`` have no place beside it and are left out.
 
@@ -194,8 +215,15 @@ def draft_plan(
         )
     except ValidationError as error:
         raise UserError(f"draft: {explain(error)}", hint="choose another rank or alpha") from error
-    digest = start_digest(start_adapter(adapter)).hex()
-    section = {"regmean": _REGMEAN}.get(method, "") + (_ANALYTIC if head == "analytic" else "")
+    factors, core = None, ""
+    if method == "core":
+        if factors_to is None:
+            raise UserError('draft: expected a directory for the factors of method "core", found none')
+        factors = of_base(base, len(labels), tuple(modules), rank, adapter.seed)
+        core = _CORE.format(factors=_toml(keep_factors(factors_to, factors, private=False)))
+    digest = start_digest(first_start(adapter, factors)).hex()
+    section = {"regmean": _REGMEAN, "core": core}.get(method, "") + (_ANALYTIC if head == "analytic" else "")
+    rate, reach = (5e-2, 4.0) if method == "core" else (2e-3, 0.5)
     text = _TEMPLATE.format(
         name=_toml(name),
         base_name=_toml(base_name),
@@ -205,7 +233,7 @@ def draft_plan(
         max_length=max_length,
         loss=_toml(loss),
         prior="public" if privacy else "site's own",
-        learning_rate=float(learning_rate),
+        learning_rate=float(rate if learning_rate is None else learning_rate),
         schedule="\n" + privacy
         if privacy
         else _SCHEDULE.format(epochs=epochs, batch_size=batch_size, training_seed=training_seed),
@@ -214,7 +242,7 @@ def draft_plan(
         min_cohort=min_cohort,
         min_survivors=min_survivors,
         max_colluders=max_colluders,
-        clip=float(clip),
+        clip=float(reach if clip is None else clip),
         max_weight=max_weight,
         coordinates=f"{_coordinates(adapter, len(labels), head, method):,}",
         rank=rank,
@@ -226,12 +254,10 @@ def draft_plan(
         head=_table(layer),
         method=_toml(method),
         says=_SAYS[method],
-        rate_is_for="for A, B and head"
-        if trained == "both"
-        else "for B and head alone; higher than usual for LoRA, since A is frozen",
+        rate_is_for=_RATES.get(method, "for B and head alone; higher than usual for LoRA, since A is frozen"),
         aggregation="\n" + section if section else "",
-        # Rounding is multiplied by the inverse of a Gram matrix.
-        bits=32 if head == "analytic" or method == "regmean" else 24,
+        # Rounding is multiplied by the inverse of a Gram matrix; entries of B A are far smaller than those of B.
+        bits=32 if head == "analytic" or method in ("regmean", "dense") else 24,
     )
     parse_plan(text.encode(), "draft")
     return text

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from participant.client import Block, Client, ReleasedCohort
+from participant.factors import ensure_factors
 from participant.patience import patiently
 from participant.phases import Checking
 from participant.site import Site
@@ -75,6 +76,7 @@ def fetch_release(site: Site, client: Client, job: Job, stage: int) -> bool:
             path = _download(site, client, job, cohort.round_id)
             downloads.callback(path.unlink)
             cohorts.append(verify_cohort(job, stage, start, cohort.evidence, path))
+        ensure_factors(site, job)
         combined = combine(job, cohorts)
         save_peft(adapter, combined.tensors, adapter=job.plan.adapter, base_name=job.plan.base.name)
         facts = manifest(job, stage, cohorts, combined) | {"adapter": str(adapter)}

@@ -53,6 +53,12 @@ def admit(job: Job, settings: Settings, standing: Standing | None = None) -> Non
         raise Refusal(f"{name} sums statistics of the records; this site has not opted in (min_class_count)")
     if plan.aggregation.method == "regmean" and own.min_texts is None:
         raise Refusal(f"{name} sums statistics of the records; this site has not opted in (min_texts)")
+    narrow = settings.max_rank is not None and settings.max_rank < plan.adapter.rank
+    if narrow and plan.adapter.train != "head" and plan.aggregation.method != "dense":
+        raise Refusal(
+            f"{name} has rank {plan.adapter.rank}; this site trains at most {settings.max_rank} (max_rank), "
+            'which only the method "dense" can sum'
+        )
     data = settings.datasets[plan.data.dataset]
     if plan.privacy is not None and plan.privacy.unit == "user" and data.unit is None:
         raise Refusal(

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from participant import charging
 from participant.config import DataSet
 from participant.data import Examples, load_examples
+from participant.factors import ensure_factors
 from participant.patience import patiently
 from participant.registry import Registry
 from participant.site import Site
 from participant.store import Quantised, Trained
-from privacy.adapter import Tensors, check_start, save_peft, start_adapter
+from privacy.adapter import Tensors, check_start, save_peft
 from privacy.errors import Refusal, UserError
 from privacy.job import Job
 from privacy.methods import merged
@@ -41,7 +42,8 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None) 
         Refusal: this stage's delta is spent, and was trained under another plan file of the same name.
     """
     name, digest = job.plan.name, job.plan_file.digest.hex()
-    start = start_adapter(job.plan.adapter)
+    ensure_factors(site, job)
+    start = job.start_tensors()
     check_start(start, job.plan.adapter)
     kept = site.store.trained(name, stage)
     if kept is not None and kept.plan == digest:
@@ -70,7 +72,9 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None) 
 def _local(job: Job, start: Tensors, vector: NDArray[np.float32]) -> Tensors:
     """What this site's vector gives alone, at a server rate of 1."""
     aggregation = job.plan.aggregation.model_copy(update={"server_lr": 1.0})
-    return merged(start, vector.copy(), job.plan.model_copy(update={"aggregation": aggregation})).tensors
+    return merged(
+        start, vector.copy(), job.plan.model_copy(update={"aggregation": aggregation}), factors=job.factors()
+    ).tensors
 
 
 def _examples(site: Site, job: Job, data: DataSet) -> Examples:
@@ -130,7 +134,7 @@ def _train(
             return collect(**about)
         from participant.training import train
 
-        return train(**about)
+        return train(**about, factors=job.factors(), rank=settings.max_rank)
     from participant.dp_sgd import train_private
 
     return train_private(**about, on_selftest=lambda found: charging.start(site, job, identity, found.to_json()))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from privacy.adapter import Matrix, Tensors, Vector, a_name, b_name, flatten, layout_of, unflatten
-from privacy.methods import gram_name, probe_name, probes, sent
+from privacy.methods import dense_name, gram_name, probe_name, probes, sent
 from privacy.plan import Plan
 
 log = structlog.get_logger()
@@ -30,8 +30,10 @@ Forward = Callable[[list[Tensor]], object]
 def vector_of(
     *,
     plan: Plan,
+    start: Mapping[str, Any],
     after: Tensors,
     delta: Vector,
+    cores: Tensors,
     model: Any,
     texts: Sequence[Tensor],
     forward: Forward,
@@ -39,8 +41,10 @@ def vector_of(
     """(d,) float32: the vector of a site that trained.
 
     Args:
+        start: the whole adapter before training.
         after: the whole adapter after training.
         delta: after minus start, on the trained tensors.
+        cores: what was added to each R, of the method "core".
         model: the base model with the adapter in place, as trained.
         texts: token ids of the site's records.
         forward: runs the model on a batch of them, padded on the right.
@@ -51,6 +55,11 @@ def vector_of(
     parts = unflatten(delta, layout_of(plan.adapter))
     if method == "both":
         parts |= probed(plan, after)
+    elif method == "core":
+        trained = {b_name(module) for module in plan.adapter.modules}
+        parts = {name: part for name, part in parts.items() if name not in trained} | cores
+    elif method == "dense":
+        parts = dense(plan, parts, start, after)
     else:
         parts |= weighted(plan, parts, gram_means(plan, model, texts, forward))
     return flatten(parts, sent(plan))
@@ -65,7 +74,42 @@ def probed(plan: Plan, after: Tensors) -> Tensors:
     return found
 
 
-# --- regmean: what A says of the tokens ------------------------------------------------------------------------------
+# --- dense: products of any rank ------------------------------------------------------------------------------------
+
+
+def narrowed(plan: Plan, start: Mapping[str, Any], rank: int | None) -> tuple[Plan, Mapping[str, Any]]:
+    """Plan and start for a site that trains ``rank`` directions at most, the first of the start adapter's.
+
+    alpha / rank stays as it is, so that the products of all sites can be added.
+
+    Raises:
+        ValueError: a method other than "dense" cannot sum them.
+    """
+    adapter = plan.adapter
+    if rank is None or rank >= adapter.rank:
+        return plan, start
+    if plan.aggregation.method != "dense":
+        raise ValueError(f'a smaller rank than the plan\'s needs the method "dense", found "{plan.aggregation.method}"')
+    narrow = adapter.model_copy(update={"rank": rank, "alpha": adapter.alpha * rank / adapter.rank})
+    cut = dict(start)
+    for module in adapter.modules:
+        cut[a_name(module)] = np.ascontiguousarray(start[a_name(module)][:rank])
+        cut[b_name(module)] = np.ascontiguousarray(start[b_name(module)][:, :rank])
+    return plan.model_copy(update={"adapter": narrow}), cut
+
+
+def dense(plan: Plan, parts: Tensors, start: Mapping[str, Any], after: Tensors) -> Tensors:
+    """For each module what was added to B A, in the place of what was added to A and to B."""
+    found = dict(parts)
+    for module in plan.adapter.modules:
+        a, b = a_name(module), b_name(module)
+        del found[a], found[b]
+        added = after[b].astype(np.float64) @ after[a] - start[b].astype(np.float64) @ start[a]
+        found[dense_name(module)] = added.astype(np.float32)
+    return found
+
+
+# --- regmean: what A says of the tokens -----------------------------------------------------------------------------
 
 
 def gram_means(plan: Plan, model: Any, texts: Sequence[Tensor], forward: Forward) -> dict[str, Matrix]:

@@ -25,8 +25,9 @@ from torch.nn.functional import cross_entropy
 
 from participant.base_model import base_digest as base_digest  # the name others look for here
 from participant.base_model import check_base
+from participant.cores import Cores
 from participant.data import Examples
-from participant.sending import vector_of
+from participant.sending import narrowed, vector_of
 from privacy.adapter import Tensors, Vector, check_tensors, flatten, layout_of, peft_config, trained_part
 from privacy.errors import UserError
 from privacy.plan import Adapter, Plan
@@ -249,6 +250,8 @@ def train(
     device: Device = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
+    factors: Mapping[str, Any] | None = None,
+    rank: int | None = None,
 ) -> TrainingResult:
     """Fine-tune B and the head from ``start`` on the site's examples, as the plan says, and return the delta.
 
@@ -265,6 +268,8 @@ def train(
         device: ``auto`` is CUDA, then CPU; bf16 autocast where CUDA has it.
         threads: CPU threads for torch in this process; None leaves torch's own choice.
         progress: called after each step.
+        factors: the frozen ones of the method "core".
+        rank: most directions that this site trains, with the method "dense".
 
     Raises:
         UserError: no examples or one label only, another base model than the plan's, or a loss that is not finite.
@@ -274,6 +279,7 @@ def train(
     _check_examples(examples, plan)
     if threads is not None:
         torch.set_num_threads(threads)
+    plan, start = narrowed(plan, start, rank)
     layout, settings = layout_of(plan.adapter), plan.training
     loaded = load_model(plan, base, start, device)
     texts = tokenise(loaded.tokenizer, examples.texts, plan.data.max_length)
@@ -282,6 +288,7 @@ def train(
     if settings.loss == "logit_adjusted":
         prior = log_prior(examples.labels, len(prior))
     prior = prior.to(loaded.device)
+    cores = Cores(loaded.model, plan, factors)
     weights = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(plan, weights)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -306,11 +313,19 @@ def train(
             epoch_loss += value * len(chosen)
             if progress is not None:
                 progress(step, steps, value)
+    moved = cores.leave()
     after = read_adapter(loaded.model)
     delta = delta_of(start, after, plan.adapter)
     assert delta.shape == (layout.size,)
     vector = vector_of(
-        plan=plan, after=after, delta=delta, model=loaded.model, texts=texts, forward=lambda b: logits_of(loaded, b)
+        plan=plan,
+        start=start,
+        after=after,
+        delta=delta,
+        cores=moved,
+        model=loaded.model,
+        texts=texts,
+        forward=lambda b: logits_of(loaded, b),
     )
     return TrainingResult(vector, len(texts), epoch_loss / len(texts), time.monotonic() - began)
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from privacy.adapter import load_peft, start_adapter, start_digest
+from privacy.adapter import load_peft, start_digest
 from privacy.encoding import decode
 from privacy.errors import ProtocolError, UserError, shown
 from privacy.evidence import EVIDENCE_FILE, TOTAL_FILE, read_evidence
+from privacy.factors import FACTORS
 from privacy.files import read_file
 from privacy.job import Job
 from privacy.outcome import VerifiedCohort, check_block, combine, manifest, verify_cohort
@@ -51,9 +52,10 @@ def audit_release(directory: Path, roster_hash: bytes | None = None, uploads: Pa
         ProtocolError: something does not hold; the first such thing.
         UserError: a file is missing.
     """
-    job = Job.of(load_plan(directory / "plan.toml"), load_roster(directory / "roster.toml", roster_hash))
+    roster = load_roster(directory / "roster.toml", roster_hash)
+    job = Job.of(load_plan(directory / "plan.toml"), roster, directory / FACTORS)
     stage = _stage(directory)
-    start = start_digest(start_adapter(job.plan.adapter))
+    start = start_digest(job.start_tensors())
     if start.hex() != job.plan.adapter.digest:
         raise ProtocolError("the start adapter computed from the public seed is not the one the plan pins")
     cohorts: list[VerifiedCohort] = []

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from privacy import PROTOCOL_VERSION
-from privacy.adapter import Layout, layout_of
+from privacy.adapter import Layout, Tensors, layout_of
+from privacy.errors import UserError
+from privacy.factors import first_start, load_factors
 from privacy.methods import vector_size
 from privacy.plan import Plan, PlanFile
 from privacy.roster import Roster, RosterFile, Rules, rules_for
@@ -28,13 +31,15 @@ class Job:
     rules: Rules
     layout: Layout
     quantizer: Quantizer
+    #: Where the factors of the method "core" lie on this disk; no other method has any.
+    factors_directory: Path | None = None
 
     @classmethod
-    def of(cls, plan_file: PlanFile, roster_file: RosterFile) -> Job:
+    def of(cls, plan_file: PlanFile, roster_file: RosterFile, factors_directory: Path | None = None) -> Job:
         rules = rules_for(plan_file.plan, roster_file.roster.policy)
         layout = layout_of(plan_file.plan.adapter)
         quantizer = quantizer_for(plan_file.plan, vector_size(plan_file.plan))
-        return cls(plan_file, roster_file, rules, layout, quantizer)
+        return cls(plan_file, roster_file, rules, layout, quantizer, factors_directory)
 
     @property
     def plan(self) -> Plan:
@@ -43,6 +48,22 @@ class Job:
     @property
     def roster(self) -> Roster:
         return self.roster_file.roster
+
+    def factors(self) -> Tensors | None:
+        """The frozen factors that the plan pins, read from this disk; None where the method has none.
+
+        Raises:
+            UserError: they are not here, or are others.
+        """
+        if self.plan.aggregation.core is None:
+            return None
+        if self.factors_directory is None:
+            raise UserError(f"plan '{self.plan.name}': expected a directory with its factors, found none")
+        return load_factors(self.factors_directory, self.plan)
+
+    def start_tensors(self) -> Tensors:
+        """The whole adapter before stage 1; raises as :meth:`factors`."""
+        return first_start(self.plan.adapter, self.factors())
 
     def header(self, stage: int, round_number: int, start: bytes) -> Header:
         """The header of a round of this job; ``start`` is the digest of the start adapter."""

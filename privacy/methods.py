@@ -31,7 +31,8 @@ from privacy.adapter import (
     unflatten,
 )
 from privacy.errors import ProtocolError
-from privacy.linear import product, sum_of_squares
+from privacy.factors import out_name
+from privacy.linear import leading, product, sum_of_squares
 from privacy.plan import Adapter, Method, Plan
 
 PROBE_LABEL = b"veilsum/1/probe\0"
@@ -70,11 +71,18 @@ def sent(plan: Plan) -> Layout:
 def parts_of(adapter: Adapter, method: Method) -> Layout:
     """As :func:`sent`, of a plan that is still to be written."""
     parts, rank = dict(layout_of(adapter).trained), adapter.rank
-    for module, (outputs, _) in adapter.modules.items():
+    for module, shape in adapter.modules.items():
+        outputs = shape[0]
         if method == "both":
             parts[probe_name(module)] = (PROBES, outputs)
         elif method == "regmean":
             parts[gram_name(module)] = (rank * (rank + 1) // 2,)
+        elif method == "core":
+            del parts[b_name(module)]
+            parts[core_name(module)] = (rank, rank)
+        elif method == "dense":
+            del parts[a_name(module)], parts[b_name(module)]
+            parts[dense_name(module)] = shape
     return Layout((), tuple(sorted(parts.items())))
 
 
@@ -93,6 +101,16 @@ def gram_name(module: str) -> str:
     return f"{PREFIX}{module}.gram"
 
 
+def core_name(module: str) -> str:
+    """Name of the part that has what was added to R, (rank, rank)."""
+    return f"{PREFIX}{module}.core"
+
+
+def dense_name(module: str) -> str:
+    """Name of the part that has what was added to B A, (out_features, in_features)."""
+    return f"{PREFIX}{module}.dense"
+
+
 def probes(plan: Plan, module: str) -> Matrix:
     """(PROBES, in_features) v, entries +-1 / sqrt(rank) from the public seed: so B (A v) is about as large as B."""
     inputs = plan.adapter.modules[module][1]
@@ -101,13 +119,20 @@ def probes(plan: Plan, module: str) -> Matrix:
     return np.divide(signs, math.sqrt(plan.adapter.rank)).reshape(PROBES, inputs)
 
 
-def merged(start: Start, mean: Vector, plan: Plan, rounding: Rounding = Rounding()) -> Merged:
+def merged(
+    start: Start,
+    mean: Vector,
+    plan: Plan,
+    rounding: Rounding = Rounding(),
+    factors: Start | None = None,
+) -> Merged:
     """The adapter that a mean of sites' vectors gives.
 
     Args:
         start: the whole start adapter of the stage, under PEFT's names.
         mean: (d,) float32, of :func:`vector_size`; it may be overwritten.
         rounding: of the mean; none for a single site's own vector.
+        factors: those that the method "core" pins.
 
     Raises:
         ProtocolError: no sites have vectors with such a mean.
@@ -120,12 +145,17 @@ def merged(start: Start, mean: Vector, plan: Plan, rounding: Rounding = Rounding
         return Merged(tensors, {"head": "analytic", "ridge": ridge})
     if method == "freeze_a":
         return Merged(release(start, mean, rate, layout, in_place=True))
+    if method == "dense":
+        return _truncated(start, mean, plan, rounding)
     parts = unflatten(mean, sent(plan))
     facts: dict[str, Any] = {"method": method}
     if method == "both":
         facts["probe"] = _probed(start, parts, plan, rounding)
-    else:
+    elif method == "regmean":
         facts["ridge"] = _regmean(parts, plan, rounding)
+    else:
+        assert factors is not None, "whoever merges cores has the factors"
+        _unfold(parts, plan, factors)
     delta = flatten({name: parts[name] for name, _ in layout.trained}, layout)
     return Merged(release(start, delta, rate, layout, in_place=True), facts)
 
@@ -135,7 +165,7 @@ def shown(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-# --- both: the mean of B times the mean of A is not the mean of B A --------------------------------------------------
+# --- both: the mean of B times the mean of A is not the mean of B A -------------------------------------------------
 
 
 def _probed(start: Start, parts: Tensors, plan: Plan, rounding: Rounding) -> dict[str, Any]:
@@ -170,7 +200,7 @@ def _moved(start: Start, parts: Tensors, name: str) -> Matrix:
     return np.add(start[name].astype(np.float64), parts[name].astype(np.float64))
 
 
-# --- regmean: sites count by what they have seen ---------------------------------------------------------------------
+# --- regmean: sites count by what they have seen --------------------------------------------------------------------
 
 
 def _regmean(parts: Tensors, plan: Plan, rounding: Rounding) -> float:
@@ -207,3 +237,44 @@ def whole_gram(triangle: Vector, rank: int, clip: float) -> Matrix:
     gram, upper = np.zeros((rank, rank)), np.triu_indices(rank)
     gram[upper] = gram[upper[::-1]] = triangle.astype(np.float64) / clip
     return gram
+
+
+# --- core: r x r between frozen factors -----------------------------------------------------------------------------
+
+
+def _unfold(parts: Tensors, plan: Plan, factors: Start) -> None:
+    """Puts U R, what is added to B, in the place of each mean R: linear in R, so the sum is exact."""
+    for module in sorted(plan.adapter.modules):
+        core = parts.pop(core_name(module)).astype(np.float64)
+        parts[b_name(module)] = product(factors[out_name(module)].astype(np.float64), core).astype(np.float32)
+
+
+# --- dense: the sum of the products themselves ----------------------------------------------------------------------
+
+
+def _truncated(start: Start, mean: Vector, plan: Plan, rounding: Rounding) -> Merged:
+    """The mean of the products B A is exact, whatever the ranks they have; only its leading directions are released.
+
+    Of M = what was there + server_lr * mean, each module's A gets the leading right singular directions as rows, and B
+    = M A^T: the nearest product of the plan's rank. The manifest has what is lost, relative to all M together.
+    """
+    parts, layout, rate = unflatten(mean, sent(plan)), layout_of(plan.adapter), plan.aggregation.server_lr
+    delta = {name: np.zeros(shape, np.float32) for name, shape in layout.trained}
+    head = delta.keys() & parts.keys()
+    delta |= {name: parts[name] for name in head}
+    tensors = release(start, flatten(delta, layout), rate, layout, in_place=True)
+    lost, size, seed = [], [], bytes.fromhex(plan.adapter.seed)
+    for module in sorted(plan.adapter.modules):
+        before = product(start[b_name(module)].astype(np.float64), start[a_name(module)].astype(np.float64))
+        whole = np.add(before, np.multiply(rate, parts[dense_name(module)].astype(np.float64)))
+        b, a = (factor.astype(np.float32) for factor in leading(whole, plan.adapter.rank, seed, module))
+        tensors[b_name(module)], tensors[a_name(module)] = b, a
+        kept = product(b.astype(np.float64), a.astype(np.float64))
+        lost.append(sum_of_squares(np.subtract(whole, kept)))
+        size.append(sum_of_squares(whole))
+    norm, count = math.sqrt(math.fsum(size)), sum(o * i for o, i in plan.adapter.modules.values())
+    error, floor = (math.sqrt(math.fsum(lost)), rate * rounding.deviation(plan.round.clip) * math.sqrt(count))
+    if norm == 0.0:
+        error, floor, norm = 0.0, 0.0, 1.0
+    truncation = {"relative_error": shown(error / norm), "of_rounding": shown(floor / norm)}
+    return Merged(tensors, {"method": "dense", "truncation": truncation})

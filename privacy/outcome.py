@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privacy import merkle
-from privacy.adapter import Tensors, start_adapter, start_digest
+from privacy.adapter import Tensors, start_digest
 from privacy.errors import ProtocolError
 from privacy.job import Job
 from privacy.methods import Rounding, merged
@@ -160,9 +160,9 @@ def combine(job: Job, cohorts: Sequence[VerifiedCohort]) -> Combined:
     if not members or len(set(members)) != len(members):
         raise ProtocolError("expected disjoint cohorts in a release, found a member twice or none at all")
     weight, loss = _weight_and_loss(job, cohorts)
-    start, mean = start_adapter(job.plan.adapter), _mean(job, cohorts, weight)
+    start, mean = job.start_tensors(), _mean(job, cohorts, weight)
     rounding = Rounding(job.quantizer.max_weight / (job.quantizer.qmax * weight), len(members))
-    found = merged(start, mean, job.plan, rounding)
+    found = merged(start, mean, job.plan, rounding, job.factors())
     return Combined(found.tensors, weight, loss, found.facts)
 
 

@@ -22,6 +22,8 @@ from privacy.settings import Section, parse_toml
 MAX_PLAN_BYTES = 1 << 20
 #: Numbers in all tensors of an adapter, 4 GiB as float32: no plan can make a site ask for more memory than that.
 MAX_COORDINATES = 1 << 30
+#: Numbers in all products B A together, for the method that sums these: more is no longer a small model.
+MAX_DENSE = 1 << 25
 #: Features of an analytic head: solving for it takes a number of steps that grows with their cube.
 MAX_FEATURES = 4096
 PLAN_LABEL = b"veilsum/1/plan\0"
@@ -143,11 +145,18 @@ class Regmean(Section):
     min_texts: Positive
 
 
+class Core(Section):
+    """Frozen factors of the base model's weights, of which only the core between them is trained."""
+
+    #: Digest of the factors, see ``privacy/factors.py``.
+    factors: HexDigest
+
+
 #: What is summed of LoRA's factors, see ``privacy/methods.py`` and docs/aggregation.md.
-Method = Literal["freeze_a", "both", "regmean"]
+Method = Literal["freeze_a", "both", "regmean", "core", "dense"]
 METHODS: tuple[str, ...] = get_args(Method)
 #: Methods under which A is trained as well.
-TRAINS_A = ("both",)
+TRAINS_A = ("both", "dense")
 
 
 class Aggregation(Section):
@@ -160,11 +169,13 @@ class Aggregation(Section):
     head: Literal["trained", "analytic"] = "trained"
     analytic: Analytic | None = None
     regmean: Regmean | None = None
+    core: Core | None = None
 
     @model_validator(mode="after")
-    def _regmean_is_whole(self) -> Aggregation:
-        if (self.method == "regmean") != (self.regmean is not None):
-            raise ValueError('regmean: expected this section with method = "regmean", and only with it')
+    def _sections_are_the_methods(self) -> Aggregation:
+        for name, section in (("regmean", self.regmean), ("core", self.core)):
+            if (self.method == name) != (section is not None):
+                raise ValueError(f'{name}: expected this section with method = "{name}", and only with it')
         return self
 
     @model_validator(mode="after")
@@ -282,6 +293,11 @@ class Plan(Section):
         if method != "freeze_a" and self.privacy is not None:
             raise ValueError(
                 f'aggregation.method: expected "freeze_a" under [privacy], found "{method}": its steps train B alone'
+            )
+        products = sum(outputs * inputs for outputs, inputs in self.adapter.modules.values())
+        if method == "dense" and products > MAX_DENSE:
+            raise ValueError(
+                f'aggregation.method: expected at most {MAX_DENSE} numbers in the modules for "dense", found {products}'
             )
         wanted = ("both",) if method in TRAINS_A else ("all", "head") if method == "freeze_a" else ("all",)
         if train not in wanted:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from participant import sending
-from privacy.adapter import Tensors, Vector, a_name, b_name, flatten, layout_of, start_adapter, start_digest
+from privacy.adapter import Tensors, Vector, a_name, b_name, flatten, layout_of, start_digest
+from privacy.factors import factored, first_start, keep_factors, out_name
 from privacy.job import Job
-from privacy.methods import sent
-from privacy.plan import Adapter, parse_plan
-from tests.analytic import job_for
+from privacy.methods import core_name, sent
+from privacy.outcome import Combined, combine
+from privacy.plan import TRAINS_A, Adapter
+from tests.analytic import job_for, run_round
 
 SITES = 5
+SEED = "07" * 32
 RANK = 3
 MODULES = {"block.query": (7, 9), "block.value": (5, 6)}
 HEAD = {"classifier.bias": (3,), "classifier.weight": (3, 4)}
@@ -25,6 +30,12 @@ REGMEAN = """[aggregation.regmean]
 ridge = {ridge}
 feature_clip = 2.0
 min_texts = 3
+"""
+
+#: Directories with factors, deleted at the end.
+KEPT: list[tempfile.TemporaryDirectory[str]] = []
+CORE = """[aggregation.core]
+factors = "{factors}"
 """
 
 PLAN = """name = "sums"
@@ -69,27 +80,50 @@ Matrix = NDArray[np.float64]
 
 
 def plan_text(
-    method: str, *, train: str = "", bits: int = 32, ridge: float = 0.01, server_lr: float = 1.0, clip: float = 4.0
+    method: str,
+    *,
+    factors: str = "",
+    train: str = "",
+    bits: int = 32,
+    ridge: float = 0.01,
+    server_lr: float = 1.0,
+    clip: float = 4.0,
 ) -> str:
     """A plan file with a correct start digest; no base model is needed, since what sites trained is made up."""
-    zero, seed = "0" * 64, "07" * 32
-    adapter = Adapter(rank=RANK, alpha=6.0, seed=seed, digest=zero, modules=MODULES, head=HEAD)
+    zero = "0" * 64
+    adapter = Adapter(rank=RANK, alpha=6.0, seed=SEED, digest=zero, modules=MODULES, head=HEAD)
     return PLAN.format(
         zero=zero,
-        seed=seed,
-        digest=start_digest(start_adapter(adapter)).hex(),
-        train=train or ("both" if method == "both" else "all"),
+        seed=SEED,
+        digest=start_digest(first_start(adapter, base_factors() if factors else None)).hex(),
+        train=train or ("both" if method in TRAINS_A else "all"),
         method=method,
-        section=REGMEAN.format(ridge=ridge) if method == "regmean" else "",
+        section={"regmean": REGMEAN.format(ridge=ridge), "core": CORE.format(factors=factors)}.get(method, ""),
         bits=bits,
         server_lr=server_lr,
         clip=clip,
     )
 
 
+def base_weights() -> list[tuple[str, NDArray[np.float32]]]:
+    """Of the adapted modules of a made-up base model."""
+    rng = np.random.default_rng(5)
+    return [(module, rng.standard_normal(shape, np.float32)) for module, shape in sorted(MODULES.items())]
+
+
+def base_factors() -> Tensors:
+    """The factors of the method "core" for it."""
+    return factored(base_weights(), RANK, bytes.fromhex(SEED))
+
+
 def the_job(method: str, **changes: float) -> Job:
-    """:func:`plan_text` under a roster of the simulation's members."""
-    return job_for(plan_text(method, **changes))  # type: ignore[arg-type]
+    """:func:`plan_text` under a roster of the simulation's members; "core" has a directory with its factors."""
+    if method != "core":
+        return job_for(plan_text(method, **changes))  # type: ignore[arg-type]
+    KEPT.append(tempfile.TemporaryDirectory())
+    directory = Path(KEPT[-1].name)
+    digest = keep_factors(directory, base_factors())
+    return replace(job_for(plan_text(method, factors=digest, **changes)), factors_directory=directory)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -99,12 +133,14 @@ class Trained:
     after: Tensors
     #: Module -> (rank, rank) mean of z z^T.
     grams: dict[str, Matrix]
+    #: What was added to each R, of the method "core".
+    cores: Tensors
     weight: int
 
 
 def sites(job: Job, apart: float = 1.0) -> list[Trained]:
     """Adapters near the start; ``apart``: 0 for sites that moved alike, 1 for sites that have nothing in common."""
-    start, layout = start_adapter(job.plan.adapter), layout_of(job.plan.adapter)
+    start, layout = job.start_tensors(), layout_of(job.plan.adapter)
     rng = np.random.default_rng(11)
     common = {name: rng.normal(size=shape) for name, shape in layout.trained}
     found = []
@@ -113,23 +149,32 @@ def sites(job: Job, apart: float = 1.0) -> list[Trained]:
         for name, shape in layout.trained:
             own = math.sqrt(1 - apart**2) * common[name] + apart * rng.normal(size=shape)
             after[name] = (start[name] + 0.2 * own).astype(np.float32)
+        cores = {}
+        if (factors := job.factors()) is not None:
+            for module in MODULES:
+                cores[core_name(module)] = (0.2 * rng.normal(size=(RANK, RANK))).astype(np.float32)
+                after[b_name(module)] = factors[out_name(module)] @ cores[core_name(module)]
         grams = {}
         for module in MODULES:
             z = np.clip(rng.normal(size=(50, RANK)) * rng.uniform(0.05, 0.5, RANK), -1, 1)
             grams[module] = z.T @ z / len(z)
-        found.append(Trained(after, grams, weight))
+        found.append(Trained(after, grams, cores, weight))
     return found
 
 
 def vector_of(job: Job, site: Trained) -> Vector:
     """What a site sends, before it is quantised, by the code that sites run."""
     plan, layout = job.plan, layout_of(job.plan.adapter)
-    start = start_adapter(plan.adapter)
+    start = job.start_tensors()
     parts = {name: site.after[name] - start[name] for name, _ in layout.trained}
     if plan.aggregation.method == "both":
         parts |= sending.probed(plan, site.after)
     elif plan.aggregation.method == "regmean":
         parts |= sending.weighted(plan, parts, site.grams)
+    elif plan.aggregation.method == "dense":
+        parts = sending.dense(plan, parts, start, site.after)
+    elif plan.aggregation.method == "core":
+        parts = {name: part for name, part in parts.items() if "lora_B" not in name} | site.cores
     return flatten(parts, sent(plan))
 
 
@@ -148,6 +193,25 @@ def factors(site: Trained, module: str) -> tuple[Matrix, Matrix]:
     return site.after[b_name(module)].astype(np.float64), site.after[a_name(module)].astype(np.float64)
 
 
-def parsed(text: str) -> Job:
-    """A job of an edited plan."""
-    return job_for(parse_plan(text.encode()).raw.decode())
+HEAD_NAMES = ("base_model.model.classifier.bias", "base_model.model.classifier.weight")
+
+
+def released(job: Job, everybody: list[Trained], path: Path, silent: dict[int, str] | None = None) -> Combined:
+    """One masked round, verified as every site does, and the release of it."""
+    return combine(job, [run_round(job, quantised(job, everybody), path / "total", silent or {})])
+
+
+def unit(job: Job, weight: int = sum(WEIGHTS), survivors: int = SITES) -> float:
+    """Most that rounding can move a coordinate of the mean: the quantiser of each site, and float32, three times."""
+    quantizer = job.quantizer
+    return survivors * quantizer.clip * quantizer.max_weight / (quantizer.qmax * weight) + 3 * 2.0**-24
+
+
+def close(found: NDArray[Any], expected: Matrix, within: float) -> None:
+    np.testing.assert_allclose(found.astype(np.float64), expected, rtol=0, atol=within)
+
+
+def check_head(job: Job, combined: Combined, everybody: list[Trained], weights: list[int]) -> None:
+    """The head is the plain mean, whatever the method."""
+    for name in HEAD_NAMES:
+        close(combined.tensors[name], mean_of([s.after[name] for s in everybody], weights), unit(job, sum(weights)))

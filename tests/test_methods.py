@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from coordinator.publish import CohortTotal, publish
 from privacy import methods
-from privacy.adapter import a_name, b_name, layout_of, load_peft, save_peft, start_adapter, start_digest
+from privacy.adapter import a_name, b_name, layout_of, load_peft, save_peft, start_digest
 from privacy.audit import audit_release
 from privacy.errors import ProtocolError, UserError
 from privacy.job import Job
 from privacy.methods import PROBES, Rounding, merged, probes, sent
-from privacy.outcome import Combined, combine, manifest
+from privacy.outcome import combine, manifest
 from privacy.plan import parse_plan
 from tests.analytic import evidence_of, run_round
 from tests.methods import (
@@ -29,38 +27,18 @@ from tests.methods import (
     WEIGHTS,
     Matrix,
     Trained,
+    check_head,
+    close,
     factors,
     mean_of,
     plan_text,
     quantised,
+    released,
     sites,
     the_job,
+    unit,
     vector_of,
 )
-
-HEAD = ("base_model.model.classifier.bias", "base_model.model.classifier.weight")
-
-
-def released(job: Job, everybody: list[Trained], path: Path, silent: dict[int, str] | None = None) -> Combined:
-    """One masked round, verified as every site does, and the release of it."""
-    return combine(job, [run_round(job, quantised(job, everybody), path / "total", silent or {})])
-
-
-def unit(job: Job, weight: int = sum(WEIGHTS), survivors: int = SITES) -> float:
-    """Most that rounding can move a coordinate of the mean: the quantiser of each site, and float32, three times."""
-    quantizer = job.quantizer
-    return survivors * quantizer.clip * quantizer.max_weight / (quantizer.qmax * weight) + 3 * 2.0**-24
-
-
-def close(found: NDArray[Any], expected: Matrix, within: float) -> None:
-    np.testing.assert_allclose(found.astype(np.float64), expected, rtol=0, atol=within)
-
-
-def check_head(job: Job, combined: Combined, everybody: list[Trained], weights: list[int]) -> None:
-    """The head is the plain mean, whatever the method."""
-    for name in HEAD:
-        close(combined.tensors[name], mean_of([s.after[name] for s in everybody], weights), unit(job, sum(weights)))
-
 
 # --- what is sent ---------------------------------------------------------------------------------------------------
 
@@ -69,6 +47,8 @@ SIZES = {
     "freeze_a": LOWER,
     "both": LOWER + sum(inputs * RANK + PROBES * outputs for outputs, inputs in MODULES.values()),
     "regmean": LOWER + len(MODULES) * RANK * (RANK + 1) // 2,
+    "core": 3 + 12 + len(MODULES) * RANK**2,
+    "dense": 3 + 12 + sum(outputs * inputs for outputs, inputs in MODULES.values()),
 }
 
 
@@ -102,7 +82,7 @@ KNOWN_SIGNS = [[-1, 1, -1, 1, -1, -1, 1, 1, -1], [-1, -1, -1, -1, -1, 1, -1, 1, 
 def test_both_releases_the_means_of_the_factors_apart(server_lr: float, tmp_path: Path) -> None:
     job = the_job("both", server_lr=server_lr)
     everybody, weights = sites(job), list(WEIGHTS)
-    combined, start = released(job, everybody, tmp_path), start_adapter(job.plan.adapter)
+    combined, start = released(job, everybody, tmp_path), job.start_tensors()
     for name, _ in layout_of(job.plan.adapter).trained:
         mean = mean_of([s.after[name].astype(np.float64) - start[name] for s in everybody], weights)
         close(combined.tensors[name], start[name] + server_lr * mean, unit(job))
@@ -168,7 +148,7 @@ def test_sites_that_moved_alike_have_no_error_but_that_of_rounding(tmp_path: Pat
 
 def test_an_adapter_that_does_nothing_has_no_error() -> None:
     job = the_job("both")
-    start, zero = start_adapter(job.plan.adapter), np.zeros(job.quantizer.size, np.float32)
+    start, zero = job.start_tensors(), np.zeros(job.quantizer.size, np.float32)
     found = merged(start, zero, job.plan)
     assert found.facts["probe"] == {"directions": PROBES, "relative_error": 0.0, "of_rounding": 0.0}
     assert all(np.array_equal(found.tensors[name], start[name]) for name in start)
@@ -189,7 +169,7 @@ def regmean_of(job: Job, everybody: list[Trained], weights: list[int], module: s
 @pytest.mark.parametrize("silent", [{}, {2: "M5"}], ids=["all", "one drops out"])
 def test_regmean_weights_each_site_by_its_gram_matrix(silent: dict[int, str], tmp_path: Path) -> None:
     job = the_job("regmean")
-    everybody, start = sites(job), start_adapter(job.plan.adapter)
+    everybody, start = sites(job), job.start_tensors()
     combined = released(job, everybody, tmp_path, silent)
     present = [site for i, site in enumerate(everybody) if i not in silent]
     weights = [site.weight for site in present]
@@ -229,9 +209,9 @@ def test_sites_with_the_same_b_keep_it(seed: int, ridge: float) -> None:
         for module in MODULES:
             z = rng.uniform(-1, 1, size=(8, RANK))
             grams[module] = z.T @ z / 8
-        vectors.append(vector_of(job, Trained(shared, grams, 1)))
+        vectors.append(vector_of(job, Trained(shared, grams, {}, 1)))
     mean = np.mean(np.stack(vectors).astype(np.float64), axis=0).astype(np.float32)
-    found = merged(start_adapter(job.plan.adapter), mean, job.plan)
+    found = merged(job.start_tensors(), mean, job.plan)
     for module in MODULES:
         close(found.tensors[b_name(module)], shared[b_name(module)].astype(np.float64), 2e-3)
 
@@ -278,7 +258,7 @@ def test_an_auditor_finds_the_same_release_and_sees_a_changed_one(method: str, t
     round_id = evidence.outcome.transcript.header.hash()
     facts = publish(job, 1, [CohortTotal(1, round_id, evidence, tmp_path / "total")], tmp_path)
     report = audit_release(tmp_path / "sums" / "stage-1", job.roster_file.hash)
-    for key in ("adapter_digest", "method", "probe", "ridge", "coordinates"):
+    for key in ("adapter_digest", "method", "probe", "ridge", "truncation", "coordinates"):
         assert report.facts.get(key) == facts.get(key)
     assert facts.get("method", "freeze_a") == method
     directory = tmp_path / "sums" / "stage-1" / "adapter"
@@ -294,9 +274,11 @@ def test_an_auditor_finds_the_same_release_and_sees_a_changed_one(method: str, t
 def test_the_same_totals_give_the_same_bits(method: str) -> None:
     job = the_job(method)
     rng = np.random.default_rng(1)
-    start = start_adapter(job.plan.adapter)
+    start = job.start_tensors()
     mean = (vector_of(job, sites(job)[0]) + 1e-4 * rng.random(job.quantizer.size)).astype(np.float32)
-    digests = {start_digest(merged(start, mean.copy(), job.plan, Rounding(1e-6, 5)).tensors) for _ in range(3)}
+    digests = {
+        start_digest(merged(start, mean.copy(), job.plan, Rounding(1e-6, 5), job.factors()).tensors) for _ in range(3)
+    }
     assert len(digests) == 1
 
 
@@ -323,13 +305,15 @@ BAD = {
     "regmean without its section": ("freeze_a", '"freeze_a"', '"regmean"', "regmean: expected this section"),
     "its section alone": ("regmean", '"regmean"', '"freeze_a"', "regmean: expected this section"),
     "without a ridge": ("regmean", "ridge = 0.01", "ridge = 0.0", "aggregation.regmean.ridge"),
+    "core without its section": ("freeze_a", '"freeze_a"', '"core"', "core: expected this section"),
+    "core of the head alone": ("core", 'train = "all"', 'train = "head"', "expected 'all' with method"),
     "without a minimum": ("regmean", "min_texts = 3", "min_texts = 0", "aggregation.regmean.min_texts"),
 }
 
 
 @pytest.mark.parametrize(("method", "old", "new", "fragment"), BAD.values(), ids=BAD.keys())
 def test_a_bad_plan_is_refused(method: str, old: str, new: str, fragment: str) -> None:
-    text = plan_text(method)
+    text = plan_text(method, factors="0" * 64)
     assert old in text
     with pytest.raises(UserError, match=r"^plan\.toml: ") as refused:
         parse_plan(text.replace(old, new, 1).encode(), "plan.toml")
@@ -338,6 +322,11 @@ def test_a_bad_plan_is_refused(method: str, old: str, new: str, fragment: str) -
 
 @pytest.mark.parametrize("method", [m for m in SIZES if m != "freeze_a"])
 def test_under_privacy_b_alone_is_summed(method: str) -> None:
-    text = plan_text(method).replace("epochs = 1\n", "").replace("batch_size = 4\n", "").replace("[round]", PRIVACY)
+    text = (
+        plan_text(method, factors="0" * 64)
+        .replace("epochs = 1\n", "")
+        .replace("batch_size = 4\n", "")
+        .replace("[round]", PRIVACY)
+    )
     with pytest.raises(UserError, match=r'aggregation\.method: expected "freeze_a" under'):
         parse_plan(text.encode())
