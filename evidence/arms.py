@@ -13,6 +13,8 @@ RANK, ALPHA, BATCH = 8, 48.0, 16
 TEXT = {"alpha": 16.0, "batch": 4, "records": 32, "validation": 6, "test": 12, "tokens": 128}
 #: Public range of one coordinate of a delta; nothing measured comes near it, and each result says how much was clipped.
 CLIP = 1.0
+#: The same of the method "core".
+CORE_CLIP = 8.0
 MAX_WEIGHT = 4096
 
 
@@ -37,9 +39,11 @@ class Arm:
 
 
 #: Where the best of an arm's rates is the first or the last that was tried, the next of these is tried too.
-LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 #: With A frozen, B needs a higher rate than where both move.
 HIGH, LOW = (1e-3, 3e-3, 1e-2), (3e-4, 1e-3, 3e-3)
+#: Of a core, whose few numbers have further to go.
+HIGHEST = (1e-2, 3e-2, 1e-1)
 ARMS: dict[str, Arm] = {
     "base": Arm("base"),
     "analytic": Arm("analytic"),
@@ -47,6 +51,7 @@ ARMS: dict[str, Arm] = {
     "pooled-both": Arm("pooled", "both", 0, LOW),
     "one-freeze_a": Arm("rounds", "freeze_a", 1, HIGH),
     "one-both": Arm("rounds", "both", 1, LOW),
+    "one-core": Arm("rounds", "core", 1, HIGHEST),
     "one-regmean": Arm("rounds", "regmean", 1, HIGH),
     "multi-freeze_a": Arm("rounds", "freeze_a", 3, HIGH),
     "multi-both": Arm("rounds", "both", 3, LOW),

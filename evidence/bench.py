@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from evidence.arms import ALPHA, ARMS, BATCH, CLIP, MAX_WEIGHT, RANK, Arm
+from evidence.arms import ALPHA, ARMS, BATCH, CLIP, CORE_CLIP, MAX_WEIGHT, RANK, Arm
 from evidence.cells import Cell
 from evidence.corpora import CORPORA, Corpus
 from evidence.scoring import score
@@ -17,7 +17,9 @@ from evidence.splits import deal
 from participant.data import Examples
 from participant.drafting import draft_plan
 from participant.training import TrainingResult, train
-from privacy.adapter import Tensors
+from privacy.adapter import Tensors, Vector
+from privacy.factors import first_start, load_factors
+from privacy.methods import merged
 from privacy.plan import Plan, PlanFile, parse_plan
 
 
@@ -67,15 +69,41 @@ class Bench:
             max_cohort=c.sites,
             min_cohort=c.sites - 2,
             min_survivors=c.sites - 4 if c.sites > 7 else 3,
-            clip=CLIP,
+            clip=CORE_CLIP if self.arm.method == "core" else CLIP,
             max_weight=MAX_WEIGHT,
+            factors_to=self.factors_directory,
             seed=hashlib.sha256(f"evidence {c.seed}".encode()).digest(),
         )
         return parse_plan(text.encode(), c.name)
 
+    @property
+    def factors_directory(self) -> Path:
+        """Where drafting leaves the factors of the method "core"."""
+        return self.out / "factors"
+
+    def factors(self, plan: Plan) -> Tensors | None:
+        """Those that a plan pins; None where its method has none."""
+        return load_factors(self.factors_directory, plan) if plan.aggregation.core is not None else None
+
+    def start(self, plan: Plan) -> Tensors:
+        """The whole adapter before the first round."""
+        return first_start(plan.adapter, self.factors(plan))
+
+    def merge(self, plan: Plan, start: Tensors, mean: Vector) -> Tensors:
+        """The adapter that a mean of sites' vectors, or one site's vector, gives."""
+        return merged(start, mean.copy(), plan, factors=self.factors(plan)).tensors
+
     def train(self, plan: Plan, start: Tensors, examples: Examples) -> TrainingResult:
         """The product's own training, on one CPU thread."""
-        return train(plan=plan, base=self.base, start=start, examples=examples, device="cpu", threads=1)
+        return train(
+            plan=plan,
+            base=self.base,
+            start=start,
+            examples=examples,
+            device="cpu",
+            threads=1,
+            factors=self.factors(plan),
+        )
 
     def judge(self, plan: Plan, adapter: Tensors) -> dict[str, Any]:
         """``accuracy``, ``loss`` and, record by record, ``right`` on the held-out records."""

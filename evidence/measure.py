@@ -21,8 +21,8 @@ from evidence.rounds import Aggregated, Contribution, plain_mean, rounding_bound
 from evidence.scoring import update_size
 from evidence.tls import federate, largest_difference
 from participant.analytic import collect, frequent
-from privacy.adapter import Tensors, start_adapter
-from privacy.methods import merged, vector_size
+from privacy.adapter import Tensors
+from privacy.methods import vector_size
 from privacy.plan import PlanFile
 from privacy.secagg.quantize import quantizer_for
 
@@ -56,14 +56,14 @@ def measure(cell: Cell, out: Path) -> dict[str, Any]:
 
 def _base(bench: Bench) -> dict[str, Any]:
     plan = bench.plan().plan
-    return bench.judge(plan, start_adapter(plan.adapter))
+    return bench.judge(plan, bench.start(plan))
 
 
 def _pooled(bench: Bench) -> dict[str, Any]:
     plan = bench.plan(epochs=bench.cell.epochs).plan
-    start = start_adapter(plan.adapter)
+    start = bench.start(plan)
     found = bench.train(plan, start, bench.corpus.train)
-    tensors = merged(start, found.delta.copy(), plan).tensors
+    tensors = bench.merge(plan, start, found.delta)
     return bench.judge(plan, tensors) | {"tau": update_size(plan, bench.base, start, tensors)}
 
 
@@ -104,10 +104,10 @@ def _forget_later_rounds(bench: Bench) -> None:
 def _alone(bench: Bench) -> dict[str, Any]:
     """Each site with its own records only: the means over the sites."""
     plan = bench.plan(epochs=bench.cell.epochs)
-    start = start_adapter(plan.plan.adapter)
+    start = bench.start(plan.plan)
     found = []
     for one in trained_sites(bench, plan, start, 1):
-        tensors = merged(start, one.delta.copy(), plan.plan).tensors
+        tensors = bench.merge(plan.plan, start, one.delta)
         found.append(bench.judge(plan.plan, tensors))
     accuracies = [one["accuracy"] for one in found]
     return {
@@ -121,17 +121,17 @@ def _alone(bench: Bench) -> dict[str, Any]:
 def _rounds(bench: Bench) -> dict[str, Any]:
     arm, cell = bench.arm, bench.cell
     assert cell.epochs % arm.rounds == 0, "the epochs are shared out evenly"
-    start = tensors = start_adapter(bench.plan().plan.adapter)
+    start = tensors = bench.start(bench.plan().plan)
     rounds: list[dict[str, Any]] = []
     for number in range(1, arm.rounds + 1):
         plan = bench.plan(number, cell.epochs // arm.rounds)
         contributions = trained_sites(bench, plan, tensors, number)
         before = tensors
-        found = secure_round(plan, contributions, before, bench.out / "scratch")
+        found = secure_round(plan, contributions, before, bench.out / "scratch", bench.factors_directory)
         tensors = found.tensors
-        sites = [merged(before, c.delta.copy(), plan.plan).tensors for c in contributions]
+        sites = [bench.merge(plan.plan, before, c.delta) for c in contributions]
         rounds.append(_facts(found) | {"tau_sites": _mean_tau(bench, plan, before, sites)})
-    clear = merged(before, found.plain.astype(np.float32), plan.plan).tensors
+    clear = bench.merge(plan.plan, before, found.plain.astype(np.float32))
     result, in_clear = bench.judge(plan.plan, tensors), bench.judge(plan.plan, clear)
     _forget_later_rounds(bench)
     return result | {
@@ -150,13 +150,13 @@ def _rounds(bench: Bench) -> dict[str, Any]:
 def _tls(bench: Bench) -> dict[str, Any]:
     """Daemons over TLS; beside it the mean in the clear of what the same sites trained in this process."""
     plan = bench.plan(epochs=bench.cell.epochs)
-    start = start_adapter(plan.plan.adapter)
+    start = bench.start(plan.plan)
     (bench.out / "scratch").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=bench.out / "scratch") as place:
         tensors, facts = federate(Path(place) / "tls", plan, bench.base, bench.parts)
     contributions = trained_sites(bench, plan, start, 1)
     mean = plain_mean(contributions, [c.examples for c in contributions], CLIP)
-    clear = merged(start, mean.astype(np.float32), plan.plan).tensors
+    clear = bench.merge(plan.plan, start, mean.astype(np.float32))
     quantizer = quantizer_for(plan.plan, vector_size(plan.plan))
     bound = rounding_bound(quantizer, len(contributions), sum(c.examples for c in contributions))
     difference = largest_difference(tensors, clear)
@@ -164,7 +164,7 @@ def _tls(bench: Bench) -> dict[str, Any]:
     assert difference <= bound, (difference, bound)
     clipped = float(np.mean([np.mean(np.abs(c.delta) > CLIP) for c in contributions]))
     one = facts | {"difference": difference, "tolerance": bound, "clipped": clipped}
-    sites = [merged(start, c.delta.copy(), plan.plan).tensors for c in contributions]
+    sites = [bench.merge(plan.plan, start, c.delta) for c in contributions]
     result = bench.judge(plan.plan, tensors)
     return result | {"rounds": [one | {"tau_sites": _mean_tau(bench, plan, start, sites)}]}
 
@@ -181,12 +181,12 @@ def _facts(found: Aggregated) -> dict[str, Any]:
 
 def _analytic(bench: Bench) -> dict[str, Any]:
     plan = bench.plan()
-    start = start_adapter(plan.plan.adapter)
+    start = bench.start(plan.plan)
     contributions = []
     for examples in bench.parts:
         kept = frequent(examples, plan.plan, 1)
         found = collect(plan=plan.plan, base=bench.base, start=start, examples=kept, device="cpu", threads=1)
         contributions.append(Contribution(found.delta, found.examples, found.loss))
-    aggregated = secure_round(plan, contributions, start, bench.out / "scratch")
+    aggregated = secure_round(plan, contributions, start, bench.out / "scratch", bench.factors_directory)
     result = bench.judge(plan.plan, aggregated.tensors)
     return result | {"rounds": [_facts(aggregated)]}

@@ -7,9 +7,10 @@ direct calls (``tests/on_disk.py``). The release is computed from the verified o
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,17 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from coordinator import phases
+from coordinator import config, phases
+from coordinator.engine import Engine
 from participant.client import seen_hash
 from participant.daemon import Daemon
 from participant.store import Trained
-from privacy.adapter import Tensors, Vector, start_adapter, start_digest
+from privacy.adapter import Tensors, Vector, start_digest
+from privacy.factors import factors_file
 from privacy.job import Job
 from privacy.methods import Merged, Rounding, merged
 from privacy.outcome import VerifiedCohort, combine, verify_cohort
-from privacy.plan import PlanFile
+from privacy.plan import PlanFile, parse_plan
 from privacy.secagg.dialogue import FromMember, ToMember
 from privacy.secagg.messages import MaskedInput
 from privacy.secagg.quantize import Decoded, Quantizer, weighted_loss
@@ -117,8 +120,8 @@ def _bytes(message: Any, union: Any) -> int:
 class World(OnDisk):
     """A coordinator and the sites of one round, with what training gave."""
 
-    def __init__(self, directory: Path, plan: PlanFile, contributions: Sequence[Contribution]) -> None:
-        self.contributions = contributions
+    def __init__(self, directory: Path, plan: PlanFile, contributions: Sequence[Contribution], factors: Path) -> None:
+        self.contributions, self.factors = contributions, factors
         self.vectors: dict[int, NDArray[np.int32]] = {}
         p, r = plan.plan, plan.plan.round
         policy: dict[str, object] = {
@@ -128,9 +131,22 @@ class World(OnDisk):
         }
         toml = SITE.format(base=p.base.name, dataset=p.data.dataset, plan=p.name)
         super().__init__(directory, len(contributions), plan.raw, policy, toml)
+        self.job = replace(self.job, factors_directory=factors)
+
+    def open(self) -> Engine:
+        self._give_factors(config.load_home(self.federation.coordinator).factors)
+        return super().open()
+
+    def _give_factors(self, place: Path) -> None:
+        """Everybody has the factors of a core: sites would compute them, the operator gives them to the coordinator."""
+        core = parse_plan(self.plan).plan.aggregation.core
+        if core is not None:
+            place.mkdir(parents=True, exist_ok=True)
+            shutil.copy(factors_file(self.factors, core.factors), place)
 
     def restart(self, member: int) -> None:
         super().restart(member)
+        self._give_factors(self.site(member).home.factors)
         self.daemons[member] = Daemon(self.site(member), Counting(self, member))
 
     def weight_of(self, member: int) -> int:
@@ -162,7 +178,7 @@ class World(OnDisk):
 
     def cohorts(self) -> list[VerifiedCohort]:
         """The released rounds, verified from plan, roster and evidence as a site or an auditor verifies them."""
-        start = start_digest(start_adapter(self.job.plan.adapter))
+        start = start_digest(self.job.start_tensors())
         found = self.engine.released(self.digest, 1)
         return [verify_cohort(self.job, 1, start, cohort.evidence, cohort.total) for cohort in found]
 
@@ -181,12 +197,15 @@ def rounding_bound(quantizer: Quantizer, members: int, weight: int) -> float:
     return members * unit + quantizer.clip * 2.0**-23  # the mean is rounded to float32 at the end
 
 
-def secure_round(plan: PlanFile, contributions: Sequence[Contribution], start: Tensors, scratch: Path) -> Aggregated:
+def secure_round(
+    plan: PlanFile, contributions: Sequence[Contribution], start: Tensors, scratch: Path, factors: Path
+) -> Aggregated:
     """Mask, sum, unmask, certify and verify one cohort of all sites; and the same sum in the clear.
 
     Args:
         start: the adapter that the deltas are relative to.
         scratch: where the directories of the federation go; they are deleted.
+        factors: directory with the factors of the method "core".
 
     Raises:
         AssertionError: no release, a total that is not the plain sum, or a mean further from that in the clear than
@@ -195,7 +214,7 @@ def secure_round(plan: PlanFile, contributions: Sequence[Contribution], start: T
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch) as place:
-        world = World(Path(place) / "federation", plan, contributions)
+        world = World(Path(place) / "federation", plan, contributions, factors)
         world.ready()
         world.run()
         assert isinstance(world.phase, phases.Released), world.phase
@@ -236,4 +255,4 @@ def released(job: Job, cohorts: Sequence[VerifiedCohort], decoded: Decoded, star
         found = combine(job, cohorts)
         return Merged(found.tensors, found.facts)
     rounding = Rounding(job.quantizer.max_weight / (job.quantizer.qmax * decoded.weight), len(cohorts[0].survivors))
-    return merged(start, decoded.mean.copy(), job.plan, rounding)
+    return merged(start, decoded.mean.copy(), job.plan, rounding, job.factors())
