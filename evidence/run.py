@@ -61,13 +61,14 @@ class Runner:
     def run(self) -> None:
         """Until nothing is left, or the time is up."""
         try:
-            while True:
-                self._start()
-                if not self.running:
-                    return
+            self._start()
+            while self.running:
                 time.sleep(POLL_S)
-                for digest in [d for d, (_, process, _) in self.running.items() if process.poll() is not None]:
+                ended = [digest for digest, (_, process, _) in self.running.items() if process.poll() is not None]
+                for digest in ended:
                     self._finish(digest)
+                if ended:
+                    self._start()
         finally:
             for _, process, _ in self.running.values():
                 process.terminate()
