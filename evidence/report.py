@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,12 @@ METHOD = """\
 * tau is the Frobenius norm of what the adapter adds over that of the adapted matrices."""
 
 
+PUBLISHED = """\
+This page, its plots and [results.jsonl](results.jsonl), which has all cells without the answers to single records, were
+written by `python -m evidence.run --publish docs/evidence` after `make evidence`.
+"""
+
+
 def write(out: Path, found: Grid) -> Path:
     """Write ``report.md`` and its plots below ``out``; the path of the report."""
     results = collect(out, found.ready, found.waiting)
@@ -61,6 +69,23 @@ def write(out: Path, found: Grid) -> Path:
     path = out / "report.md"
     path.write_text("\n".join(lines(results, all_bars(results), pictures)) + "\n")
     return path
+
+
+def publish(out: Path, found: Grid, directory: Path) -> Path:
+    """Write the report as ``README.md`` of a directory, with its plots and, a line a cell, what was measured."""
+    directory.mkdir(parents=True, exist_ok=True)
+    report = write(out, found)
+    results = collect(out, found.ready, found.waiting)
+    for picture in plots.draw(directory, results):
+        assert picture.name in report.read_text(), picture
+    rows = []
+    for cell, result in (*results.tuned, *results.reported):
+        kept = {key: value for key, value in result.items() if key not in ("right", "nats", "tokens")}
+        rows.append(json.dumps({"cell": asdict(cell), "result": kept}))
+    (directory / "results.jsonl").write_text("\n".join(rows) + "\n")
+    readme = directory / "README.md"
+    readme.write_text(report.read_text() + "\n" + PUBLISHED)
+    return readme
 
 
 def lines(results: Results, bars: Sequence[Bar], pictures: Sequence[Path] = ()) -> list[str]:

@@ -174,6 +174,7 @@ def main(arguments: Sequence[str] | None = None, plan: Plan = grid) -> int:
     )
     parser.add_argument("--list", action="store_true", help="show the cells and an estimate, and measure nothing")
     parser.add_argument("--report", action="store_true", help="write the report of what is there, and measure nothing")
+    parser.add_argument("--publish", type=Path, metavar="DIR", help="the same, as a page with its plots in a directory")
     parser.add_argument("--hours", type=float, default=float("inf"), help="start no cell after so many hours")
     parser.add_argument(
         "--workers", type=int, default=2, help="cells at a time, of one core each (default: %(default)s)"
@@ -186,6 +187,9 @@ def main(arguments: Sequence[str] | None = None, plan: Plan = grid) -> int:
     out: Path = options.out
     if options.list:
         print("\n".join(listed(plan(out), out, chosen)))
+        return 0
+    if options.publish:
+        print(f"written: {report.publish(out, plan(out), options.publish)}")
         return 0
     if options.report:
         print(f"written: {report.write(out, plan(out))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evidence import report
+from evidence import report, stats
 from evidence.bars import all_bars, near_pooled
 from evidence.cells import Cell, save_result
 from evidence.grid import Grid
@@ -17,6 +18,14 @@ from evidence.report import lines
 from evidence.results import Results, collect
 from evidence.stats import bootstrap, difference, recovered
 from tests.evidence_toy import toy_cell
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(stats, "DRAWS", 200)
+    stats._draws.cache_clear()
+    yield
+    stats._draws.cache_clear()
 
 
 def answers(accuracy: float, seeds: int = 3, records: int = 400) -> dict[int, Any]:
@@ -166,3 +175,9 @@ def test_the_report_is_written_with_its_plots(tmp_path: Path) -> None:
     report.write(tmp_path, Grid(cells))
     assert pictures[0].read_bytes() == first
     assert collect(tmp_path, cells, []).missing == ()
+    page = report.publish(tmp_path, Grid(cells), tmp_path / "docs")
+    assert page.read_text().startswith(text)
+    assert sorted(p.name for p in page.parent.iterdir()) == sorted(
+        [*(p.name for p in pictures), "README.md", "results.jsonl"]
+    )
+    assert len((page.parent / "results.jsonl").read_text().splitlines()) == len(cells)
