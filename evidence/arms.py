@@ -29,6 +29,8 @@ class Arm:
         rounds: rounds of an arm of kind "rounds"; its local epochs are shared out evenly.
         rates: learning rates tried first on the validation records, a part of :data:`LADDER`.
         source: arm whose learning rate, and whose sites' training, this one takes over.
+        server_lr: what the mean is multiplied by.
+        site_weights: whether sites count by their number of examples, or each the same.
     """
 
     kind: Literal["base", "alone", "pooled", "rounds", "analytic", "tls"]
@@ -36,6 +38,16 @@ class Arm:
     rounds: int = 0
     rates: tuple[float, ...] = ()
     source: str | None = None
+    server_lr: float = 1.0
+    site_weights: Literal["examples", "uniform"] = "examples"
+
+    @property
+    def definition(self) -> dict[str, object]:
+        """What a result depends on; how the mean is taken and applied, only where that is not the usual way."""
+        merging = {"server_lr": self.server_lr, "site_weights": self.site_weights}
+        usual = {"server_lr": 1.0, "site_weights": "examples"}
+        unusual = {key: value for key, value in merging.items() if value != usual[key]}
+        return {"kind": self.kind, "method": self.method, "rounds": self.rounds, **unusual}
 
 
 #: Where the best of an arm's rates is the first or the last that was tried, the next of these is tried too.
@@ -51,6 +63,9 @@ ARMS: dict[str, Arm] = {
     "pooled-both": Arm("pooled", "both", 0, LOW),
     "one-freeze_a": Arm("rounds", "freeze_a", 1, HIGH),
     "one-both": Arm("rounds", "both", 1, LOW),
+    "one-uniform": Arm("rounds", "freeze_a", 1, source="one-freeze_a", site_weights="uniform"),
+    "one-x1.5": Arm("rounds", "freeze_a", 1, source="one-freeze_a", server_lr=1.5),
+    "one-x2": Arm("rounds", "freeze_a", 1, source="one-freeze_a", server_lr=2.0),
     "one-core": Arm("rounds", "core", 1, HIGHEST),
     "one-regmean": Arm("rounds", "regmean", 1, HIGH),
     "multi-freeze_a": Arm("rounds", "freeze_a", 3, HIGH),

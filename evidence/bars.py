@@ -44,6 +44,16 @@ def best(results: Results, arms: Sequence[str], where: Where) -> str | None:
     return max(found)[1] if found else None
 
 
+def chosen_arm(results: Results, where: Where) -> str | None:
+    """The one-shot arm that did best on the validation records of the corpus, with its best rate; None without any."""
+    found = [
+        (result["accuracy"], -result["loss"], cell.arm)
+        for cell, result in results.tuned
+        if (cell.corpus, cell.weights) == where[:2] and cell.arm in one_shot_arms()
+    ]
+    return max(found)[2] if found else None
+
+
 def points(interval: Interval) -> str:
     """A difference in points."""
     p = interval.scaled(100)
@@ -60,6 +70,10 @@ def near_pooled(results: Results, where: Where, most: float, promise: str) -> Ba
         return Bar(promise, "not measured", "no seed that both were measured with yet")
     seeds = len(set(results.of(one, where)) & set(results.of(pooled, where)))
     words = f"{one} against {pooled}: {points(gap)}, {seeds_in_words(seeds)}"
+    chosen = chosen_arm(results, where)
+    if chosen is not None and chosen != one:
+        other = difference(results.answers(chosen, where), results.answers(pooled, where))
+        words += f"; {chosen}, best on the validation records: {points(other)}" if other else ""
     absent = [arm for arm in one_shot_arms() if len(results.of(arm, where)) < seeds]
     words += f"; not yet measured: {', '.join(absent)}" if absent else ""
     # A hundredth of a point is far below one record; it only keeps binary fractions from deciding.

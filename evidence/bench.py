@@ -62,6 +62,7 @@ class Bench:
             max_length=self.corpus.max_length,
             head="analytic" if self.arm.kind == "analytic" else "trained",
             method=self.arm.method,
+            weights=self.arm.site_weights,
             epochs=epochs,
             learning_rate=c.rate or 1e-3,  # where nothing is trained, the plan's rate is not read
             batch_size=BATCH,
@@ -74,6 +75,7 @@ class Bench:
             factors_to=self.factors_directory,
             seed=hashlib.sha256(f"evidence {c.seed}".encode()).digest(),
         )
+        text = text.replace("server_lr = 1.0", f"server_lr = {self.arm.server_lr}")
         return parse_plan(text.encode(), c.name)
 
     @property
@@ -90,8 +92,13 @@ class Bench:
         return first_start(plan.adapter, self.factors(plan))
 
     def merge(self, plan: Plan, start: Tensors, mean: Vector) -> Tensors:
-        """The adapter that a mean of sites' vectors, or one site's vector, gives."""
+        """The adapter that a mean of sites' vectors gives."""
         return merged(start, mean.copy(), plan, factors=self.factors(plan)).tensors
+
+    def alone(self, plan: Plan, start: Tensors, vector: Vector) -> Tensors:
+        """The adapter that one site's vector gives: the server's rate is not the site's."""
+        aggregation = plan.aggregation.model_copy(update={"server_lr": 1.0})
+        return self.merge(plan.model_copy(update={"aggregation": aggregation}), start, vector)
 
     def train(self, plan: Plan, start: Tensors, examples: Examples) -> TrainingResult:
         """The product's own training, on one CPU thread."""

@@ -61,9 +61,9 @@ class Cell:
     @property
     def digest(self) -> str:
         """24 hexadecimal digits over the definition, that of the arm included."""
-        arm = ARMS[self.arm]
-        about = {"kind": arm.kind, "method": arm.method, "rounds": arm.rounds}
-        return digest_of({**asdict(self), **about, **({"text": TEXT} if self.corpus == "desks" else {})})
+        return digest_of(
+            {**asdict(self), **ARMS[self.arm].definition, **({"text": TEXT} if self.corpus == "desks" else {})}
+        )
 
 
 def digest_of(definition: dict[str, Any]) -> str:

@@ -110,6 +110,9 @@ def grid(out: Path) -> Grid:
     for corpus, weights, splits, arms in BLOCKS:
         rates = {arm: best_rate(out, corpus, weights, arm) for arm in arms}
         cells = [(cell, False) for arm in arms for cell in tuning_cells(out, corpus, weights, arm)]
+        for arm, rate in rates.items():
+            if ARMS[arm].kind == "rounds" and ARMS[arm].source and rate is not None:
+                cells.append((tuning_cell(corpus, weights, arm, rate), False))  # so that it can be chosen, too
         for split in splits:
             for cell in reported(corpus, weights, split, arms):
                 rate = rates[cell.arm]
@@ -137,7 +140,7 @@ def estimate(cell: Cell) -> float:
             "alone": cell.sites * answers,
             "pooled": training + answers,
             "tls": training + cell.sites * 12.0 + answers,
-            "rounds": training + 2 * answers + 3.0 * arm.rounds,
+            "rounds": (0.0 if arm.source else training) + 2 * answers + 3.0 * arm.rounds,
             "analytic": 2 * train * answer_s + answers,
         }[arm.kind]
     )

@@ -23,7 +23,7 @@ from evidence.tls import federate, largest_difference
 from participant.analytic import collect, frequent
 from privacy.adapter import Tensors
 from privacy.methods import vector_size
-from privacy.plan import PlanFile
+from privacy.plan import Plan, PlanFile
 from privacy.secagg.quantize import quantizer_for
 
 
@@ -69,18 +69,10 @@ def _pooled(bench: Bench) -> dict[str, Any]:
 
 def trained_sites(bench: Bench, plan: PlanFile, start: Tensors, round_number: int) -> list[Contribution]:
     """Every site's training of one round; what was trained before a kill, or for another arm, is not trained again."""
-    c, digest = bench.cell, hashlib.sha256(plan.raw).hexdigest()
+    c = bench.cell
     before = hashlib.sha256(b"".join(start[name].tobytes() for name in sorted(start))).hexdigest()
-    key = digest_of(
-        {
-            "plan": digest,
-            "start": before,
-            "split": c.split,
-            "seed": c.seed,
-            "sites": c.sites,
-            "corpus": bench.corpus.digest,
-        }
-    )
+    about = {"split": c.split, "seed": c.seed, "sites": c.sites, "corpus": bench.corpus.digest, "start": before}
+    key = digest_of(about | {"training": training_part(plan.plan)})
     place = bench.out / "local" / (key if round_number == 1 else f"later-{c.digest}-{round_number}-{key}")
     place.mkdir(parents=True, exist_ok=True)
     found = []
@@ -96,6 +88,13 @@ def trained_sites(bench: Bench, plan: PlanFile, start: Tensors, round_number: in
     return found
 
 
+def training_part(plan: Plan) -> dict[str, Any]:
+    """What a site's training and its vector depend on in a plan; how the mean is taken and applied is none of it."""
+    whole = plan.model_dump(mode="json")
+    method = {key: whole["aggregation"][key] for key in ("method", "regmean", "core")}
+    return {key: whole[key] for key in ("base", "adapter", "data", "training")} | method | {"clip": plan.round.clip}
+
+
 def _forget_later_rounds(bench: Bench) -> None:
     for place in (bench.out / "local").glob(f"later-{bench.cell.digest}-*"):
         shutil.rmtree(place, ignore_errors=True)
@@ -107,7 +106,7 @@ def _alone(bench: Bench) -> dict[str, Any]:
     start = bench.start(plan.plan)
     found = []
     for one in trained_sites(bench, plan, start, 1):
-        tensors = bench.merge(plan.plan, start, one.delta)
+        tensors = bench.alone(plan.plan, start, one.delta)
         found.append(bench.judge(plan.plan, tensors))
     accuracies = [one["accuracy"] for one in found]
     return {
@@ -129,7 +128,7 @@ def _rounds(bench: Bench) -> dict[str, Any]:
         before = tensors
         found = secure_round(plan, contributions, before, bench.out / "scratch", bench.factors_directory)
         tensors = found.tensors
-        sites = [bench.merge(plan.plan, before, c.delta) for c in contributions]
+        sites = [bench.alone(plan.plan, before, c.delta) for c in contributions]
         rounds.append(_facts(found) | {"tau_sites": _mean_tau(bench, plan, before, sites)})
     clear = bench.merge(plan.plan, before, found.plain.astype(np.float32))
     result, in_clear = bench.judge(plan.plan, tensors), bench.judge(plan.plan, clear)
@@ -164,7 +163,7 @@ def _tls(bench: Bench) -> dict[str, Any]:
     assert difference <= bound, (difference, bound)
     clipped = float(np.mean([np.mean(np.abs(c.delta) > CLIP) for c in contributions]))
     one = facts | {"difference": difference, "tolerance": bound, "clipped": clipped}
-    sites = [bench.merge(plan.plan, start, c.delta) for c in contributions]
+    sites = [bench.alone(plan.plan, start, c.delta) for c in contributions]
     result = bench.judge(plan.plan, tensors)
     return result | {"rounds": [one | {"tau_sites": _mean_tau(bench, plan, start, sites)}]}
 

@@ -200,6 +200,11 @@ def test_the_same_cell_gives_the_same_numbers_and_trains_no_site_twice(
     again = measure.measure(toy_cell(seed=5), toy_out)
     assert trained == []
     assert again["right"] == first["right"]
+    twice = measure.measure(toy_cell("one-x2", seed=5), toy_out)
+    assert twice["tau"]["adapted"] == pytest.approx(2 * first["tau"]["adapted"], rel=1e-3)
+    assert twice["rounds"][0]["tau_sites"] == first["rounds"][0]["tau_sites"]
+    even = measure.measure(toy_cell("one-uniform", seed=5), toy_out)
+    assert even["tau"]["adapted"] == pytest.approx(first["tau"]["adapted"], rel=0.2)
     alone = measure.measure(toy_cell("alone", seed=5), toy_out)
     assert trained == []
     assert len(alone["by_site"]) == 5

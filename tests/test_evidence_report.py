@@ -161,6 +161,23 @@ def test_the_best_one_shot_arm_is_compared_with_the_best_pooled_one() -> None:
     assert bar.found.startswith("one-freeze_a against pooled-freeze_a: +0.0 points [+0.0, +0.0], 3 seeds")
 
 
+def test_the_arm_that_the_validation_records_choose_is_named_where_it_is_another() -> None:
+    results = made_up(0.95, 0.95)
+    tuned = [
+        (Cell(arm, "bbc", "pretrained", "natural", 0, 0.003, "validation"), {"accuracy": accuracy, "loss": 1.0})
+        for arm, accuracy in (("one-freeze_a", 0.90), ("one-both", 0.92), ("pooled-freeze_a", 0.99))
+    ]
+    worse = [
+        (replace(cell, arm="one-both"), result | {"right": [float(v) for v in answers(0.91)[0]]})
+        for cell, result in results.reported
+        if cell.arm == "one-freeze_a"
+    ]
+    bar = all_bars(Results((*results.reported, *worse), tuple(tuned)))[0]
+    assert bar.holds == "holds"
+    assert "one-freeze_a against pooled-freeze_a" in bar.found
+    assert "one-both, best on the validation records: -4.0 points" in bar.found
+
+
 def test_the_report_is_written_with_its_plots(tmp_path: Path) -> None:
     cells = []
     for cell, result in made_up(0.93, 0.95).reported:
