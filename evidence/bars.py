@@ -38,10 +38,10 @@ def pooled_arms() -> list[str]:
 
 
 def best(results: Results, arms: Sequence[str], where: Where) -> str | None:
-    """The arm with the highest mean accuracy on the test records; None if none was measured."""
+    """The arm with the highest mean accuracy on the test records, of those with most seeds; None if there is none."""
     means = {arm: mean_accuracy(results.answers(arm, where)) for arm in arms}
-    found = [(mean.value, arm) for arm, mean in means.items() if mean is not None]
-    return max(found)[1] if found else None
+    found = [(len(results.of(arm, where)), mean.value, arm) for arm, mean in means.items() if mean is not None]
+    return max(found)[2] if found else None
 
 
 def chosen_arm(results: Results, where: Where) -> str | None:
@@ -77,7 +77,7 @@ def near_pooled(results: Results, where: Where, most: float, promise: str) -> Ba
     absent = [arm for arm in one_shot_arms() if len(results.of(arm, where)) < seeds]
     words += f"; not yet measured: {', '.join(absent)}" if absent else ""
     # A hundredth of a point is far below one record; it only keeps binary fractions from deciding.
-    return Bar(promise, "holds" if gap.value >= -most - 1e-4 else "FAILS", words)
+    return Bar(promise, judged(gap.value >= -most - 1e-4, seeds), words)
 
 
 def text_learns(results: Results) -> Bar:
@@ -89,7 +89,7 @@ def text_learns(results: Results) -> Bar:
         return Bar(promise, "not measured", "no result of several rounds and of the base model yet")
     p = gain.scaled(100)
     words = f"by {p.value:.1f} % [{p.low:.1f}, {p.high:.1f}], {seeds_in_words(len(multi))}"
-    return Bar(promise, "holds" if gain.value >= 0.05 - 1e-9 else "FAILS", words)
+    return Bar(promise, judged(gain.value >= 0.05 - 1e-9, len(multi)), words)
 
 
 def text_keeps(results: Results) -> Bar:
@@ -99,14 +99,21 @@ def text_keeps(results: Results) -> Bar:
     rho = recovered(one, multi, results.answers("base", DESKS, SEEDS))
     if rho is None:
         return Bar(promise, "not measured", "no result of one round, of several, and of the base model yet")
-    seeds = seeds_in_words(len(one.keys() & multi.keys()))
-    words = f"rho = {rho.value:.3f} [{rho.low:.3f}, {rho.high:.3f}], {seeds}"
-    return Bar(promise, "holds" if rho.value >= 0.8 - 1e-9 else "FAILS", words)
+    seeds = len(one.keys() & multi.keys())
+    words = f"rho = {rho.value:.3f} [{rho.low:.3f}, {rho.high:.3f}], {seeds_in_words(seeds)}"
+    return Bar(promise, judged(rho.value >= 0.8 - 1e-9, seeds), words)
+
+
+def judged(reached: bool, seeds: int) -> Holds:
+    """Nothing is said to hold, or to fail, on fewer seeds than the bars ask for."""
+    if seeds < len(SEEDS):
+        return "not measured"
+    return "holds" if reached else "FAILS"
 
 
 def seeds_in_words(count: int) -> str:
     """A number of seeds."""
-    return f"{count} seed{'s' if count != 1 else ''}"
+    return f"{count} seed{'s' if count != 1 else ''}" + (f" of {len(SEEDS)} so far" if count < len(SEEDS) else "")
 
 
 def fewer_bytes(results: Results) -> Bar:

@@ -191,24 +191,35 @@ def mechanism(results: Results) -> list[str]:
         "The claim is that one round is enough because a pretrained network moves little (small tau) through a flat",
         "landscape, so that the gap between one round and many is far larger on the same network with random weights.",
         "",
-        "| corpus, split, method | weights | multi-round | one minus multi | tau of a site | tau of the release |",
-        "|---|---|---:|---:|---:|---:|",
     ]
-    rows = []
+    columns = "| corpus, split, method | weights | multi-round | one minus multi | tau of a site | tau of the release |"
+    rows, gaps = [], []
     for corpus, weights, split in results.places:
         for arm, about in ARMS.items():
-            where = (corpus, weights, split)
-            if about.kind != "rounds" or about.rounds != 1 or (corpus, "random", split) not in results.places:
+            if weights != "random" or about.kind != "rounds" or about.rounds != 1 or about.source:
                 continue
-            one, multi = results.answers(arm, where), multi_of(results, about.method, where)
-            gap, mean = difference(one, multi), mean_accuracy(multi)
-            if gap and mean:
-                tau = tau_words(list(results.of(arm, where).values())).split(", ")
-                rows.append(
-                    f"| {corpus}, {split}, {about.method} | {weights} | {percent(mean)} | {in_points(gap)} | "
-                    f"{' | '.join(tau)} |"
-                )
-    return [*text, *sorted(rows)] if rows else [*text[:5], "", "Not measured yet."]
+            pair = [_gap(results, arm, (corpus, kind, split)) for kind in ("pretrained", "random")]
+            found = [(gap, row) for gap, row in pair if gap is not None]
+            rows += [row for _, row in found]
+            if len(found) == 2:
+                gaps.append((found[0][0], found[1][0]))
+    if not rows:
+        return [*text, "Not measured yet."]
+    larger = sum(random.value < pretrained.value for pretrained, random in gaps)
+    apart = sum(random.high < pretrained.low for pretrained, random in gaps)
+    says = f"One round loses more on random weights in {larger} of {len(gaps)} pairs measured, and in {apart} of them"
+    return [*text, columns, "|---|---|---:|---:|---:|---:|", *rows, "", says, "the intervals do not overlap."]
+
+
+def _gap(results: Results, arm: str, where: Where) -> tuple[Interval | None, str]:
+    """(one round minus several, the row of the table); None where one of them was not measured."""
+    method, (corpus, weights, split) = ARMS[arm].method, where
+    one, multi = results.answers(arm, where), multi_of(results, method, where)
+    gap, mean = difference(one, multi), mean_accuracy(multi)
+    if gap is None or mean is None:
+        return None, ""
+    tau = " | ".join(([*tau_words(list(results.of(arm, where).values())).split(", "), "", ""])[:2])
+    return gap, f"| {corpus}, {split}, {method} | {weights} | {percent(mean)} | {in_points(gap)} | {tau} |"
 
 
 def tuning(results: Results) -> list[str]:

@@ -140,6 +140,25 @@ def test_the_language_model_has_bars_of_its_own(multi: float, one: float, learns
     assert f"| one-freeze_a | 3 | {one:.3f} [" in text
 
 
+def test_a_bar_is_not_judged_on_fewer_seeds_than_it_asks_for() -> None:
+    results = made_up(0.80, 0.95)
+    two = Results(tuple((cell, result) for cell, result in results.reported if cell.seed < 2))
+    bar = all_bars(two)[0]
+    assert bar.holds == "not measured"
+    assert "-15.0 points" in bar.found
+    assert bar.found.split("; ")[0].endswith("2 seeds of 3 so far")
+
+
+def test_the_mechanism_is_said_as_it_is_found() -> None:
+    pretrained = made_up(0.90, 0.95, multi=0.92)
+    worse = [(replace(c, weights="random"), r) for c, r in made_up(0.30, 0.95, multi=0.50).reported]
+    better = [(replace(c, weights="random"), r) for c, r in made_up(0.50, 0.95, multi=0.40).reported]
+    assert "in 2 of 2 pairs measured, and in 2 of them" in "\n".join(lines(Results((*pretrained.reported, *worse)), []))
+    assert "in 0 of 2 pairs measured, and in 0 of them" in "\n".join(
+        lines(Results((*pretrained.reported, *better)), [])
+    )
+
+
 def find(bars: list[Any], word: str) -> Any:
     return next(bar for bar in bars if word in bar.promise)
 
