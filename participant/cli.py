@@ -154,7 +154,10 @@ def draft(
         str, typer.Option(help="What is trained: the LoRA adapter and the head (all), or the head alone (head).")
     ] = "all",
     head: Annotated[
-        str, typer.Option(help="How the head comes about: trained, or analytic, from sums of statistics.")
+        str,
+        typer.Option(
+            help="How the head comes about: trained, counted (rows by records of their class), or analytic, from sums."
+        ),
     ] = "trained",
     method: Annotated[
         str,
@@ -183,7 +186,7 @@ def draft(
     from participant.drafting import draft_plan
     from privacy.budget.presets import draft_privacy
     from privacy.budget.terms import noise_warning
-    from privacy.plan import METHODS, Method, parse_plan
+    from privacy.plan import HEADS, METHODS, Head, Method, parse_plan
 
     if (epsilon is None) != (size is None):
         raise UserError("draft: expected --epsilon and --size together, or neither")
@@ -191,8 +194,8 @@ def draft(
         raise UserError("draft: expected --max-records-per-user with --epsilon and --size, found it alone")
     if train not in ("all", "head"):
         raise UserError(f"draft: expected --train all or head, found '{train}'")
-    if head not in ("trained", "analytic"):
-        raise UserError(f"draft: expected --head trained or analytic, found '{head}'")
+    if head not in HEADS:
+        raise UserError(f"draft: expected --head trained, counted or analytic, found '{head}'")
     if method not in METHODS:
         raise UserError(f"draft: expected --method {', '.join(METHODS[:-1])} or {METHODS[-1]}, found '{method}'")
     section = ""
@@ -210,7 +213,7 @@ def draft(
         rank=rank,
         max_length=max_length,
         train="head" if train == "head" else "all",
-        head="analytic" if head == "analytic" else "trained",
+        head=cast(Head, head),
         method=cast(Method, method),
         factors_to=factors,
         privacy=section,

@@ -89,8 +89,9 @@ class SitePolicy(Section):
     allow_two_members: bool = False
     #: The coordinator must promise at least this check of its sum.
     audit: Literal["none", "spot", "divided"] = "none"
-    #: Consent to plans with an analytic head, which sum statistics of the records: classes with fewer different texts
-    #: here are left out (the larger of this and the plan's minimum holds). Without it such plans are refused.
+    #: Consent to plans with an analytic head, which sum statistics of the records, or a counted one, which sum their
+    #: numbers: classes with fewer different texts here are left out (the larger of this and the plan's minimum holds).
+    #: Without it such plans are refused.
     min_class_count: Positive | None = None
     #: Consent to plans with the method "regmean", which sum Gram matrices of what A says of the records: with fewer
     #: different texts here (the larger of this and the plan's minimum holds) the site sits out.
@@ -138,7 +139,7 @@ class Home:
     @property
     def factors(self) -> Path:
         """Factors of base models for plans with the method "core", by their digest."""
-        return self.work / "factors"
+        return self.directory / "factors"
 
     @property
     def releases(self) -> Path:

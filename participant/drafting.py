@@ -127,6 +127,15 @@ _CORE = """\
 factors = {factors}
 """
 
+#: The same for a head whose rows are counted.
+_COUNTED = """\
+# Each row of the head counts by the records of its class, whose numbers everybody learns in total: docs/aggregation.md.
+head = "counted"
+
+[aggregation.counted]
+min_class_count = 5  # a class with fewer different texts at a site has no part in its head
+"""
+
 #: What stands at the end of [aggregation] for a head that is computed from sums.
 _ANALYTIC = """\
 # The head is not trained: each site sends sums of products of the model's features, and the head is the ridge solution
@@ -154,7 +163,7 @@ def draft_plan(
     alpha: float | None = None,
     max_length: int = 128,
     train: Literal["all", "head"] = "all",
-    head: Literal["trained", "analytic"] = "trained",
+    head: Literal["trained", "analytic", "counted"] = "trained",
     method: Method = "freeze_a",
     factors_to: Path | None = None,
     privacy: str = "",
@@ -185,6 +194,7 @@ def draft_plan(
         alpha: LoRA's scale, the adapter acts with alpha / rank; 2 * rank where None.
         seed: public 32-byte seed of the frozen A; drawn at random where None.
         head: "analytic" for a head computed from sums of statistics, see ``privacy/analytic.py``; nothing is trained.
+            "counted" for a trained one whose rows count by the records of their class.
         learning_rate: 0.002 where None, and 0.05 for the method "core", whose few numbers have further to go.
         clip: 0.5 where None, and 4 for the method "core".
         method: what is summed of LoRA's factors; A is trained too where the method can sum it.
@@ -222,7 +232,9 @@ def draft_plan(
         factors = of_base(base, len(labels), tuple(modules), rank, adapter.seed)
         core = _CORE.format(factors=_toml(keep_factors(factors_to, factors, private=False)))
     digest = start_digest(first_start(adapter, factors)).hex()
-    section = {"regmean": _REGMEAN, "core": core}.get(method, "") + (_ANALYTIC if head == "analytic" else "")
+    # The head's comes first: it begins with a key, and the other is a table.
+    section = {"analytic": _ANALYTIC, "counted": _COUNTED}.get(head, "")
+    section += {"regmean": _REGMEAN, "core": core}.get(method, "")
     rate, reach = (5e-2, 4.0) if method == "core" else (2e-3, 0.5)
     text = _TEMPLATE.format(
         name=_toml(name),
@@ -257,15 +269,15 @@ def draft_plan(
         rate_is_for=_RATES.get(method, "for B and head alone; higher than usual for LoRA, since A is frozen"),
         aggregation="\n" + section if section else "",
         # Rounding is multiplied by the inverse of a Gram matrix; entries of B A are far smaller than those of B.
-        bits=32 if head == "analytic" or method in ("regmean", "dense") else 24,
+        bits=32 if head != "trained" or method in ("regmean", "dense") else 24,
     )
     parse_plan(text.encode(), "draft")
     return text
 
 
 def _coordinates(adapter: Adapter, labels: int, head: str, method: Method) -> int:
-    if head == "trained":
-        return parts_of(adapter, method).size
+    if head != "analytic":
+        return parts_of(adapter, method, labels if head == "counted" else 0).size
     module, bias, features = linear_head(adapter, labels)
     return Head(module, bias, features, labels).size
 

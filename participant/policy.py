@@ -49,7 +49,7 @@ def admit(job: Job, settings: Settings, standing: Standing | None = None) -> Non
         raise Refusal(f"{name} allows sums of two members; this site has not opted in (allow_two_members)")
     if AUDITS.index(plan.round.audit) < AUDITS.index(own.audit):
         raise Refusal(f"{name} has audit '{plan.round.audit}'; this site demands '{own.audit}'")
-    if plan.aggregation.head == "analytic" and own.min_class_count is None:
+    if plan.aggregation.head != "trained" and own.min_class_count is None:
         raise Refusal(f"{name} sums statistics of the records; this site has not opted in (min_class_count)")
     if plan.aggregation.method == "regmean" and own.min_texts is None:
         raise Refusal(f"{name} sums statistics of the records; this site has not opted in (min_texts)")

@@ -134,7 +134,8 @@ def _train(
             return collect(**about)
         from participant.training import train
 
-        return train(**about, factors=job.factors(), rank=settings.max_rank)
+        least = settings.policy.min_class_count or 1
+        return train(**about, factors=job.factors(), rank=settings.max_rank, min_class_count=least)
     from participant.dp_sgd import train_private
 
     return train_private(**about, on_selftest=lambda found: charging.start(site, job, identity, found.to_json()))

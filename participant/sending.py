@@ -5,6 +5,7 @@ Whatever is said of records beside the trained tensors is computed here, after t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,8 +15,9 @@ import structlog
 import torch
 from torch import Tensor
 
+from participant.data import Examples
 from privacy.adapter import Matrix, Tensors, Vector, a_name, b_name, flatten, layout_of, unflatten
-from privacy.methods import dense_name, gram_name, probe_name, probes, sent
+from privacy.methods import SHARES, dense_name, gram_name, head_parts, probe_name, probes, sent
 from privacy.plan import Plan
 
 log = structlog.get_logger()
@@ -36,6 +38,7 @@ def vector_of(
     cores: Tensors,
     model: Any,
     texts: Sequence[Tensor],
+    shares: Sequence[float],
     forward: Forward,
 ) -> Vector:
     """(d,) float32: the vector of a site that trained.
@@ -47,12 +50,15 @@ def vector_of(
         cores: what was added to each R, of the method "core".
         model: the base model with the adapter in place, as trained.
         texts: token ids of the site's records.
+        shares: of the classes among the records, for a counted head.
         forward: runs the model on a batch of them, padded on the right.
     """
-    method = plan.aggregation.method
-    if method == "freeze_a":
+    method, counts = plan.aggregation.method, plan.aggregation.counted is not None
+    if method == "freeze_a" and not counts:
         return delta
     parts = unflatten(delta, layout_of(plan.adapter))
+    if counts:
+        parts |= counted(plan, parts, shares)
     if method == "both":
         parts |= probed(plan, after)
     elif method == "core":
@@ -60,9 +66,35 @@ def vector_of(
         parts = {name: part for name, part in parts.items() if name not in trained} | cores
     elif method == "dense":
         parts = dense(plan, parts, start, after)
-    else:
+    elif method == "regmean":
         parts |= weighted(plan, parts, gram_means(plan, model, texts, forward))
     return flatten(parts, sent(plan))
+
+
+def class_shares(examples: Examples, plan: Plan, own_minimum: int) -> list[float]:
+    """The share of each class among the records, 0 where fewer different texts have it than plan and site ask for."""
+    settings = plan.aggregation.counted
+    if settings is None:
+        return []
+    least = max(settings.min_class_count, own_minimum)
+    different = Counter(label for _, label in set(zip(examples.texts, examples.labels, strict=True)))
+    counts = Counter(examples.labels)
+    rare = [label for label in range(len(plan.data.labels)) if 0 < different[label] < least]
+    if rare:
+        log.warning("left out", plan=plan.name, fewer_than=least, classes=[plan.data.labels[c] for c in rare])
+    return [
+        counts[label] / len(examples) if different[label] >= least else 0.0 for label in range(len(plan.data.labels))
+    ]
+
+
+def counted(plan: Plan, deltas: Tensors, shares: Sequence[float]) -> Tensors:
+    """Each row of the head times the share of its class, and the shares."""
+    share = np.array(shares)
+    found = {SHARES: (plan.round.clip * share).astype(np.float32)}
+    for name in head_parts(plan):
+        clipped = np.clip(deltas[name].astype(np.float64), -plan.round.clip, plan.round.clip)
+        found[name] = (clipped * share.reshape(-1, *[1] * (clipped.ndim - 1))).astype(np.float32)
+    return found
 
 
 def probed(plan: Plan, after: Tensors) -> Tensors:

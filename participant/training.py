@@ -27,7 +27,7 @@ from participant.base_model import base_digest as base_digest  # the name others
 from participant.base_model import check_base
 from participant.cores import Cores
 from participant.data import Examples
-from participant.sending import narrowed, vector_of
+from participant.sending import class_shares, narrowed, vector_of
 from privacy.adapter import Tensors, Vector, check_tensors, flatten, layout_of, peft_config, trained_part
 from privacy.errors import UserError
 from privacy.plan import Adapter, Plan
@@ -252,6 +252,7 @@ def train(
     progress: Progress | None = None,
     factors: Mapping[str, Any] | None = None,
     rank: int | None = None,
+    min_class_count: int = 1,
 ) -> TrainingResult:
     """Fine-tune B and the head from ``start`` on the site's examples, as the plan says, and return the delta.
 
@@ -269,6 +270,7 @@ def train(
         threads: CPU threads for torch in this process; None leaves torch's own choice.
         progress: called after each step.
         factors: the frozen ones of the method "core".
+        min_class_count: the site's own minimum for a counted head.
         rank: most directions that this site trains, with the method "dense".
 
     Raises:
@@ -325,6 +327,7 @@ def train(
         cores=moved,
         model=loaded.model,
         texts=texts,
+        shares=class_shares(examples, plan, min_class_count),
         forward=lambda b: logits_of(loaded, b),
     )
     return TrainingResult(vector, len(texts), epoch_loss / len(texts), time.monotonic() - began)

@@ -39,6 +39,9 @@ PROBE_LABEL = b"veilsum/1/probe\0"
 #: Public directions v in which method "both" measures its error, for each module.
 PROBES = 2
 
+#: Name of the part that has the share of each class among a site's records, (classes,), for a counted head.
+SHARES = "shares"
+
 Start = Mapping[str, NDArray[np.float32]]
 
 
@@ -65,12 +68,15 @@ class Merged:
 
 def sent(plan: Plan) -> Layout:
     """The parts of the vector that a plan's sites send, extras not counted; none of them is frozen."""
-    return parts_of(plan.adapter, plan.aggregation.method)
+    counted = len(plan.data.labels) if plan.aggregation.counted is not None else 0
+    return parts_of(plan.adapter, plan.aggregation.method, counted)
 
 
-def parts_of(adapter: Adapter, method: Method) -> Layout:
-    """As :func:`sent`, of a plan that is still to be written."""
+def parts_of(adapter: Adapter, method: Method, counted: int = 0) -> Layout:
+    """As :func:`sent`, of a plan that is still to be written; ``counted``: classes of a counted head."""
     parts, rank = dict(layout_of(adapter).trained), adapter.rank
+    if counted:
+        parts[SHARES] = (counted,)
     for module, shape in adapter.modules.items():
         outputs = shape[0]
         if method == "both":
@@ -143,17 +149,21 @@ def merged(
         least = analytic.rounding_ridge(inputs, rounding.unit, rounding.survivors)
         tensors, ridge = analytic.solved(start, mean, plan, least)
         return Merged(tensors, {"head": "analytic", "ridge": ridge})
-    if method == "freeze_a":
+    if method == "freeze_a" and plan.aggregation.counted is None:
         return Merged(release(start, mean, rate, layout, in_place=True))
-    if method == "dense":
-        return _truncated(start, mean, plan, rounding)
     parts = unflatten(mean, sent(plan))
-    facts: dict[str, Any] = {"method": method}
+    facts: dict[str, Any] = {} if method == "freeze_a" else {"method": method}
+    if plan.aggregation.counted is not None:
+        _counted(parts, plan, rounding)
+        facts["head"] = "counted"
+    if method == "dense":
+        tensors, facts["truncation"] = _truncated(start, parts, plan, rounding)
+        return Merged(tensors, facts)
     if method == "both":
         facts["probe"] = _probed(start, parts, plan, rounding)
     elif method == "regmean":
         facts["ridge"] = _regmean(parts, plan, rounding)
-    else:
+    elif method == "core":
         assert factors is not None, "whoever merges cores has the factors"
         _unfold(parts, plan, factors)
     delta = flatten({name: parts[name] for name, _ in layout.trained}, layout)
@@ -163,6 +173,39 @@ def merged(
 def shown(value: float) -> float:
     """A figure for the manifest: six digits."""
     return float(f"{value:.6g}")
+
+
+# --- a counted head: rows count by the records of their class -------------------------------------------------------
+
+
+def head_parts(plan: Plan) -> list[str]:
+    """Names of the tensors of the head, one row or entry for each label."""
+    return [f"{PREFIX}{name}" for name in sorted(plan.adapter.head)]
+
+
+def _counted(parts: Tensors, plan: Plan, rounding: Rounding) -> None:
+    """Puts sum(c D) / sum(c) in the place of the mean of share * D, for each row D of the head and its class.
+
+    c are the records of the class that a site has, share is c over all its records, and all of it weighted by these:
+    so a site without a class has no say in its row. A class that nobody counts keeps its row.
+
+    Raises:
+        ProtocolError: no sites have such shares and rows.
+    """
+    clip = plan.round.clip
+    shares = np.divide(parts.pop(SHARES).astype(np.float64), clip)
+    slack = rounding.survivors * rounding.unit + analytic.FLOAT32
+    if shares.min() < -slack or math.fsum(shares.tolist()) > 1.0 + len(shares) * slack:
+        raise ProtocolError("garbled total: expected shares of classes from 0, at most 1 together, found others")
+    for name in head_parts(plan):
+        rows = parts[name].astype(np.float64)
+        share = shares.reshape(-1, *[1] * (rows.ndim - 1))
+        if (np.abs(rows) > np.multiply(clip, np.add(share, 2.0 * slack))).any():
+            raise ProtocolError(
+                f"garbled total: expected rows of '{name}' within the clipping range, found larger ones"
+            )
+        counted = np.greater(share, slack)
+        parts[name] = np.where(counted, np.divide(rows, np.where(counted, share, 1.0)), 0.0).astype(np.float32)
 
 
 # --- both: the mean of B times the mean of A is not the mean of B A -------------------------------------------------
@@ -252,13 +295,13 @@ def _unfold(parts: Tensors, plan: Plan, factors: Start) -> None:
 # --- dense: the sum of the products themselves ----------------------------------------------------------------------
 
 
-def _truncated(start: Start, mean: Vector, plan: Plan, rounding: Rounding) -> Merged:
+def _truncated(start: Start, parts: Tensors, plan: Plan, rounding: Rounding) -> tuple[Tensors, dict[str, float]]:
     """The mean of the products B A is exact, whatever the ranks they have; only its leading directions are released.
 
     Of M = what was there + server_lr * mean, each module's A gets the leading right singular directions as rows, and B
     = M A^T: the nearest product of the plan's rank. The manifest has what is lost, relative to all M together.
     """
-    parts, layout, rate = unflatten(mean, sent(plan)), layout_of(plan.adapter), plan.aggregation.server_lr
+    layout, rate = layout_of(plan.adapter), plan.aggregation.server_lr
     delta = {name: np.zeros(shape, np.float32) for name, shape in layout.trained}
     head = delta.keys() & parts.keys()
     delta |= {name: parts[name] for name in head}
@@ -276,5 +319,4 @@ def _truncated(start: Start, mean: Vector, plan: Plan, rounding: Rounding) -> Me
     error, floor = (math.sqrt(math.fsum(lost)), rate * rounding.deviation(plan.round.clip) * math.sqrt(count))
     if norm == 0.0:
         error, floor, norm = 0.0, 0.0, 1.0
-    truncation = {"relative_error": shown(error / norm), "of_rounding": shown(floor / norm)}
-    return Merged(tensors, {"method": "dense", "truncation": truncation})
+    return tensors, {"relative_error": shown(error / norm), "of_rounding": shown(floor / norm)}

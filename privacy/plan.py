@@ -134,6 +134,13 @@ class Analytic(Section):
     min_class_count: Positive
 
 
+class Counted(Section):
+    """Rows of the head count by the records of their class."""
+
+    #: A class with fewer different texts at a site has no part in that site's head.
+    min_class_count: Positive
+
+
 class Regmean(Section):
     """Sites count in each direction by what they have seen there (``privacy/methods.py``); all of these are public."""
 
@@ -154,6 +161,8 @@ class Core(Section):
 
 #: What is summed of LoRA's factors, see ``privacy/methods.py`` and docs/aggregation.md.
 Method = Literal["freeze_a", "both", "regmean", "core", "dense"]
+Head = Literal["trained", "analytic", "counted"]
+HEADS: tuple[str, ...] = get_args(Head)
 METHODS: tuple[str, ...] = get_args(Method)
 #: Methods under which A is trained as well.
 TRAINS_A = ("both", "dense")
@@ -166,8 +175,10 @@ class Aggregation(Section):
     weights: Literal["examples", "uniform"] = "examples"
     server_lr: Annotated[float, Field(gt=0, le=10)] = 1.0
     #: "analytic" sums statistics of the records instead of a trained delta: off unless the plan says so.
-    head: Literal["trained", "analytic"] = "trained"
+    #: "counted" weights each row of a trained head by the records of its class, whose numbers are known in total then.
+    head: Head = "trained"
     analytic: Analytic | None = None
+    counted: Counted | None = None
     regmean: Regmean | None = None
     core: Core | None = None
 
@@ -182,6 +193,10 @@ class Aggregation(Section):
     def _analytic_is_whole(self) -> Aggregation:
         if (self.head == "analytic") != (self.analytic is not None):
             raise ValueError('analytic: expected this section with head = "analytic", and only with it')
+        if (self.head == "counted") != (self.counted is not None):
+            raise ValueError('counted: expected this section with head = "counted", and only with it')
+        if self.counted is not None and self.weights != "examples":
+            raise ValueError('head: "counted" counts records: expected weights "examples"')
         if self.analytic is not None and (self.weights != "examples" or self.server_lr != 1.0):
             raise ValueError('head: "analytic" counts every record once: expected weights "examples" and server_lr 1.0')
         return self
@@ -285,6 +300,16 @@ class Plan(Section):
         if self.adapter.train != "head":
             raise ValueError('adapter.train: expected "head" beside an analytic head, found "all"')
         linear_head(self.adapter, len(self.data.labels))
+        return self
+
+    @model_validator(mode="after")
+    def _counted_head_fits(self) -> Plan:
+        if self.aggregation.counted is not None:
+            if self.privacy is not None:
+                raise ValueError(
+                    'aggregation.head: expected "trained" under [privacy]: counts of records have no noise'
+                )
+            linear_head(self.adapter, len(self.data.labels))
         return self
 
     @model_validator(mode="after")

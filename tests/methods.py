@@ -34,6 +34,10 @@ min_texts = 3
 
 #: Directories with factors, deleted at the end.
 KEPT: list[tempfile.TemporaryDirectory[str]] = []
+COUNTED = """head = "counted"
+[aggregation.counted]
+min_class_count = 3
+"""
 CORE = """[aggregation.core]
 factors = "{factors}"
 """
@@ -65,7 +69,7 @@ batch_size = 4
 [aggregation]
 method = "{method}"
 server_lr = {server_lr}
-{section}
+{counted}{section}
 [round]
 max_cohort = 5
 min_cohort = 4
@@ -88,6 +92,7 @@ def plan_text(
     ridge: float = 0.01,
     server_lr: float = 1.0,
     clip: float = 4.0,
+    counted: bool = False,
 ) -> str:
     """A plan file with a correct start digest; no base model is needed, since what sites trained is made up."""
     zero = "0" * 64
@@ -99,6 +104,7 @@ def plan_text(
         train=train or ("both" if method in TRAINS_A else "all"),
         method=method,
         section={"regmean": REGMEAN.format(ridge=ridge), "core": CORE.format(factors=factors)}.get(method, ""),
+        counted=COUNTED if counted else "",
         bits=bits,
         server_lr=server_lr,
         clip=clip,
@@ -136,6 +142,8 @@ class Trained:
     #: What was added to each R, of the method "core".
     cores: Tensors
     weight: int
+    #: Of each class among the records.
+    shares: tuple[float, ...] = ()
 
 
 def sites(job: Job, apart: float = 1.0) -> list[Trained]:
@@ -167,6 +175,8 @@ def vector_of(job: Job, site: Trained) -> Vector:
     plan, layout = job.plan, layout_of(job.plan.adapter)
     start = job.start_tensors()
     parts = {name: site.after[name] - start[name] for name, _ in layout.trained}
+    if plan.aggregation.counted is not None:
+        parts |= sending.counted(plan, parts, site.shares)
     if plan.aggregation.method == "both":
         parts |= sending.probed(plan, site.after)
     elif plan.aggregation.method == "regmean":

@@ -308,11 +308,16 @@ def site_with(set_up: Federation, directory: Path, policy: str, own: str = "") -
     return Site.open(directory)
 
 
-def job_of(site: Site, method: Any) -> Job:
+def job_of(site: Site, method: Any, **changes: Any) -> Job:
     about: dict[str, Any] = {"base_name": "tiny", "dataset": "words", "labels": LABELS, "max_length": 8, "epochs": 1}
     drafts = site.home.directory / "drafts"
     text = draft_plan(
-        base=site.home.directory / "base", name="sums", method=method, max_weight=1024, factors_to=drafts, **about
+        base=site.home.directory / "base",
+        name="sums",
+        method=method,
+        max_weight=1024,
+        factors_to=drafts,
+        **about | changes,
     )
     return Job.of(parse_plan(text.encode()), site.roster, site.home.factors)
 
