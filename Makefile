@@ -1,7 +1,7 @@
 # Every target does its own set-up, and a second run skips what is done. `make help` lists them.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-compare demo-private demo-analytic test proofs chaos mutants model fuzz bench check proto clean distclean
+.PHONY: help demo demo-compare demo-private demo-analytic evidence test proofs chaos mutants model fuzz bench check proto clean distclean
 
 PY := .venv/bin/python
 # The set-up is done when this file exists. Its name follows from what the set-up depends on.
@@ -21,6 +21,9 @@ demo-private: $(READY) ## the same with differential privacy (epsilon 8), beside
 
 demo-analytic: $(READY) ## a head from sums of statistics, which is that of the pooled articles whatever the split
 	$(PY) -m demo.analytic
+
+evidence: $(READY) ## one round against many, on real data (hours; goes on where it stopped; ARGS="--list" shows what)
+	$(PY) -m evidence.run $(ARGS)
 
 test: $(READY) ## run the tests (ARGS="-k shamir" chooses some)
 	$(PY) -m pytest $(ARGS)

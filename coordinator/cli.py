@@ -60,6 +60,10 @@ def serve(
 def submit(
     file: Annotated[Path, typer.Argument(help="The plan, a TOML file.")],
     directory: Directory = HERE,
+    factors: Annotated[
+        Path | None,
+        typer.Option(help='For the method "core": directory of the factors file. Default: where the plan lies.'),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Offer a plan to all members.
@@ -69,6 +73,11 @@ def submit(
     from privacy.plan import load_plan
 
     plan_file = load_plan(file)
+    if plan_file.plan.aggregation.core is not None:
+        from coordinator.config import load_home
+        from privacy.factors import keep_factors, load_factors
+
+        keep_factors(load_home(directory).factors, load_factors(factors or file.parent, plan_file.plan))
     digest = _operator(directory).submit_plan(plan_file.raw)
     found = {"plan": plan_file.plan.name, "digest": digest.hex()}
     typer.echo(json.dumps(found) if as_json else f"plan '{found['plan']}' is offered, digest {found['digest']}")
@@ -137,7 +146,21 @@ def show(
         for entry in row["named"]:
             typer.echo(f"    proven cheat: {entry['member']} ({entry['kind']})")
     if found["release"]:
+        for line in _judged(found["release"].get("evaluation")):
+            typer.echo(line)
         typer.echo(f"  adapter: {found['release']['adapter']}")
+
+
+def _judged(evaluation: dict[str, Any] | None) -> list[str]:
+    """What the held-out records of all sites together say of each candidate."""
+    if evaluation is None:
+        return []
+    lines = []
+    for one in evaluation["candidates"]:
+        right = f"{one['correct']} of {one['records']} right ({one['accuracy']:.3f})"
+        elected = " (elected)" if one["candidate"] == evaluation["elected"] else ""
+        lines.append(f"  {one['candidate']}: {right}, loss {one['loss']:.4f}{elected}")
+    return lines
 
 
 @app.command()

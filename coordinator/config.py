@@ -60,6 +60,11 @@ class Home:
         return self.directory / "releases"
 
     @property
+    def factors(self) -> Path:
+        """Factors of base models for plans with the method "core", by their digest."""
+        return self.directory / "factors"
+
+    @property
     def witnesses(self) -> Path:
         """Checkpoints of the members' ledgers."""
         return self.directory / "witnesses.jsonl"

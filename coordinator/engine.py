@@ -51,7 +51,7 @@ class Engine:
         #: Called whenever a member may have something new to hear.
         self.changed: Callable[[], None] = lambda: None
         for plan in store.plans():
-            self.jobs[plan.digest] = Job.of(parse_plan(plan.toml, plan.name), self.roster)
+            self.jobs[plan.digest] = Job.of(parse_plan(plan.toml, plan.name), self.roster, home.factors)
         for row in store.rounds():
             if row.state == "running":
                 store.recover(row.id)
@@ -62,7 +62,8 @@ class Engine:
     def submit_plan(self, toml: bytes) -> bytes:
         """Offer a plan to the members; its digest. Raises UserError or Refusal."""
         plan_file = parse_plan(toml)
-        job = Job.of(plan_file, self.roster)
+        job = Job.of(plan_file, self.roster, self.home.factors)
+        job.factors()  # or no release could be made
         with self.lock:
             self.store.add_plan(plan_file.digest, plan_file.plan.name, toml, self.clock())
             self.jobs[plan_file.digest] = job
@@ -241,7 +242,7 @@ class Engine:
         A total without an outcome certificate is left out, here and in the release: no site would start from it.
         """
         job, rounds = self.jobs[digest], self.stage_rounds(digest, stage)
-        if stage == job.plan.stages or any(
+        if stage == job.plan.last or any(
             not isinstance(r.machine.phase, phases.Released | phases.Aborted) for r in rounds
         ):
             return False
@@ -269,7 +270,7 @@ class Engine:
         cohort = self._cohort(digest, stage, [r.machine for r in rounds], proofs)
         if cohort is None:
             return
-        self.held[digest] = missing_space(job, len(cohort), self.store.directory)
+        self.held[digest] = missing_space(job.at(stage), len(cohort), self.store.directory)
         if self.held[digest]:
             return
         number = max((r.row.number for r in rounds), default=0) + 1
@@ -321,7 +322,7 @@ class Engine:
 
     def _restore(self, row: RoundRow) -> None:
         """Build a round's machine from its stored events."""
-        job = self.jobs[row.plan]
+        job = self.jobs[row.plan].at(row.stage)
         events = list(self.store.events(row.id))
         tables = [decode(OfferTable, e.payload) for e in events if e.kind == "proofs"]
         proofs = {entry.member: entry.proofs for table in tables for entry in table.entries}

@@ -4,6 +4,7 @@ releases/PLAN/stage-K/
     adapter/            what peft.PeftModel.from_pretrained loads
     manifest.json       cohorts, totals, weights, digests
     plan.toml, roster.toml
+    factors/            those of the method "core", for who has no base model
     rounds/NUMBER/      transcript.bin, total.bin (packed)
 """
 
@@ -20,11 +21,12 @@ from pathlib import Path
 from privacy.adapter import save_peft
 from privacy.encoding import encode
 from privacy.evidence import TOTAL_FILE, write_evidence
+from privacy.factors import FACTORS, keep_factors
 from privacy.files import disk_errors, fsync_file, replace_durably, write_durably
 from privacy.job import Job
-from privacy.outcome import Facts, VerifiedCohort, combine, manifest, verify_cohort
+from privacy.outcome import Facts, VerifiedCohort, manifest, verify_cohort
 from privacy.secagg.messages import Evidence, Outcome
-from privacy.stages import Start, first_start, start_of
+from privacy.stages import Start, first_start, release_of, start_of
 
 MANIFEST = "manifest.json"
 
@@ -92,12 +94,14 @@ def _publish(
     job: Job, stage: int, cohorts: Sequence[CohortTotal], directory: Path, named: Sequence[Facts], start: Start
 ) -> Facts:
     held = verified(job, stage, start, cohorts)
-    combined = combine(job, held, start.tensors)
+    combined = release_of(job, stage, held, start)
     for cohort in cohorts:
         evidence = directory / "rounds" / str(cohort.number)
         evidence.mkdir(parents=True, exist_ok=True)
         _copy_total(cohort.total, evidence / TOTAL_FILE)
         write_evidence(evidence, cohort.evidence)
+    if (factors := job.factors()) is not None:
+        keep_factors(directory / FACTORS, factors, private=False)
     write_durably(directory / "plan.toml", job.plan_file.raw, private=False)
     write_durably(directory / "roster.toml", job.roster_file.raw, private=False)
     save_peft(directory / "adapter", combined.tensors, adapter=job.plan.adapter, base_name=job.plan.base.name)

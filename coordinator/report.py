@@ -38,7 +38,7 @@ def _short(engine: Engine, plan: PlanRow) -> dict[str, object]:
         "state": plan.state,
         "reason": plan.reason or engine.held.get(plan.digest, ""),
         "stage": stage,
-        "stages": job.plan.stages,
+        "stages": job.plan.last,
         "ready": [name(m) for m in sorted(engine.store.ready(plan.digest, stage))],
         "released": [name(m) for m in sorted(done)],
         "members": len(engine.roster.roster.members),

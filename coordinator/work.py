@@ -106,7 +106,7 @@ class Worker:
         cohorts, start = self._released(digest, before), self._start(digest, before)
         if not is_published(job, before, cohorts, self._engine.home.releases):
             self._write_release(digest, before, cohorts)
-        found = next_start(job, start, verified(job, before, start, cohorts))
+        found = next_start(job, row.stage, start, verified(job, before, start, cohorts))
         self._engine.begin_stage(digest, row.stage, found.digest)
 
     def _start(self, digest: bytes, stage: int) -> Start:

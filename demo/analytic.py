@@ -24,8 +24,8 @@ from demo import corpus, run
 from demo.chart import bar_chart
 from demo.federation import BIN
 from privacy import console
-from privacy.adapter import Tensors, load_peft, start_adapter
-from privacy.analytic import Matrix, head_of, pack, rounding_ridge, solved
+from privacy.adapter import Matrix, Tensors, load_peft, start_adapter
+from privacy.analytic import head_of, pack, rounding_ridge, solved
 from privacy.errors import VeilsumError
 from privacy.plan import Plan, load_plan
 from privacy.secagg.quantize import quantizer_for
@@ -87,7 +87,8 @@ def quantised_head(parts: Sequence[Part], plan: Plan, bits: int, max_weight: int
         total += quantizer.quantize(vector, len(part[1]), {"weight": len(part[1]), "loss": 0})
     decoded = quantizer.decode_sum(total, len(parts))
     unit = quantizer.max_weight / (quantizer.qmax * decoded.weight)
-    tensors, ridge = solved(start_adapter(plan.adapter), decoded.mean, plan, rounding_ridge(head, unit, len(parts)))
+    least = rounding_ridge(head.inputs, unit, len(parts))
+    tensors, ridge = solved(start_adapter(plan.adapter), decoded.mean, plan, least)
     return head_in(tensors, plan), ridge
 
 

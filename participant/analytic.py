@@ -17,7 +17,8 @@ from torch import Tensor
 from participant.data import Examples
 from participant.features import inputs_of, trained_head
 from participant.training import Device, Loaded, Progress, TrainingResult, load_model, tokenise
-from privacy.analytic import Matrix, head_of, pack
+from privacy.adapter import Matrix
+from privacy.analytic import head_of, pack
 from privacy.errors import UserError
 from privacy.plan import Plan
 

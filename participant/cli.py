@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -103,8 +103,8 @@ def fetch(
     client = site.client()
     client.hello()
     plan_file, now = _find_plan(client, plan)
-    job = Job.of(plan_file, site.roster)
-    wanted = [stage] if stage is not None else range(min(now, job.plan.stages), 0, -1)
+    job = Job.of(plan_file, site.roster, site.home.factors)
+    wanted = [stage] if stage is not None else range(min(now, job.plan.last), 0, -1)
     found = next((number for number in wanted if fetch_release(site, client, job, number)), None)
     if found is None:
         of = f"stage {stage} of " if stage is not None else ""
@@ -127,7 +127,9 @@ def _find_plan(client: Any, name: str) -> Any:
 @app.command()
 def evaluate(
     plan: Annotated[Path, typer.Argument(help="The plan file.")],
-    data: Annotated[Path, typer.Option(help="Records to classify; columns as in the site's data set.")],
+    data: Annotated[
+        Path, typer.Option(help="Records nobody trained on; format and columns as in the site's data set.")
+    ],
     directory: Directory = HERE,
     adapter: Annotated[
         list[str] | None, typer.Option(help="base, local, release, or an adapter directory; may be repeated.")
@@ -137,7 +139,7 @@ def evaluate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the accuracy of adapters on this machine; nothing leaves it.
+    """Measure accuracy, and of a language model the loss, of adapters on this machine; nothing leaves it.
 
     Example: veilsum-participant evaluate plan.toml --data test.jsonl --adapter local --adapter release
     """
@@ -150,24 +152,50 @@ def evaluate(
         typer.echo(json.dumps(found))
         return
     for name, result in found.items():
-        typer.echo(f"{name}: accuracy {result['accuracy']:.4f} ({result['correct']} of {result['total']})")
+        counts = f"accuracy {result['accuracy']:.4f} ({result['correct']} of {result['total']}"
+        if result["of"] == "tokens":
+            typer.echo(f"{name}: loss {result['loss']:.4f} nats a token, {counts} tokens)")
+        else:
+            typer.echo(f"{name}: {counts})")
 
 
 @app.command()
 def draft(
-    base: Annotated[Path, typer.Argument(help="Directory of the base model (safetensors, config, tokenizer).")],
+    base: Annotated[
+        Path, typer.Argument(help="Directory of the base model (safetensors, config, tokenizer), or a GGUF file.")
+    ],
     name: Annotated[str, typer.Option(help="Name of the plan.")],
     base_name: Annotated[str, typer.Option(help="Name of the base model, as sites list it.")],
     dataset: Annotated[str, typer.Option(help="Name of the data set, as sites list it.")],
-    label: Annotated[list[str], typer.Option(help="A label; repeat for each, in order.")],
+    task: Annotated[
+        str, typer.Option(help="What is learnt: classification, or generation of text.")
+    ] = "classification",
+    label: Annotated[list[str] | None, typer.Option(help="A label; repeat for each, in order.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="A linear module to adapt, by the last part of its name; may be repeated.")
+    ] = None,
+    template: Annotated[
+        str, typer.Option(help="How a conversation becomes text: model, chatml or none. For generation.")
+    ] = "model",
+    packing: Annotated[bool, typer.Option(help="Several records in one row of tokens. For generation.")] = False,
     rank: Annotated[int, typer.Option(help="Rank of the LoRA adapter.")] = 8,
     max_length: Annotated[int, typer.Option(help="Tokens of a record that are read.")] = 128,
     train: Annotated[
         str, typer.Option(help="What is trained: the LoRA adapter and the head (all), or the head alone (head).")
     ] = "all",
     head: Annotated[
-        str, typer.Option(help="How the head comes about: trained, or analytic, from sums of statistics.")
+        str,
+        typer.Option(
+            help="How the head comes about: trained, counted (rows by records of their class), or analytic, from sums."
+        ),
     ] = "trained",
+    method: Annotated[
+        str,
+        typer.Option(help="What is summed of LoRA's factors: freeze_a, both, regmean, fisher, core or dense."),
+    ] = "freeze_a",
+    factors: Annotated[
+        Path, typer.Option(help='Directory for the factors file of the method "core"; the coordinator needs it.')
+    ] = HERE,
     epsilon: Annotated[
         str | None, typer.Option(help="Train with differential privacy of this epsilon; needs --size.")
     ] = None,
@@ -178,12 +206,20 @@ def draft(
     max_records_per_user: Annotated[
         int | None, typer.Option(help="Protect users with at most so many records, instead of single records.")
     ] = None,
+    stages: Annotated[int, typer.Option(min=1, max=16, help="Trainings, each from the release of the one before.")] = 1,
+    holdout: Annotated[
+        float | None, typer.Option(help="Share of each site's records that judge the release, in total only.")
+    ] = None,
+    server_lr: Annotated[
+        list[float] | None, typer.Option(help="A rate to vote on by these records; repeat for each. With --holdout.")
+    ] = None,
 ) -> None:
     """Write a complete plan for a base model to standard output, with every digest filled in.
 
     Example: veilsum-participant draft ./MiniLM --name news --base-name MiniLM --dataset news --label a --label b
     """
     from participant.drafting import draft_plan
+    from privacy.aggregation import HEADS, METHODS, Head, Method
     from privacy.budget.presets import draft_privacy
     from privacy.budget.terms import noise_warning
     from privacy.plan import parse_plan
@@ -192,10 +228,22 @@ def draft(
         raise UserError("draft: expected --epsilon and --size together, or neither")
     if max_records_per_user is not None and epsilon is None:
         raise UserError("draft: expected --max-records-per-user with --epsilon and --size, found it alone")
+    if server_lr and holdout is None:
+        raise UserError("draft: expected --server-lr with --holdout, found it alone")
     if train not in ("all", "head"):
         raise UserError(f"draft: expected --train all or head, found '{train}'")
-    if head not in ("trained", "analytic"):
-        raise UserError(f"draft: expected --head trained or analytic, found '{head}'")
+    if head not in HEADS:
+        raise UserError(f"draft: expected --head trained, counted or analytic, found '{head}'")
+    if method not in METHODS:
+        raise UserError(f"draft: expected --method {', '.join(METHODS[:-1])} or {METHODS[-1]}, found '{method}'")
+    if task not in ("classification", "generation"):
+        raise UserError(f"draft: expected --task classification or generation, found '{task}'")
+    if template not in ("model", "chatml", "none"):
+        raise UserError(f"draft: expected --template model, chatml or none, found '{template}'")
+    if task == "generation" and label:
+        raise UserError("draft: expected no --label with --task generation, which has no labels")
+    if task == "classification" and (packing or template != "model"):
+        raise UserError("draft: expected --template and --packing with --task generation only")
     section = ""
     if epsilon is not None and size is not None:
         users = max_records_per_user is not None
@@ -207,17 +255,26 @@ def draft(
         base_name=base_name,
         name=name,
         dataset=dataset,
-        labels=label,
+        labels=label or (),
+        task="generation" if task == "generation" else "classification",
+        template="chatml" if template == "chatml" else "none" if template == "none" else "model",
+        packing=packing,
+        targets=target,
         rank=rank,
         max_length=max_length,
         train="head" if train == "head" else "all",
-        head="analytic" if head == "analytic" else "trained",
+        head=cast(Head, head),
+        method=cast(Method, method),
+        factors_to=factors,
         privacy=section,
+        stages=stages,
+        holdout=holdout,
+        rates=server_lr or (),
         # Under [privacy] each site counts nominal_size, the same everywhere: uniform weights say so, and round finer.
         weights="uniform" if section else "examples",
         max_weight=1 if section else 65536,
         # A private head is trained on centred features; taken back to the model's own, its weights are far larger.
-        clip=64.0 if section and train == "head" else 0.5,
+        clip=64.0 if section and train == "head" else None,
     )
     if warning := noise_warning(parse_plan(text.encode()).plan):
         typer.echo(f"note: {warning}", err=True)

@@ -78,12 +78,12 @@ def register(name: Name, directory: Directory = HERE, as_json: AsJson = False) -
     Example: veilsum-participant dataset register news
     """
     from participant.charging import ledger_of
-    from participant.data import load_texts
     from participant.registry import Registry
+    from participant.text_data import load_records
 
     site = _site(directory, name)
     data = site.home.settings.datasets[name]
-    texts = load_texts(site.home.path(data.path), data.format, data.text, data.label)
+    texts = load_records(site.home.path(data.path), data).texts
     growth = Registry(site.home).take(name, texts)
     identity = ledger_of(site, name).book.dataset
     found = {"dataset": name, "identity": identity, "records": growth.records, "added": growth.added}
@@ -91,6 +91,29 @@ def register(name: Name, directory: Directory = HERE, as_json: AsJson = False) -
         typer.echo(json.dumps(found))
     else:
         typer.echo(f"{name}: {growth.records} records registered, {growth.added} of them new; identity {identity}")
+
+
+@app.command()
+def check(
+    name: Name,
+    plan: Annotated[Path | None, typer.Option(help="Read the records as this plan file would.")] = None,
+    directory: Directory = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Read every record and say what is there, or which record is wrong; nothing is registered, nothing leaves.
+
+    Without a plan records are taken as for text generation, where a text needs no label.
+
+    Example: veilsum-participant dataset check talks --plan plan.toml
+    """
+    from participant.checking import check_data
+    from privacy.plan import load_plan
+
+    found = check_data(_site(directory, name), name, load_plan(plan).plan if plan else None)
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        typer.echo(f"{name}: " + ", ".join(f"{key.replace('_', ' ')}: {count}" for key, count in found.items()))
 
 
 @app.command()

@@ -9,10 +9,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from participant.rows import Format
 from privacy.budget import entries
 from privacy.guarantee import Number
-from privacy.plan import Name, Positive
-from privacy.settings import Section, load_toml
+from privacy.plan import Name
+from privacy.settings import Positive, Section, load_toml
 
 CONFIG_FILE = "participant.toml"
 #: What the ledger says where the site's file has no budget; a budget set later, after a first job, has to agree.
@@ -45,9 +46,13 @@ class DataSet(Section):
     """Where a data set lies, how to read it, and what may be learnt from it."""
 
     path: str
-    format: Literal["csv", "jsonl", "parquet", "folder"]
+    format: Format
     text: str = "text"
     label: str = "label"
+    #: Columns of a record for text generation: a conversation, or a prompt and its response; else it is a plain text.
+    messages: str = "messages"
+    prompt: str = "prompt"
+    response: str = "response"
     #: Column that says whose record it is; needed where a plan or the budget protects users.
     unit: str | None = None
     #: Without a budget every plan is recorded and none is refused for what it reveals.
@@ -89,9 +94,13 @@ class SitePolicy(Section):
     allow_two_members: bool = False
     #: The coordinator must promise at least this check of its sum.
     audit: Literal["none", "spot", "divided"] = "none"
-    #: Consent to plans with an analytic head, which sum statistics of the records: classes with fewer different texts
-    #: here are left out (the larger of this and the plan's minimum holds). Without it such plans are refused.
+    #: Consent to plans with an analytic head, which sum statistics of the records, or a counted one, which sum their
+    #: numbers: classes with fewer different texts here are left out (the larger of this and the plan's minimum holds).
+    #: Without it such plans are refused.
     min_class_count: Positive | None = None
+    #: Consent to plans with the methods "regmean" and "fisher", which sum statistics of the records: with fewer
+    #: different texts here (the larger of this and the plan's minimum holds) the site sits out.
+    min_texts: Positive | None = None
 
 
 class Settings(Section):
@@ -104,6 +113,9 @@ class Settings(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     #: CPU threads for training, default: all.
     threads: Positive | None = None
+    #: Largest rank of an adapter that this site trains. Plans with the method "dense" take any; others of a larger rank
+    #: are refused.
+    max_rank: Positive | None = None
     #: For tests and demonstrations: keep the quantised vector in the clear beside the spool. Never leaves the site.
     keep_plain_vector: bool = False
     #: Base model name in plans -> directory.
@@ -128,6 +140,11 @@ class Home:
     def work(self) -> Path:
         """Deltas, quantised vectors and spools, by plan."""
         return self.directory / "work"
+
+    @property
+    def factors(self) -> Path:
+        """Factors of base models for plans with the method "core", by their digest."""
+        return self.directory / "factors"
 
     @property
     def releases(self) -> Path:

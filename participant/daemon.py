@@ -65,7 +65,7 @@ class Daemon:
         try:
             plan_file = parse_plan(offered.toml)
             name = plan_file.plan.name
-            job = Job.of(plan_file, self.site.roster)
+            job = Job.of(plan_file, self.site.roster, self.site.home.factors)
             standing = charging.standing(self.site, job, offered.stage)
             admit(job, self.site.home.settings, standing, self._stage(job, offered))
             state, reason = self._work(job, offered)
@@ -82,7 +82,7 @@ class Daemon:
         return state
 
     def _work(self, job: Job, offered: OfferedPlan) -> tuple[str, str]:
-        stage, last = offered.stage, job.plan.stages
+        stage, last = offered.stage, job.plan.last
         self.client.checkpoint = lambda: self.site.ledger(job.plan.data.dataset).checkpoint()
         if offered.state in ("cancelled", "aborted"):
             # A release made before stays a release; and one that holds this site's upload is what its ledger waits for.
@@ -93,7 +93,7 @@ class Daemon:
             return offered.state, offered.reason
         if not self._is_released(job, stage):
             self._prepare(job, stage)
-            self._take_part(job, stage)
+            self._take_part(job.at(stage), stage)
         if not self._fetch(job, stage):
             return "waiting", "for the release" if last == 1 else f"for the release of stage {stage} of {last}"
         if stage == last:
@@ -107,9 +107,9 @@ class Daemon:
             ProtocolError: the plan has no such stage, or a later one has begun here.
         """
         begun = self.site.stage_begun(job)
-        if not begun <= offered.stage <= job.plan.stages:
+        if not begun <= offered.stage <= job.plan.last:
             raise ProtocolError(
-                f"plan '{job.plan.name}': expected a stage from {begun} to {job.plan.stages}, found {offered.stage} "
+                f"plan '{job.plan.name}': expected a stage from {begun} to {job.plan.last}, found {offered.stage} "
                 "at the coordinator"
             )
         return offered.stage

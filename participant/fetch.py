@@ -13,19 +13,20 @@ import structlog
 
 from participant import charging
 from participant.client import Block, Client, ReleasedCohort
+from participant.factors import ensure_factors
 from participant.patience import patiently
 from participant.phases import Checking
 from participant.site import Site
-from participant.store import StartNote
-from privacy.adapter import check_start, load_peft, save_peft, start_digest
-from privacy.errors import ProtocolError, Refusal, UserError
+from participant.starts import keep_start, kept_start
+from privacy.adapter import check_start, save_peft
+from privacy.errors import ProtocolError
 from privacy.files import make_private_directory, write_durably
 from privacy.job import Job
-from privacy.outcome import Total, VerifiedCohort, check_block, combine, manifest, verify_cohort, verify_total
+from privacy.outcome import Total, VerifiedCohort, check_block, manifest, verify_cohort, verify_total
 from privacy.secagg.masking import BLOCK, block_sizes, packed_bytes, packed_length
 from privacy.secagg.messages import Outcome
 from privacy.secagg.projection import dealt_blocks
-from privacy.stages import Start, first_start, next_start
+from privacy.stages import Start, first_start, next_start, release_of
 
 log = structlog.get_logger()
 
@@ -74,6 +75,7 @@ def fetch_release(site: Site, client: Client, job: Job, stage: int) -> bool:
     _check_ids(offered)
     if released_rounds(site.release_directory(job.plan.name, stage)) == sorted(_summary(c) for c in offered):
         return True
+    ensure_factors(site, job)
     start = start_of(site, client, job, stage)
     with _verified(site, client, job, stage, start, offered) as cohorts:
         _write_release(site, job, stage, start, offered, cohorts)
@@ -88,7 +90,7 @@ def _verified(
     with ExitStack() as downloads:
         cohorts = []
         for cohort in offered:
-            path = _download(site, client, job, cohort.round_id)
+            path = _download(site, client, job.at(stage), cohort.round_id)
             downloads.callback(path.unlink)
             cohorts.append(verify_cohort(job, stage, start.digest, cohort.evidence, path))
         yield cohorts
@@ -104,7 +106,7 @@ def _write_release(
 ) -> None:
     _settle(site, job, stage, cohorts)
     directory = site.release_directory(job.plan.name, stage)
-    adapter, combined = directory / "adapter", combine(job, cohorts, start.tensors)
+    adapter, combined = directory / "adapter", release_of(job, stage, cohorts, start)
     save_peft(adapter, combined.tensors, adapter=job.plan.adapter, base_name=job.plan.base.name)
     facts = manifest(job, stage, cohorts, combined, start.digest, start.cohorts) | {"adapter": str(adapter)}
     facts["rounds"] = sorted(_summary(c) for c in offered)
@@ -132,52 +134,19 @@ def start_of(site: Site, client: Client, job: Job, stage: int) -> Start:
         start = first_start(job)
         check_start(start.tensors, job.plan.adapter)
         return start
-    kept = _kept_start(site, job, stage)
+    kept = kept_start(site, job, stage)
     if kept is not None:
         return kept
     before = start_of(site, client, job, stage - 1)
     offered = client.releases(job.plan_file.digest, stage - 1)
     _check_ids(offered)
     with _verified(site, client, job, stage - 1, before, offered) as cohorts:
-        start = next_start(job, before, cohorts)
+        start = next_start(job, stage, before, cohorts)
         _write_release(site, job, stage - 1, before, offered, cohorts)
         if site.spent(job, stage - 1) and not any(site.me in cohort.survivors for cohort in cohorts):
             log.warning("this site's upload is not in the release that the next stage starts from", stage=stage)
-    _keep_start(site, job, stage, start)
-    return start
-
-
-def _start_directory(site: Site, job: Job, stage: int) -> Path:
-    return site.store.directory(job.plan.name, stage) / "start"
-
-
-def _kept_start(site: Site, job: Job, stage: int) -> Start | None:
-    """The start that an earlier run computed, if it is whole."""
-    note = site.store.start(job.plan.name, stage)
-    if note is None or note.plan != job.plan_file.digest.hex() or not _start_directory(site, job, stage).exists():
-        return None
-    tensors = load_peft(_start_directory(site, job, stage))
-    if start_digest(tensors).hex() != note.digest:
-        raise UserError(
-            f"{_start_directory(site, job, stage)}: expected the adapter {note.digest[:16]}…, found another",
-            hint="the files are damaged: delete the directory, and it is computed again",
-        )
-    return Start(tensors, bytes.fromhex(note.digest), tuple((n, bytes.fromhex(h)) for n, h in note.cohorts))
-
-
-def _keep_start(site: Site, job: Job, stage: int, start: Start) -> None:
-    """The adapter first, then the note that settles it."""
-    note = site.store.start(job.plan.name, stage)
-    digest = job.plan_file.digest.hex()
-    if note is not None and note.plan == digest and note.digest != start.digest.hex():
-        raise Refusal(
-            f"stage {stage} of plan '{job.plan.name}' started here at {note.digest[:16]}…; the coordinator now shows "
-            f"totals that give {start.digest.hex()[:16]}…"
-        )
-    place = _start_directory(site, job, stage)
-    save_peft(place, start.tensors, adapter=job.plan.adapter, base_name=job.plan.base.name)
-    cohorts = [(number, total.hex()) for number, total in start.cohorts]
-    site.store.keep_start(job.plan.name, stage, StartNote(digest, start.digest.hex(), cohorts))
+        keep_start(site, job, stage, start)  # while the totals are here that candidates are made of
+    return kept_start(site, job, stage) or start
 
 
 def _check_ids(offered: Sequence[ReleasedCohort]) -> None:

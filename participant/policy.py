@@ -50,8 +50,16 @@ def admit(job: Job, settings: Settings, standing: Standing | None = None, stage:
         raise Refusal(f"{name} allows sums of two members; this site has not opted in (allow_two_members)")
     if AUDITS.index(plan.round.audit) < AUDITS.index(own.audit):
         raise Refusal(f"{name} has audit '{plan.round.audit}'; this site demands '{own.audit}'")
-    if plan.aggregation.head == "analytic" and own.min_class_count is None:
+    if plan.aggregation.head != "trained" and own.min_class_count is None:
         raise Refusal(f"{name} sums statistics of the records; this site has not opted in (min_class_count)")
+    if plan.aggregation.method in ("regmean", "fisher") and own.min_texts is None:
+        raise Refusal(f"{name} sums statistics of the records; this site has not opted in (min_texts)")
+    narrow = settings.max_rank is not None and settings.max_rank < plan.adapter.rank
+    if narrow and plan.adapter.train != "head" and plan.aggregation.method != "dense":
+        raise Refusal(
+            f"{name} has rank {plan.adapter.rank}; this site trains at most {settings.max_rank} (max_rank), "
+            'which only the method "dense" can sum'
+        )
     data = settings.datasets[plan.data.dataset]
     if plan.privacy is not None and plan.privacy.unit == "user" and data.unit is None:
         raise Refusal(

@@ -10,16 +10,21 @@ import structlog
 from numpy.typing import NDArray
 
 from participant import charging
+from participant.base_model import find_base
 from participant.config import DataSet
 from participant.data import Examples, load_examples
+from participant.factors import ensure_factors
+from participant.holdout import split
+from participant.judging import judge
 from participant.patience import patiently
 from participant.registry import Registry
 from participant.site import Site
 from participant.store import Quantised, Trained
-from privacy.adapter import Tensors, check_start, release, save_peft, start_adapter
-from privacy.analytic import solved
+from participant.text_data import Records, load_records
+from privacy.adapter import Tensors, check_start, save_peft
 from privacy.errors import Refusal, UserError
 from privacy.job import Job
+from privacy.methods import merged
 from privacy.secagg.masking import tiles_of
 from privacy.secagg.quantize import weighted_loss
 from privacy.stages import Start
@@ -36,6 +41,8 @@ PLAIN_VECTOR = "plain-vector.npy"
 def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None, later: Start | None = None) -> Trained:
     """Train the stage's delta, unless an earlier run did, and keep it quantised; returns what training left.
 
+    The stage of the evaluation trains nothing: its vector is the counts of ``participant/judging.py``.
+
     Args:
         later: where a stage after the first starts, as ``participant/fetch.py`` computed it here.
 
@@ -45,6 +52,7 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None, 
             another start adapter.
     """
     name, digest = job.plan.name, job.plan_file.digest.hex()
+    ensure_factors(site, job)
     start, origin = _start(site, job, stage, later)
     kept = site.store.trained(name, stage)
     if kept is not None and kept.plan == digest and (kept.start or job.plan.adapter.digest) == origin:
@@ -55,10 +63,15 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None, 
             f"the delta of plan '{name}' {_whose(kept, digest)}; it takes a plan of another name to train again"
         )
     data = site.home.settings.datasets[job.plan.data.dataset]
-    examples = _examples(site, job, data)
+    everything = _examples(site, job, data)
+    examples, held_out = split(everything, job.plan)
     weight = _weight(job, len(examples))
-    patiently(lambda: Registry(site.home).take(job.plan.data.dataset, examples.texts))
+    patiently(lambda: Registry(site.home).take(job.plan.data.dataset, everything.texts))
     identity = charging.reserve(site, job, stage)
+    if job.plan.judges(stage):
+        assert later is not None
+        charging.start(site, job, identity, None)
+        return patiently(lambda: judge(site, job, stage, later, held_out, progress))
     log.info("training", plan=name)
     result = _train(site, job, identity, start, examples, progress)
     local = _local(job, start, result.delta)
@@ -75,7 +88,7 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None, 
 def _start(site: Site, job: Job, stage: int, later: Start | None) -> tuple[Tensors, str]:
     """The adapter that a stage starts from, and its digest in hex."""
     if stage == 1:
-        tensors = start_adapter(job.plan.adapter)
+        tensors = job.start_tensors()
         check_start(tensors, job.plan.adapter)
         return tensors, job.plan.adapter.digest
     if later is None or later.digest != site.start_digest(job, stage):
@@ -91,13 +104,16 @@ def _whose(kept: Trained | None, digest: str) -> str:
 
 
 def _local(job: Job, start: Tensors, vector: NDArray[np.float32]) -> Tensors:
-    """What this site's vector gives alone."""
-    if job.plan.aggregation.analytic is not None:
-        return solved(start, vector, job.plan)[0]
-    return release(start, vector, 1.0, job.layout)
+    """What this site's vector gives alone, at a server rate of 1."""
+    aggregation = job.plan.aggregation.model_copy(update={"server_lr": 1.0})
+    return merged(
+        start, vector.copy(), job.plan.model_copy(update={"aggregation": aggregation}), factors=job.factors()
+    ).tensors
 
 
-def _examples(site: Site, job: Job, data: DataSet) -> Examples:
+def _examples(site: Site, job: Job, data: DataSet) -> Examples | Records:
+    if job.plan.task == "generation":
+        return load_records(site.home.path(data.path), data)
     privacy = job.plan.privacy
     users = privacy is not None and privacy.unit == "user"
     examples = load_examples(
@@ -109,22 +125,34 @@ def _examples(site: Site, job: Job, data: DataSet) -> Examples:
         unit_column=data.unit if users else None,
         max_records_per_unit=privacy.max_records_per_unit if privacy is not None and users else None,
     )
-    if job.plan.aggregation.analytic is None:
+    aggregation, own = job.plan.aggregation, site.home.settings.policy
+    if settings := aggregation.regmean or aggregation.fisher:
+        _enough_texts(examples, max(settings.min_texts, own.min_texts or 1))
+    if aggregation.analytic is None:
         return examples
     from participant.analytic import frequent
 
-    return frequent(examples, job.plan, site.home.settings.policy.min_class_count or 1)
+    return frequent(examples, job.plan, own.min_class_count or 1)
+
+
+def _enough_texts(examples: Examples, least: int) -> None:
+    """Raise UserError unless the site has as many different texts as the plan and its own file ask for."""
+    if (found := len(set(examples.texts))) < least:
+        raise UserError(
+            f"data: expected at least {least} different texts (min_texts), found {found}",
+            hint="sit this plan out, or agree on a smaller minimum",
+        )
 
 
 def _train(
-    site: Site, job: Job, identity: str, start: Tensors, examples: Examples, progress: Progress | None
+    site: Site, job: Job, identity: str, start: Tensors, examples: Examples | Records, progress: Progress | None
 ) -> TrainingResult:
     """Train the charged job: START is durable before the first batch, after the self-test of a private one."""
     # torch takes seconds to import, and only this needs it.
     settings = site.home.settings
     about: dict[str, Any] = {
         "plan": job.plan,
-        "base": site.home.path(settings.models[job.plan.base.name]),
+        "base": find_base(site.home, job.plan.base.name),
         "start": start,
         "examples": examples,
         "device": settings.device,
@@ -139,7 +167,8 @@ def _train(
             return collect(**about)
         from participant.training import train
 
-        return train(**about)
+        least = settings.policy.min_class_count or 1
+        return train(**about, factors=job.factors(), rank=settings.max_rank, min_class_count=least)
     from participant.dp_sgd import train_private
 
     return train_private(**about, on_selftest=lambda found: charging.start(site, job, identity, found.to_json()))

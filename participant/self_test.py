@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
-from participant import dp_step
+from participant import dp_step, generation
 from participant.dp_step import Step
 from participant.features import Standard, random_texts
 from participant.noise import SecretRandom
@@ -101,8 +101,7 @@ def run_self_test(
     """
     weights = dp_step.trainable(loaded.model)
     with _random_weights(weights):
-        prior = dp_step.log_prior_of(plan).to(loaded.device)
-        losses = dp_step.losses_on(loaded, *_synthetic(loaded, plan), prior, standard)
+        losses = _losses(loaded, plan, standard)
         step = dp_step.make_step(loaded, terms, losses, make_optimizer(plan, weights), random)
         try:
             checks = [
@@ -139,12 +138,15 @@ def _random_weights(weights: Sequence[torch.nn.Parameter]) -> Iterator[None]:
                 weight.grad = None
 
 
-def _synthetic(loaded: Loaded, plan: Plan) -> tuple[list[Tensor], Tensor]:
-    """(token ids of a few texts of different lengths, their labels), public."""
+def _losses(loaded: Loaded, plan: Plan, standard: Standard | None) -> dp_step.Losses:
+    """Losses of a few public synthetic examples of different lengths."""
     longest = max(2, min(plan.data.max_length, MAX_TOKENS))
     lengths = [max(1, longest * (k + 1) // EXAMPLES) for k in range(EXAMPLES)]
+    if plan.task == "generation":
+        return generation.private_losses(loaded, generation.synthetic(loaded, [max(2, length) for length in lengths]))
     texts = random_texts(loaded, EXAMPLES, lengths, longest)
-    return texts, torch.arange(EXAMPLES, device=loaded.device) % len(plan.data.labels)
+    labels = torch.arange(EXAMPLES, device=loaded.device) % len(plan.data.labels)
+    return dp_step.losses_on(loaded, texts, labels, dp_step.log_prior_of(plan).to(loaded.device), standard)
 
 
 # --- what one example can do -----------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ class Site:
 
     def stage_begun(self, job: Job) -> int:
         """The last stage of a plan whose start was computed here: no earlier one is gone back to."""
-        stages = range(job.plan.stages, 1, -1)
+        stages = range(job.plan.last, 1, -1)
         notes = ((stage, self.store.start(job.plan.name, stage)) for stage in stages)
         return next((stage for stage, note in notes if note and note.plan == job.plan_file.digest.hex()), 1)
 

@@ -14,8 +14,9 @@ import json
 import math
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -42,10 +43,11 @@ FILES = (WEIGHTS_FILE, CONFIG_FILE)
 TILE = 1 << 16
 
 Vector = NDArray[np.float32]
+Matrix = NDArray[np.float64]
 Tensors = dict[str, NDArray[np.float32]]
 Shape = tuple[int, ...]
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Layout:
 
     #: LoRA A, (rank, in_features) each; frozen, from the public seed. Where the head alone is trained, B as well.
     frozen: tuple[tuple[str, Shape], ...]
-    #: LoRA B, (out_features, rank) each, and the head, or the head alone; these are trained, summed and released.
+    #: LoRA B, (out_features, rank) each, and the head, or the head alone, or with A; these are trained and released.
     trained: tuple[tuple[str, Shape], ...]
 
     @property
@@ -65,11 +67,12 @@ class Layout:
 
 def layout_of(adapter: Adapter) -> Layout:
     """The tensors that a plan's adapter has, under the names in a saved PEFT adapter."""
-    frozen: dict[str, Shape] = {
-        a_name(module): (adapter.rank, inputs) for module, (_, inputs) in adapter.modules.items()
-    }
-    trained: dict[str, Shape] = {f"{_PREFIX}{name}": tuple(shape) for name, shape in adapter.head.items()}
-    (trained if adapter.train == "all" else frozen).update(
+    frozen: dict[str, Shape] = {}
+    trained: dict[str, Shape] = {f"{PREFIX}{name}": tuple(shape) for name, shape in adapter.head.items()}
+    (trained if adapter.train == "both" else frozen).update(
+        {a_name(module): (adapter.rank, inputs) for module, (_, inputs) in adapter.modules.items()}
+    )
+    (frozen if adapter.train == "head" else trained).update(
         {b_name(module): (outputs, adapter.rank) for module, (outputs, _) in adapter.modules.items()}
     )
     return Layout(tuple(sorted(frozen.items())), tuple(sorted(trained.items())))
@@ -77,12 +80,12 @@ def layout_of(adapter: Adapter) -> Layout:
 
 def a_name(module: str) -> str:
     """PEFT's name of a module's A matrix."""
-    return f"{_PREFIX}{module}.lora_A.weight"
+    return f"{PREFIX}{module}.lora_A.weight"
 
 
 def b_name(module: str) -> str:
     """PEFT's name of a module's B matrix."""
-    return f"{_PREFIX}{module}.lora_B.weight"
+    return f"{PREFIX}{module}.lora_B.weight"
 
 
 def _require(tensors: Mapping[str, NDArray[np.float32]], wanted: tuple[tuple[str, Shape], ...]) -> None:
@@ -145,7 +148,7 @@ def _views(vector: Vector, layout: Layout) -> Tensors:
     return tensors
 
 
-class _Keystream:
+class Keystream:
     """Uniform integers from AES-256-CTR, zero IV: each key is used for one stream only."""
 
     def __init__(self, seed: bytes, info: bytes) -> None:
@@ -178,18 +181,22 @@ def frozen_a(seed: bytes, module: str, rank: int, in_features: int) -> NDArray[n
     """
     if rank > in_features:
         raise ValueError(f"adapter: expected rank <= {in_features} for module {module!r}, found {rank}")
-    stream = _Keystream(seed, FROZEN_A_LABEL + module.encode())
+    stream = Keystream(seed, FROZEN_A_LABEL + module.encode())
+    return orthonormal((stream.integers(in_features) for _ in count()), rank).astype(np.float32)
+
+
+def orthonormal(candidates: Iterator[NDArray[np.float64]], rank: int) -> Matrix:
+    """(rank, n) float64: Gram-Schmidt, twice, on the candidates in turn, without those in the span of others."""
     rows: list[NDArray[np.float64]] = []
     while len(rows) < rank:
-        drawn = stream.integers(in_features)
-        row = drawn
+        drawn = row = next(candidates)
         for previous in rows * 2:
             row = np.subtract(row, np.multiply(_dot(previous, row), previous))
         norm = math.sqrt(_dot(row, row))
         # A draw that lies almost in the span of the rows before it would be mostly rounding error: draw again.
         if norm > 2.0**-20 * math.sqrt(_dot(drawn, drawn)):
             rows.append(np.divide(row, norm))
-    return np.stack(rows).astype(np.float32)
+    return np.stack(rows)
 
 
 def start_adapter(adapter: Adapter) -> Tensors:
@@ -260,10 +267,13 @@ def release(
 
 
 def peft_config(adapter: Adapter, base_name: str) -> dict[str, object]:
-    """``adapter_config.json`` of a sequence classifier; keys as PEFT 0.21 writes them, its other defaults unchanged."""
+    """``adapter_config.json``; keys as PEFT 0.21 writes them, its other defaults unchanged.
+
+    An adapter without a head is a causal language model's, one with a head a sequence classifier's.
+    """
     return {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS",
+        "task_type": "SEQ_CLS" if adapter.head else "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "inference_mode": True,
         "r": adapter.rank,
@@ -274,7 +284,7 @@ def peft_config(adapter: Adapter, base_name: str) -> dict[str, object]:
         "use_rslora": False,
         "use_dora": False,
         "target_modules": sorted(adapter.modules),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.head}),
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.head}) or None,
     }
 
 

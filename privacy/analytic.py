@@ -20,11 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from privacy.adapter import Layout, Tensors, Vector
+from privacy.adapter import Matrix, Tensors, Vector
 from privacy.errors import ProtocolError
 from privacy.plan import Plan, linear_head
-
-Matrix = NDArray[np.float64]
 
 #: Relative error of an entry that was rounded to float32 twice: at its site, and as a mean.
 FLOAT32 = 2.0**-23
@@ -54,11 +52,6 @@ def head_of(plan: Plan) -> Head:
     """The head of a plan with ``aggregation.head = "analytic"``; every other plan may raise ValueError."""
     labels = len(plan.data.labels)
     return Head(*linear_head(plan.adapter, labels), labels)
-
-
-def vector_size(plan: Plan, layout: Layout) -> int:
-    """d: coordinates of the vector that a plan's sites send, extras not counted."""
-    return layout.size if plan.aggregation.analytic is None else head_of(plan).size
 
 
 def pack(gram: Matrix, products: Matrix, clip: float) -> Vector:
@@ -106,13 +99,13 @@ def solve(gram: Matrix, products: Matrix, ridge: float) -> Matrix:
     return found
 
 
-def rounding_ridge(head: Head, unit: float, survivors: int) -> float:
+def rounding_ridge(inputs: int, unit: float, survivors: int) -> float:
     """The least ridge that keeps a rounded Gram matrix positive definite.
 
     Each survivor's stochastic rounding is off by less than a ``unit``, with a standard deviation of at most half of it,
     so the error is a symmetric random matrix of norm about ``unit * sqrt(survivors * inputs)`` (Wigner): twice that.
     """
-    return 2.0 * unit * math.sqrt(survivors * head.inputs)
+    return 2.0 * unit * math.sqrt(survivors * inputs)
 
 
 def solved(

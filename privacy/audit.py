@@ -17,16 +17,17 @@ from privacy.adapter import load_peft
 from privacy.encoding import decode
 from privacy.errors import ProtocolError, UserError, shown
 from privacy.evidence import EVIDENCE_FILE, TOTAL_FILE, read_evidence
+from privacy.factors import FACTORS
 from privacy.files import read_file
 from privacy.job import Job
-from privacy.outcome import VerifiedCohort, check_block, combine, manifest, verify_cohort
+from privacy.outcome import VerifiedCohort, check_block, manifest, verify_cohort
 from privacy.plan import load_plan
 from privacy.roster import load_roster
 from privacy.secagg import transcript
 from privacy.secagg.masking import block_sizes
 from privacy.secagg.messages import Evidence, Outcome
 from privacy.secagg.naming import Accusation, accused
-from privacy.stages import Start, first_start, start_of
+from privacy.stages import Start, first_start, release_of, start_of
 from privacy.vectors import read_block, round_name, upload_name
 
 
@@ -54,17 +55,18 @@ def audit_release(directory: Path, roster_hash: bytes | None = None, uploads: Pa
         ProtocolError: something does not hold; the first such thing.
         UserError: a file is missing.
     """
-    job = Job.of(load_plan(directory / "plan.toml"), load_roster(directory / "roster.toml", roster_hash))
+    plan = load_plan(directory / "plan.toml")
+    job = Job.of(plan, load_roster(directory / "roster.toml", roster_hash), directory / FACTORS)
     stage = _stage(directory, job)
     start = _start(directory, job, stage)
     cohorts: list[VerifiedCohort] = []
     confirmed: dict[int, list[str]] = {}
     for evidence, cohort in _cohorts(directory, job, stage, start):
         if uploads is not None:
-            _recompute(job, evidence.outcome, cohort, uploads)
+            _recompute(job.at(stage), evidence.outcome, cohort, uploads)
         confirmed[cohort.number] = [job.roster.name(v.sender) for v in evidence.votes]
         cohorts.append(cohort)
-    combined = combine(job, cohorts, start.tensors)
+    combined = release_of(job, stage, cohorts, start)
     tensors = combined.tensors
     found = load_peft(directory / "adapter")
     if found.keys() != tensors.keys() or not all(np.array_equal(found[k], tensors[k]) for k in tensors):
@@ -152,9 +154,9 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 def _stage(directory: Path, job: Job) -> int:
     number = directory.resolve().name.removeprefix("stage-")
-    if not (number.isdecimal() and len(number) < 4 and 1 <= int(number) <= job.plan.stages):
+    if not (number.isdecimal() and len(number) < 4 and 1 <= int(number) <= job.plan.last):
         raise UserError(
-            f"{directory}: expected a directory named stage-K, K from 1 to {job.plan.stages}",
+            f"{directory}: expected a directory named stage-K, K from 1 to {job.plan.last}",
             hint="name releases/PLAN/stage-K",
         )
     return int(number)

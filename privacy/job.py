@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from privacy import PROTOCOL_VERSION
-from privacy.adapter import Layout, layout_of
-from privacy.analytic import vector_size
+from privacy.adapter import Layout, Tensors, layout_of
+from privacy.errors import UserError
+from privacy.evaluation import counts_quantizer
+from privacy.factors import first_start, load_factors
+from privacy.methods import vector_size
 from privacy.plan import Plan, PlanFile
 from privacy.roster import Roster, RosterFile, Rules, rules_for
 from privacy.secagg.masking import packed_length
@@ -28,14 +32,27 @@ class Job:
     rules: Rules
     layout: Layout
     quantizer: Quantizer
+    #: Where the factors of the method "core" lie on this disk; no other method has any.
+    factors_directory: Path | None = None
+    #: The vector is that of the evaluation: counts.
+    judging: bool = False
 
     @classmethod
-    def of(cls, plan_file: PlanFile, roster_file: RosterFile) -> Job:
+    def of(cls, plan_file: PlanFile, roster_file: RosterFile, factors_directory: Path | None = None) -> Job:
         rules = rules_for(plan_file.plan, roster_file.roster.policy)
         layout = layout_of(plan_file.plan.adapter)
-        return cls(
-            plan_file, roster_file, rules, layout, quantizer_for(plan_file.plan, vector_size(plan_file.plan, layout))
-        )
+        quantizer = quantizer_for(plan_file.plan, vector_size(plan_file.plan))
+        return cls(plan_file, roster_file, rules, layout, quantizer, factors_directory)
+
+    def at(self, stage: int) -> Job:
+        """The same job with the vector of a stage: what is trained, or the counts of the evaluation."""
+        judging = self.plan.judges(stage)
+        if judging == self.judging:
+            return self
+        training = Job.of(self.plan_file, self.roster_file, self.factors_directory)
+        if not judging:
+            return training
+        return replace(training, layout=Layout((), ()), quantizer=counts_quantizer(self.plan), judging=True)
 
     @property
     def plan(self) -> Plan:
@@ -44,6 +61,22 @@ class Job:
     @property
     def roster(self) -> Roster:
         return self.roster_file.roster
+
+    def factors(self) -> Tensors | None:
+        """The frozen factors that the plan pins, read from this disk; None where the method has none.
+
+        Raises:
+            UserError: they are not here, or are others.
+        """
+        if self.plan.aggregation.core is None:
+            return None
+        if self.factors_directory is None:
+            raise UserError(f"plan '{self.plan.name}': expected a directory with its factors, found none")
+        return load_factors(self.factors_directory, self.plan)
+
+    def start_tensors(self) -> Tensors:
+        """The whole adapter before stage 1; raises as :meth:`factors`."""
+        return first_start(self.plan.adapter, self.factors())
 
     def header(self, stage: int, round_number: int, start: bytes) -> Header:
         """The header of a round of this job; ``start`` is the digest of the start adapter."""

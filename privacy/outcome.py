@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privacy import analytic, merkle
-from privacy.adapter import Tensors, release, start_adapter, start_digest
+from privacy import merkle
+from privacy.adapter import Tensors, start_digest
 from privacy.errors import ProtocolError
 from privacy.job import Job
+from privacy.methods import Rounding, merged
 from privacy.secagg import projection, transcript
 from privacy.secagg.masking import BLOCK, MaskStreams, block_sizes, packed_bytes, unpack
 from privacy.secagg.messages import Evidence, Outcome, OutcomeVote
@@ -104,6 +105,7 @@ def verify_cohort(job: Job, stage: int, start: bytes, evidence: Evidence, path: 
     Raises:
         ProtocolError: transcript, total, header, an outcome signature or the projection do not hold.
     """
+    job = job.at(stage)
     outcome = evidence.outcome
     header = outcome.transcript.header
     if header != job.header(stage, header.round, start):
@@ -145,39 +147,49 @@ class Combined:
     tensors: Tensors
     weight: int
     loss: float
-    #: Of an analytic head: the ridge it was solved with.
-    ridge: float | None = None
+    #: What the manifest says of the method: an error that was measured, a ridge that was used.
+    facts: Facts = field(default_factory=dict)
 
 
-def combine(job: Job, cohorts: Sequence[VerifiedCohort], start: Tensors | None = None) -> Combined:
-    """The mean over disjoint cohorts and the adapter it gives: start + server_lr * mean, or the head that a mean of
-    statistics gives. O(d) memory: the adapter.
+def combine(
+    job: Job, cohorts: Sequence[VerifiedCohort], start: Tensors | None = None, server_lr: float | None = None
+) -> Combined:
+    """The mean over disjoint cohorts and the adapter it gives by the plan's method. O(d) memory: the adapter.
 
     Args:
         start: the whole adapter that the cohorts' stage starts from; without it that of stage 1.
+        server_lr: instead of the plan's.
 
     Raises:
         ProtocolError: no cohorts, or one member in two of them.
     """
+    job = job.at(1)
+    members, plan = _disjoint(cohorts), job.plan
+    if server_lr is not None:
+        plan = plan.model_copy(update={"aggregation": plan.aggregation.model_copy(update={"server_lr": server_lr})})
+    weight, loss = _weight_and_loss(job, cohorts)
+    mean = _mean(job, cohorts, weight)
+    rounding = Rounding(job.quantizer.max_weight / (job.quantizer.qmax * weight), len(members))
+    found = merged(job.start_tensors() if start is None else start, mean, plan, rounding, job.factors())
+    return Combined(found.tensors, weight, loss, found.facts)
+
+
+def _disjoint(cohorts: Sequence[VerifiedCohort]) -> list[int]:
+    """The members of all cohorts; raises ProtocolError if there are none, or one of them twice."""
     members = [m for cohort in cohorts for m in cohort.survivors]
     if not members or len(set(members)) != len(members):
         raise ProtocolError("expected disjoint cohorts in a release, found a member twice or none at all")
-    weight, loss = _weight_and_loss(job, cohorts)
-    mean = _mean(job, cohorts, weight)
-    if start is None:
-        start = start_adapter(job.plan.adapter)
-    if job.plan.aggregation.analytic is not None:
-        unit = job.quantizer.max_weight / (job.quantizer.qmax * weight)
-        least = analytic.rounding_ridge(analytic.head_of(job.plan), unit, len(members))
-        solved, ridge = analytic.solved(start, mean, job.plan, least)
-        return Combined(solved, weight, loss, ridge)
-    tensors = release(start, mean, job.plan.aggregation.server_lr, job.layout, in_place=True)
-    return Combined(tensors, weight, loss)
+    return members
+
+
+def sums(job: Job, cohorts: Sequence[VerifiedCohort]) -> dict[str, int]:
+    """The extras of all cohorts together; raises ProtocolError for members in two of them, or garbled totals."""
+    members = _disjoint(cohorts)
+    return job.quantizer.decode_extras(np.add.reduce([c.sums.extras() for c in cohorts]), len(members))
 
 
 def _weight_and_loss(job: Job, cohorts: Sequence[VerifiedCohort]) -> tuple[int, float]:
-    limbs = np.add.reduce([c.sums.extras() for c in cohorts])
-    extras = job.quantizer.decode_extras(limbs, sum(len(c.survivors) for c in cohorts))
+    extras = sums(job, cohorts)
     return extras["weight"], mean_loss(extras)
 
 
@@ -205,7 +217,7 @@ def manifest(
         start: digest of the adapter that the stage started from; without it that of stage 1.
         before: (round, H(total)) of the cohorts of the stage before that it was computed from.
     """
-    head = {} if combined.ridge is None else {"head": "analytic", "ridge": combined.ridge}
+    job = job.at(stage)
     return {
         "plan": job.plan.name,
         "plan_digest": job.plan_file.digest.hex(),
@@ -219,8 +231,8 @@ def manifest(
         "adapter_digest": start_digest(combined.tensors).hex(),
         "coordinates": job.quantizer.size,
         "total_weight": combined.weight,
-        **head,
-        **_training(job, combined.loss),
+        **combined.facts,
+        **({} if job.judging else _training(job, combined.loss)),
         "cohorts": [_cohort(job, cohort) for cohort in cohorts],
     }
 
@@ -231,13 +243,13 @@ def _training(job: Job, loss: float) -> Facts:
 
 
 def _cohort(job: Job, cohort: VerifiedCohort) -> Facts:
-    weight, loss = _weight_and_loss(job, [cohort])
+    extras = sums(job, [cohort])
     return {
         "round": cohort.number,
         "survivors": [job.roster.name(m) for m in cohort.survivors],
         "total": cohort.total.hex(),
-        "total_weight": weight,
-        **_training(job, loss),
+        "total_weight": extras["weight"],
+        **({} if job.judging else _training(job, mean_loss(extras))),
         "certified": cohort.certified,
         "projection": "holds" if cohort.projected else "inconclusive",
     }

@@ -15,21 +15,22 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from privacy.aggregation import TRAINS_A, Aggregation, Evaluation
 from privacy.errors import UserError
 from privacy.guarantee import Privacy, unsuitable
-from privacy.settings import Section, parse_toml
+from privacy.settings import HexDigest, Positive, Section, parse_toml
 
 MAX_PLAN_BYTES = 1 << 20
 #: Numbers in all tensors of an adapter, 4 GiB as float32: no plan can make a site ask for more memory than that.
 MAX_COORDINATES = 1 << 30
+#: Numbers in all products B A together, for the method that sums these: more is no longer a small model.
+MAX_DENSE = 1 << 25
 #: Features of an analytic head: solving for it takes a number of steps that grows with their cube.
 MAX_FEATURES = 4096
 PLAN_LABEL = b"veilsum/1/plan\0"
 
-HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Text = Annotated[str, Field(min_length=1, max_length=200)]
-Positive = Annotated[int, Field(ge=1)]
 
 
 class Base(Section):
@@ -53,8 +54,9 @@ class Adapter(Section):
     modules: Annotated[dict[str, tuple[Positive, Positive]], Field(min_length=1)]
     #: Tensors trained beside the adapter -> shape; they start at zero.
     head: dict[str, Annotated[tuple[Positive, ...], Field(min_length=1, max_length=8)]] = Field(default_factory=dict)
-    #: B and the head, or the head alone: then A and B both stay as they start, and the model's features too.
-    train: Literal["all", "head"] = "all"
+    #: B and the head ("all"); A as well ("both", for methods that can sum it); or the head alone: then A and B both
+    #: stay as they start, and the model's features too.
+    train: Literal["all", "both", "head"] = "all"
 
     @model_validator(mode="after")
     def _something_is_trained(self) -> Adapter:
@@ -120,34 +122,13 @@ class Training(Section):
     seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
 
 
-class Analytic(Section):
-    """A head that is computed, not trained (``privacy/analytic.py``); all of these are public."""
+class Generation(Section):
+    """How a causal language model sees a record (``participant/tokens.py``)."""
 
-    #: lambda, added to the diagonal of the mean Gram matrix, whose entries are at most 1.
-    ridge: Annotated[float, Field(ge=1e-9, le=1.0)]
-    #: Features are clipped to +-feature_clip, coordinate by coordinate, and divided by it.
-    feature_clip: Annotated[float, Field(gt=0, le=1e6)]
-    #: A class with fewer different texts at a site is left out of that site's statistics.
-    min_class_count: Positive
-
-
-class Aggregation(Section):
-    """What is summed and how the mean is applied."""
-
-    method: Literal["freeze_a"] = "freeze_a"
-    weights: Literal["examples", "uniform"] = "examples"
-    server_lr: Annotated[float, Field(gt=0, le=10)] = 1.0
-    #: "analytic" sums statistics of the records instead of a trained delta: off unless the plan says so.
-    head: Literal["trained", "analytic"] = "trained"
-    analytic: Analytic | None = None
-
-    @model_validator(mode="after")
-    def _analytic_is_whole(self) -> Aggregation:
-        if (self.head == "analytic") != (self.analytic is not None):
-            raise ValueError('analytic: expected this section with head = "analytic", and only with it')
-        if self.analytic is not None and (self.weights != "examples" or self.server_lr != 1.0):
-            raise ValueError('head: "analytic" counts every record once: expected weights "examples" and server_lr 1.0')
-        return self
+    #: Chat template of conversations: the tokenizer's own, ChatML, or none: then a prompt is followed by its response.
+    template: Literal["model", "chatml", "none"]
+    #: Several records of a batch in one row of ``data.max_length`` tokens. They do not see one another: it saves time.
+    packing: bool = False
 
 
 class Deadlines(Section):
@@ -182,27 +163,65 @@ class Plan(Section):
     """A whole plan file."""
 
     name: Name
-    task: Literal["classification"]
+    #: "generation": the next token of a causal language model, PEFT's CAUSAL_LM.
+    task: Literal["classification", "generation"]
     #: Passes from a start adapter to a release, one upload of each site in each; the next starts from the release.
     stages: Annotated[int, Field(ge=1, le=16)] = 1
     base: Base
     adapter: Adapter
     data: Data
     training: Training
+    #: With ``task = "generation"``, and only with it.
+    generation: Generation | None = None
     #: Without it a site's training gives no guarantee beyond that of the masking.
     privacy: Privacy | None = None
     aggregation: Aggregation = Aggregation()
+    #: Without it nothing is held out, and nobody learns how good a release is but each site for itself.
+    evaluation: Evaluation | None = None
     round: Round
     deadlines: Deadlines = Deadlines()
 
+    @property
+    def last(self) -> int:
+        """The last stage: that of the evaluation, or of the last training where there is none."""
+        return self.stages + (self.evaluation is not None)
+
+    def judges(self, stage: int) -> bool:
+        """Is this the stage that trains nothing and evaluates?"""
+        return self.evaluation is not None and stage > self.stages
+
     def trainings_from(self, stage: int) -> int:
         """How often a site trains from a stage on, that one included: all of it must be left before it begins."""
-        return self.stages - stage + 1
+        return max(1, self.stages - stage + 1)
 
     @model_validator(mode="after")
     def _task_fits_labels(self) -> Plan:
         if self.task == "classification" and len(self.data.labels) < 2:
             raise ValueError("data.labels: a classification task needs at least two labels")
+        if self.task == "classification" and not self.adapter.head:
+            raise ValueError("adapter.head: a classification task needs a head, found none")
+        return self
+
+    @model_validator(mode="after")
+    def _generation_is_whole(self) -> Plan:
+        if (self.task == "generation") != (self.generation is not None):
+            raise ValueError('generation: expected this section with task = "generation", and only with it')
+        if self.generation is None:
+            return self
+        for key, found, wanted in (
+            ("data.labels", list(self.data.labels), []),
+            ("adapter.head", sorted(self.adapter.head), []),
+            ("training.loss", self.training.loss, "cross_entropy"),
+        ):
+            if found != wanted:
+                raise ValueError(f'{key}: expected {wanted or "none"} for task = "generation", found {found}')
+        if self.privacy is not None and self.generation.packing:
+            raise ValueError(
+                "generation.packing: expected false under [privacy], found true: the gradient of a packed row is that "
+                "of several records, and none of them could be clipped by itself"
+            )
+        if self.privacy is not None and self.privacy.unit != "record":
+            raise ValueError(f'privacy.unit: expected "record" for task = "generation", found "{self.privacy.unit}"')
         return self
 
     @model_validator(mode="after")
@@ -257,6 +276,18 @@ class Plan(Section):
         return self
 
     @model_validator(mode="after")
+    def _evaluation_fits(self) -> Plan:
+        if self.evaluation is None:
+            return self
+        if self.privacy is not None:
+            raise ValueError("evaluation: expected none under [privacy]: counts over records have no noise")
+        if self.round.audit != "divided":
+            raise ValueError('evaluation: expected round.audit "divided": a vote is on certified outcomes only')
+        if self.evaluation.server_lr and self.aggregation.analytic is not None:
+            raise ValueError("evaluation.server_lr: expected none for an analytic head, which is no mean to be scaled")
+        return self
+
+    @model_validator(mode="after")
     def _stages_fit(self) -> Plan:
         if self.stages > 1 and self.round.audit != "divided":
             raise ValueError(
@@ -266,6 +297,35 @@ class Plan(Section):
         if self.stages > 1 and self.aggregation.analytic is not None:
             raise ValueError(
                 f"stages: expected 1 with an analytic head, which is exact after one round, found {self.stages}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _counted_head_fits(self) -> Plan:
+        if self.aggregation.counted is not None:
+            if self.privacy is not None:
+                raise ValueError(
+                    'aggregation.head: expected "trained" under [privacy]: counts of records have no noise'
+                )
+            linear_head(self.adapter, len(self.data.labels))
+        return self
+
+    @model_validator(mode="after")
+    def _method_fits(self) -> Plan:
+        method, train = self.aggregation.method, self.adapter.train
+        if method != "freeze_a" and self.privacy is not None:
+            raise ValueError(
+                f'aggregation.method: expected "freeze_a" under [privacy], found "{method}": its steps train B alone'
+            )
+        products = sum(outputs * inputs for outputs, inputs in self.adapter.modules.values())
+        if method == "dense" and products > MAX_DENSE:
+            raise ValueError(
+                f'aggregation.method: expected at most {MAX_DENSE} numbers in the modules for "dense", found {products}'
+            )
+        wanted = ("both",) if method in TRAINS_A else ("all", "head") if method == "freeze_a" else ("all",)
+        if train not in wanted:
+            raise ValueError(
+                f'adapter.train: expected {" or ".join(map(repr, wanted))} with method "{method}", found {train!r}'
             )
         return self
 

@@ -228,7 +228,7 @@ class OnDisk:
 
     def say(self, member: int, round_id: bytes, message: ToMember) -> None:
         """A site hears this message, wherever it comes from."""
-        found = self.daemons[member]._hear(self.job, self.stage, self.runs[member], round_id, message)
+        found = self.daemons[member]._hear(self.job.at(self.stage), self.stage, self.runs[member], round_id, message)
         self.runs[member] = found
 
     def tell(self, member: int) -> bool:
@@ -299,7 +299,7 @@ class OnDisk:
 
     def totals(self, stage: int = 1) -> list[tuple[tuple[int, ...], NDArray[np.int64]]]:
         """Members and lifted total of every released round of a stage."""
-        quantizer = self.job.quantizer
+        quantizer = self.job.at(stage).quantizer
         found = []
         for cohort in self.engine.released(self.digest, stage):
             packed = read_total(cohort.total, quantizer.total_size, quantizer.bits)

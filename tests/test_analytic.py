@@ -93,7 +93,7 @@ def test_the_release_is_the_ridge_solution_of_the_pooled_records(
     cohort = run_round(job, vectors, tmp_path / "total", {})
     combined, exact = combine(job, [cohort]), pooled_solution(job, EVERYTHING)
     assert combined.weight == 240
-    assert combined.ridge == 1e-3
+    assert combined.facts["ridge"] == 1e-3
     error = float(np.linalg.norm(head_in(combined, job) - exact))
     assert error <= tolerance(job, SITES, 240, exact)
     assert error <= (2e-2 if bits == 24 else 1e-4) * np.linalg.norm(exact)
@@ -231,8 +231,7 @@ def test_the_ridge_never_falls_below_the_rounding(tmp_path: Path) -> None:
     vectors = [vector_of(job, part_of(EVERYTHING, part)) for part in SPLITS["evenly"]]
     cohort = run_round(job, vectors, tmp_path / "total", {})
     unit = 512 / (job.quantizer.qmax * 240)
-    ridge = combine(job, [cohort]).ridge
-    assert ridge is not None
+    ridge = combine(job, [cohort]).facts["ridge"]
     trace = float(np.trace(means_of(*EVERYTHING, job.plan)[0]))
     assert ridge == pytest.approx(2 * unit * np.sqrt(SITES * (FEATURES + 1)) + 2**-23 * trace, rel=1e-5)
     assert ridge > 1e-3

@@ -300,11 +300,11 @@ def test_a_stage_starts_from_the_release_of_the_one_before(tmp_path: Path) -> No
     job, cohort = whole(tmp_path)
     first = first_start(job)
     assert (first.digest.hex(), first.cohorts) == (job.plan.adapter.digest, ())
-    second = next_start(job, first, [cohort])
+    second = next_start(job, 2, first, [cohort])
     released = combine(job, [cohort]).tensors
     assert second.digest == start_digest(released) == start_digest(second.tensors)
     assert second.cohorts == ((1, cohort.total),)
-    third = next_start(job, second, [cohort])
+    third = next_start(job, 3, second, [cohort])
     for name, _ in job.layout.trained:
         assert np.abs(released[name]).max() > 0.1
         assert np.allclose(third.tensors[name], 2 * released[name], atol=1e-6)
@@ -317,9 +317,9 @@ def test_no_stage_starts_from_a_total_without_a_certificate(tmp_path: Path) -> N
     other = replace(cohort, number=7, survivors=(), certified=False)
     for cohorts in ([other], [cohort, other]):
         with pytest.raises(ProtocolError, match="round 7 has no outcome certificate"):
-            next_start(job, first_start(job), cohorts)
+            next_start(job, 2, first_start(job), cohorts)
     with pytest.raises(ProtocolError, match="a member twice or none at all"):
-        next_start(job, first_start(job), [])
+        next_start(job, 2, first_start(job), [])
 
 
 def test_the_start_of_any_stage_is_computed_from_the_first_on(tmp_path: Path) -> None:
@@ -331,8 +331,8 @@ def test_the_start_of_any_stage_is_computed_from_the_first_on(tmp_path: Path) ->
         return [cohort]
 
     first = first_start(job)
-    second = next_start(job, first, [cohort])
-    third = next_start(job, second, [cohort])
+    second = next_start(job, 2, first, [cohort])
+    third = next_start(job, 3, second, [cohort])
     assert [start_of(job, stage, cohorts).digest for stage in (1, 2, 3)] == [first.digest, second.digest, third.digest]
     assert asked == [(1, first.digest), (1, first.digest), (2, second.digest)]
 
@@ -341,7 +341,7 @@ def test_a_manifest_names_where_its_stage_started(tmp_path: Path) -> None:
     job, cohort = whole(tmp_path)
     combined = combine(job, [cohort])
     assert manifest(job, 1, [cohort], combined)["start"] == {"digest": job.plan.adapter.digest, "cohorts": []}
-    second = next_start(job, first_start(job), [cohort])
+    second = next_start(job, 2, first_start(job), [cohort])
     found = manifest(job, 2, [cohort], combined, second.digest, second.cohorts)
     assert (found["stage"], found["stages"]) == (2, 1)
     assert found["start"] == {

@@ -169,7 +169,7 @@ def test_a_damaged_start_is_noticed_and_computed_again_once_it_is_gone(world: On
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(UserError, match=r"expected the adapter .*, found another"):
+    with pytest.raises(UserError, match=r"expected the start .*, found another"):
         start_of(world.site(0), world.daemons[0].client, world.job, 2)
     for path in place.iterdir():
         path.unlink()

@@ -18,9 +18,7 @@ from coordinator.report import report
 from participant.records import Spent
 from privacy.audit import audit_release
 from privacy.errors import ProtocolError, Refusal, UserError
-from privacy.job import Job
 from privacy.outcome import is_certified
-from privacy.plan import parse_plan
 from privacy.secagg.messages import Offer
 from tests.on_disk import OnDisk
 from tests.staged import assert_released, manifest, released, run_stage, staged
@@ -264,35 +262,6 @@ def test_an_auditor_needs_the_stages_before_and_believes_none_of_them(world: OnD
     directory.rename(directory.with_name("stage-3"))
     with pytest.raises(UserError, match="expected a directory named stage-K, K from 1 to 2"):
         audit_release(directory.with_name("stage-3"), pin)
-
-
-# --- plans ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stages", [1, 16])
-def test_a_plan_has_one_to_sixteen_stages(stages: int) -> None:
-    assert parse_plan(staged(stages)).plan.stages == stages
-
-
-@pytest.mark.parametrize("stages", [0, 17])
-def test_another_number_of_stages_is_refused(stages: int) -> None:
-    with pytest.raises(UserError, match="'stages'"):
-        parse_plan(staged(stages))
-
-
-def test_several_stages_demand_the_divided_audit() -> None:
-    for audit in (b"spot", b"none"):
-        raw = staged(2).replace(b"bits = 24", b'bits = 24\naudit = "%s"' % audit)
-        with pytest.raises(UserError, match=f'expected "divided" with 2 stages, found "{audit.decode()}"'):
-            parse_plan(raw)
-        parse_plan(raw.replace(b"stages = 2", b"stages = 1"))
-
-
-def test_a_job_has_as_many_trainings_as_stages_are_left(tmp_path: Path) -> None:
-    world = OnDisk(tmp_path, plan=staged(3))
-    job: Job = world.job
-    assert [job.plan.trainings_from(stage) for stage in (1, 2, 3)] == [3, 2, 1]
-    assert isinstance(world.engine.start(world.digest, 1), bytes)
 
 
 def test_an_offer_of_the_second_stage_names_its_start(world: OnDisk) -> None:

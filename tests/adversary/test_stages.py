@@ -232,6 +232,28 @@ def test_a_delta_of_the_second_stage_is_spent_whatever_start_the_coordinator_nam
         offered(world, header)
 
 
+def test_a_delta_that_was_trained_from_another_start_is_neither_masked_nor_trained_again(trained: OnDisk) -> None:
+    """Files of a backup beside records that are newer: what lies here is not what this stage is about."""
+    world, site = trained, trained.site(0)
+    header = world.job.header(2, 1, world.engine.start(world.digest, 2))
+    start = start_of(site, world.daemons[0].client, world.job, 2)
+    for other in ("9" * 64, ""):
+        kept = site.store.trained("toy", 2)
+        assert kept is not None
+        site.store.keep_trained("toy", 2, world.vector_of(0, 2), replace(kept, start=other))
+        with pytest.raises(Refusal, match="the delta of stage 2 that lies here was trained from another start adapter"):
+            offered(world, header)
+    world.restart(0)
+    world.put_vector(0, world.vector_of(0, 2), stage=2)
+    world.ready()
+    world.run(phases.Signing)
+    kept = site.store.trained("toy", 2)
+    assert kept is not None
+    site.store.keep_trained("toy", 2, world.vector_of(0, 2), replace(kept, start="9" * 64))
+    with pytest.raises(Refusal, match="the delta of plan 'toy' is spent under another start adapter"):
+        prepare(world.site(0), world.job, 2, None, start)
+
+
 def test_another_plan_file_of_the_name_does_not_free_a_spent_stage(trained: OnDisk) -> None:
     world = trained
     world.ready()

@@ -1,0 +1,191 @@
+"""How each arm is measured; everything that aggregates goes through :mod:`evidence.rounds`."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evidence.arms import CLIP
+from evidence.bases import base_of
+from evidence.bench import Bench, corpus_of
+from evidence.cells import Cell, digest_of
+from evidence.rounds import Aggregated, Contribution, plain_mean, rounding_bound, secure_round
+from evidence.scoring import update_size
+from evidence.tls import federate, largest_difference
+from participant.analytic import collect, frequent
+from privacy.adapter import Tensors
+from privacy.methods import vector_size
+from privacy.plan import Plan, PlanFile
+from privacy.secagg.quantize import quantizer_for
+
+
+def bench_of(cell: Cell, out: Path) -> Bench:
+    """What the cell works with."""
+    about = (cell, corpus_of(cell.corpus), base_of(cell.weights, out), out)
+    return Bench(*about)
+
+
+def measure(cell: Cell, out: Path) -> dict[str, Any]:
+    """Measure one cell; the result as JSON.
+
+    Raises:
+        UserError: a package is missing, or training diverged.
+    """
+    bench = bench_of(cell, out)
+    began, spent = time.monotonic(), time.process_time()
+    kinds: dict[str, Callable[[Bench], dict[str, Any]]] = {
+        "base": _base,
+        "alone": _alone,
+        "pooled": _pooled,
+        "rounds": _rounds,
+        "analytic": _analytic,
+        "tls": _tls,
+    }
+    result = kinds[bench.arm.kind](bench)
+    about = {"corpus_digest": bench.corpus.digest, "cpu_s": time.process_time() - spent}
+    return result | about | {"wall_s": time.monotonic() - began}
+
+
+def _base(bench: Bench) -> dict[str, Any]:
+    plan = bench.plan().plan
+    return bench.judge(plan, bench.start(plan))
+
+
+def _pooled(bench: Bench) -> dict[str, Any]:
+    plan = bench.plan(epochs=bench.cell.epochs).plan
+    start = bench.start(plan)
+    found = bench.train(plan, start, bench.corpus.train)
+    tensors = bench.merge(plan, start, found.delta)
+    return bench.judge(plan, tensors) | {"tau": update_size(plan, bench.base, start, tensors)}
+
+
+def trained_sites(bench: Bench, plan: PlanFile, start: Tensors, round_number: int) -> list[Contribution]:
+    """Every site's training of one round; what was trained before a kill, or for another arm, is not trained again."""
+    c = bench.cell
+    before = hashlib.sha256(b"".join(start[name].tobytes() for name in sorted(start))).hexdigest()
+    about = {"split": c.split, "seed": c.seed, "sites": c.sites, "corpus": bench.corpus.digest, "start": before}
+    key = digest_of(about | {"training": training_part(plan.plan)})
+    place = bench.out / "local" / (key if round_number == 1 else f"later-{c.digest}-{round_number}-{key}")
+    place.mkdir(parents=True, exist_ok=True)
+    found = []
+    for site, examples in enumerate(bench.parts):
+        path = place / f"site-{site}.npz"
+        if not path.exists():
+            result = bench.train(plan.plan, start, examples)
+            staging = path.with_suffix(f".{time.time_ns()}.tmp.npz")
+            np.savez(staging, delta=result.delta, about=np.array([result.examples, result.loss]))
+            staging.replace(path)
+        kept = np.load(path)
+        found.append(Contribution(kept["delta"], int(kept["about"][0]), float(kept["about"][1])))
+    return found
+
+
+def training_part(plan: Plan) -> dict[str, Any]:
+    """What a site's training and its vector depend on in a plan; how the mean is taken and applied is none of it."""
+    whole = plan.model_dump(mode="json")
+    method = {key: whole["aggregation"][key] for key in ("method", "regmean", "core")}
+    return {key: whole[key] for key in ("base", "adapter", "data", "training")} | method | {"clip": plan.round.clip}
+
+
+def _forget_later_rounds(bench: Bench) -> None:
+    for place in (bench.out / "local").glob(f"later-{bench.cell.digest}-*"):
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _alone(bench: Bench) -> dict[str, Any]:
+    """Each site with its own records only: the means over the sites."""
+    plan = bench.plan(epochs=bench.cell.epochs)
+    start = bench.start(plan.plan)
+    found = []
+    for one in trained_sites(bench, plan, start, 1):
+        tensors = bench.alone(plan.plan, start, one.delta)
+        found.append(bench.judge(plan.plan, tensors))
+    accuracies = [one["accuracy"] for one in found]
+    return {
+        "accuracy": float(np.mean(accuracies)),
+        "loss": float(np.mean([one["loss"] for one in found])),
+        "right": np.mean([one["right"] for one in found], axis=0).tolist(),
+        "by_site": accuracies,
+    }
+
+
+def _rounds(bench: Bench) -> dict[str, Any]:
+    arm, cell = bench.arm, bench.cell
+    assert cell.epochs % arm.rounds == 0, "the epochs are shared out evenly"
+    start = tensors = bench.start(bench.plan().plan)
+    rounds: list[dict[str, Any]] = []
+    for number in range(1, arm.rounds + 1):
+        plan = bench.plan(number, cell.epochs // arm.rounds)
+        contributions = trained_sites(bench, plan, tensors, number)
+        before = tensors
+        found = secure_round(plan, contributions, before, bench.out / "scratch", bench.factors_directory)
+        tensors = found.tensors
+        sites = [bench.alone(plan.plan, before, c.delta) for c in contributions]
+        rounds.append(_facts(found) | {"tau_sites": _mean_tau(bench, plan, before, sites)})
+    clear = bench.merge(plan.plan, before, found.plain.astype(np.float32))
+    result, in_clear = bench.judge(plan.plan, tensors), bench.judge(plan.plan, clear)
+    _forget_later_rounds(bench)
+    return result | {
+        "rounds": rounds,
+        "tau": update_size(plan.plan, bench.base, start, tensors),
+        "clear": {
+            "accuracy": in_clear["accuracy"],
+            "loss": in_clear["loss"],
+            "other_answers": sum(
+                a != b for a, b in zip(in_clear.get("right", ()), result.get("right", ()), strict=True)
+            ),
+        },
+    }
+
+
+def _tls(bench: Bench) -> dict[str, Any]:
+    """Daemons over TLS; beside it the mean in the clear of what the same sites trained in this process."""
+    plan = bench.plan(epochs=bench.cell.epochs)
+    start = bench.start(plan.plan)
+    (bench.out / "scratch").mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=bench.out / "scratch") as place:
+        tensors, facts = federate(Path(place) / "tls", plan, bench.base, bench.parts)
+    contributions = trained_sites(bench, plan, start, 1)
+    mean = plain_mean(contributions, [c.examples for c in contributions], CLIP)
+    clear = bench.merge(plan.plan, start, mean.astype(np.float32))
+    quantizer = quantizer_for(plan.plan, vector_size(plan.plan))
+    bound = rounding_bound(quantizer, len(contributions), sum(c.examples for c in contributions))
+    difference = largest_difference(tensors, clear)
+    assert facts["secure_is_plain"], "the unmasked total is not the plain sum"
+    assert difference <= bound, (difference, bound)
+    clipped = float(np.mean([np.mean(np.abs(c.delta) > CLIP) for c in contributions]))
+    one = facts | {"difference": difference, "tolerance": bound, "clipped": clipped}
+    sites = [bench.alone(plan.plan, start, c.delta) for c in contributions]
+    result = bench.judge(plan.plan, tensors)
+    return result | {"rounds": [one | {"tau_sites": _mean_tau(bench, plan, start, sites)}]}
+
+
+def _mean_tau(bench: Bench, plan: PlanFile, start: Tensors, sites: Sequence[Tensors]) -> dict[str, float]:
+    found = [update_size(plan.plan, bench.base, start, tensors) for tensors in sites]
+    return {key: float(np.mean([one[key] for one in found])) for key in found[0]}
+
+
+def _facts(found: Aggregated) -> dict[str, Any]:
+    names = ("facts", "difference", "tolerance", "clipped", "coordinates", "sent", "received")
+    return {name: value for name, value in asdict(found).items() if name in names}
+
+
+def _analytic(bench: Bench) -> dict[str, Any]:
+    plan = bench.plan()
+    start = bench.start(plan.plan)
+    contributions = []
+    for examples in bench.parts:
+        kept = frequent(examples, plan.plan, 1)
+        found = collect(plan=plan.plan, base=bench.base, start=start, examples=kept, device="cpu", threads=1)
+        contributions.append(Contribution(found.delta, found.examples, found.loss))
+    aggregated = secure_round(plan, contributions, start, bench.out / "scratch", bench.factors_directory)
+    result = bench.judge(plan.plan, aggregated.tensors)
+    return result | {"rounds": [_facts(aggregated)]}

@@ -1,0 +1,97 @@
+"""Plots of the report, as SVG files that do not change while the results do not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed, nor looked for
+
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+from evidence.arms import ARMS
+from evidence.bars import DESKS
+from evidence.results import Results, Where
+from evidence.stats import difference, mean_accuracy
+
+matplotlib.rcParams["svg.hashsalt"] = "veilsum"  # identifiers in the file do not come from chance
+COLOURS = {"base": "#c9d1d9", "analytic": "#8b949e", "pooled": "#2da44e", "alone": "#d4a72c", "rounds": "#1f6feb"}
+
+
+def draw(out: Path, results: Results) -> list[Path]:
+    """Draw what there are results for; the files, below ``out``."""
+    groups: dict[tuple[str, str], list[Where]] = {}
+    for where in results.places:
+        if where == DESKS:
+            continue
+        groups.setdefault(where[:2], []).append(where)
+    found = [_accuracies(out, results, places) for places in groups.values()]
+    gaps = _gaps(out, results)
+    return [*found, *([gaps] if gaps else [])]
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+    return path
+
+
+def _accuracies(out: Path, results: Results, places: Sequence[Where]) -> Path:
+    """Accuracy by split, a bar for each arm, with its interval."""
+    corpus, weights, _ = places[0]
+    arms = [arm for arm in ARMS if any(results.of(arm, where) for where in places)]
+    figure, axes = pyplot.subplots(figsize=(3 + 2.4 * len(places), 4), layout="constrained")
+    width = 0.85 / max(1, len(arms))
+    for position, arm in enumerate(arms):
+        means = [(i, mean_accuracy(results.answers(arm, where))) for i, where in enumerate(places)]
+        known = [(i, mean) for i, mean in means if mean is not None]
+        colour = COLOURS[ARMS[arm].kind] if ARMS[arm].rounds != 1 else "#54aeff"
+        axes.bar(
+            [i + (position - (len(arms) - 1) / 2) * width for i, _ in known],
+            [mean.value for _, mean in known],
+            width * 0.92,
+            yerr=[[m.value - m.low for _, m in known], [m.high - m.value for _, m in known]],
+            label=arm,
+            color=COLOURS["alone"] if ARMS[arm].kind == "alone" else colour,
+            error_kw={"linewidth": 0.8},
+        )
+    axes.set_xticks(range(len(places)), [split for _, _, split in places])
+    axes.set_ylim(0, 1)
+    axes.set_ylabel("accuracy on the test records")
+    axes.set_title(f"{corpus}, {weights} weights")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    return _save(figure, out / f"accuracy-{corpus}-{weights}.svg")
+
+
+def _gaps(out: Path, results: Results) -> Path | None:
+    """tau of a site against what one round loses; None without a pair of arms."""
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    drawn = 0
+    for where in results.places:
+        for arm, about in ARMS.items():
+            if where == DESKS:
+                continue  # losses, not points
+            multi = f"multi-{about.method}"
+            if about.kind != "rounds" or about.rounds != 1 or multi not in ARMS:
+                continue
+            gap = difference(results.answers(multi, where), results.answers(arm, where))
+            taus = [r["rounds"][0]["tau_sites"]["adapted"] for r in results.of(arm, where).values()]
+            if gap is None or not taus:
+                continue
+            drawn += 1
+            colour = "#1f6feb" if where[1] == "pretrained" else "#cf222e"
+            tau, p = sum(taus) / len(taus), gap.scaled(100)
+            axes.errorbar(tau, p.value, yerr=[[p.value - p.low], [p.high - p.value]], marker="o", color=colour)
+            axes.annotate(f"{where[0]} {where[2]} {about.method}", (tau, p.value), fontsize=6)
+    axes.set_xlabel("tau of a site in one round (blue: pretrained, red: random weights)")
+    axes.set_ylabel("multi-round minus one-shot, points")
+    axes.axhline(0, color="#8b949e", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not drawn:
+        pyplot.close(figure)
+        return None
+    return _save(figure, out / "tau-and-gap.svg")
