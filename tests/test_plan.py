@@ -187,7 +187,8 @@ def test_several_stages_demand_the_divided_audit(audit: str) -> None:
 
 
 def test_an_analytic_head_has_one_stage() -> None:
-    head = '[aggregation]\nhead = "analytic"\n[aggregation.analytic]\nridge = 0.1\nfeature_clip = 1.0\nmin_class_count = 2\n'
+    head = '[aggregation]\nhead = "analytic"\n[aggregation.analytic]\nridge = 0.1\n'
+    head += "feature_clip = 1.0\nmin_class_count = 2\n"
     text = PLAN.replace("[round]", head + "[round]").replace("rank = 8", 'rank = 8\ntrain = "head"')
     text = text.replace('"classifier.bias" = [5]', '"classifier.weight" = [2, 384]')
     parse_plan(staged(1, text).encode())
