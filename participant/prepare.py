@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ log = structlog.get_logger()
 
 Progress = Callable[[int, int, float], None]
 PLAIN_VECTOR = "plain-vector.npy"
+ROUNDING_LABEL = b"veilsum/1/rounding\0"
 
 
 def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None, later: Start | None = None) -> Trained:
@@ -196,13 +198,22 @@ def _keep(site: Site, job: Job, stage: int, delta: NDArray[np.float32], trained:
         log.warning("clipping", plan=job.plan.name, share=round(clipped, 4), clip=clip)
     extras = {"weight": trained.weight, "loss": weighted_loss(trained.loss, trained.weight)}
     try:
-        tiles = job.quantizer.tiles(delta, trained.weight, extras)
+        tiles = job.quantizer.tiles(delta, trained.weight, extras, lambda size: _rounding_key(site, job, stage)[:size])
     except ValueError as error:
         raise UserError(f"plan '{job.plan.name}': {error}", hint="a lower learning rate may help") from error
     site.store.keep_trained(job.plan.name, stage, tiles, trained)
     if site.home.settings.keep_plain_vector:
         kept = site.store.quantised(job.plan.name, stage)
         np.save(kept.path.with_name(PLAIN_VECTOR), np.memmap(kept.path, "<i4", "r"))
+
+
+def _rounding_key(site: Site, job: Job, stage: int) -> bytes:
+    """Key of the numbers that round this site's vector up or down: the same training gives the same release.
+
+    It may be public, since it hides nothing: what is rounded is either not private, or has its noise already. Each
+    member has its own, so that rounding errors of members do not add up.
+    """
+    return hashlib.sha256(ROUNDING_LABEL + job.plan_file.digest + bytes([stage, site.me])).digest()
 
 
 def kept_vector(site: Site, job: Job, stage: int) -> Quantised:

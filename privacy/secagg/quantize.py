@@ -95,7 +95,7 @@ class Quantizer:
         extras: Mapping[str, int],
         rand: Callable[[int], bytes] = urandom,
     ) -> Iterator[NDArray[np.int32]]:
-        """q = floor(Qmax / clip * w / W_max * clipped delta + u), u uniform in [0, 1) from AES-CTR under a fresh key.
+        """q = floor(Qmax / clip * w / W_max * clipped delta + u), u uniform in [0, 1) from AES-CTR under rand(32).
 
         Args:
             delta: (d,) float32.
