@@ -79,13 +79,22 @@ def trained_sites(bench: Bench, plan: PlanFile, start: Tensors, round_number: in
     for site, examples in enumerate(bench.parts):
         path = place / f"site-{site}.npz"
         if not path.exists():
-            result = bench.train(plan.plan, start, examples)
+            result = bench.train(uncounted(plan.plan), start, examples)
             staging = path.with_suffix(f".{time.time_ns()}.tmp.npz")
             np.savez(staging, delta=result.delta, about=np.array([result.examples, result.loss]))
             staging.replace(path)
         kept = np.load(path)
-        found.append(Contribution(kept["delta"], int(kept["about"][0]), float(kept["about"][1])))
+        vector = bench.vector(plan.plan, kept["delta"], examples)
+        found.append(Contribution(vector, int(kept["about"][0]), float(kept["about"][1])))
     return found
+
+
+def uncounted(plan: Plan) -> Plan:
+    """The plan without a counted head, which changes what is sent and not what is trained."""
+    if plan.aggregation.counted is None:
+        return plan
+    aggregation = plan.aggregation.model_copy(update={"head": "trained", "counted": None})
+    return plan.model_copy(update={"aggregation": aggregation})
 
 
 def training_part(plan: Plan) -> dict[str, Any]:

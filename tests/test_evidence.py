@@ -205,6 +205,9 @@ def test_the_same_cell_gives_the_same_numbers_and_trains_no_site_twice(
     assert twice["rounds"][0]["tau_sites"] == first["rounds"][0]["tau_sites"]
     even = measure.measure(toy_cell("one-uniform", seed=5), toy_out)
     assert even["tau"]["adapted"] == pytest.approx(first["tau"]["adapted"], rel=0.2)
+    counted = measure.measure(toy_cell("one-counted", seed=5), toy_out)
+    assert counted["rounds"][0]["coordinates"] == first["rounds"][0]["coordinates"] + 3, "the shares of three classes"
+    assert counted["rounds"][0]["tau_sites"] == pytest.approx(first["rounds"][0]["tau_sites"])
     alone = measure.measure(toy_cell("alone", seed=5), toy_out)
     assert trained == []
     assert len(alone["by_site"]) == 5
