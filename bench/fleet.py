@@ -55,7 +55,7 @@ plans = ["*"]
 """
 
 PLAN = """name = "{name}"
-task = "classification"
+task = "generation"
 [base]
 name = "none"
 digest = "{zero}"
@@ -68,8 +68,10 @@ digest = "{digest}"
 {modules}
 [data]
 dataset = "none"
-labels = ["a", "b"]
+[generation]
+template = "none"
 [training]
+loss = "cross_entropy"
 epochs = 1
 learning_rate = 0.001
 batch_size = 4

@@ -111,8 +111,9 @@ def status(directory: Directory = HERE, as_json: AsJson = False) -> None:
         typer.echo("no plans yet; offer one: veilsum-coordinator plan submit FILE")
     for plan in found["plans"]:
         reason = f": {plan['reason']}" if plan["reason"] else ""
+        stage = f"stage {plan['stage']} of {plan['stages']}, " if plan["stages"] > 1 else ""
         typer.echo(
-            f"{plan['plan']}: {plan['state']}{reason}; ready {len(plan['ready'])}, "
+            f"{plan['plan']}: {plan['state']}{reason}; {stage}ready {len(plan['ready'])}, "
             f"released {len(plan['released'])} of {plan['members']} members"
         )
 
@@ -130,8 +131,13 @@ def show(
         typer.echo(json.dumps(found))
         return
     typer.echo(f"{found['plan']}: {found['state']}" + (f": {found['reason']}" if found["reason"] else ""))
+    for stage in found["history"] if found["stages"] > 1 else ():
+        over = "closed" if stage["closed"] else "open"
+        typer.echo(f"  stage {stage['stage']} of {found['stages']}: {over}, starts at {stage['start'][:16]}…")
+        typer.echo(f"    in its release: {', '.join(stage['released']) or 'nobody yet'}")
     for row in found["rounds"]:
-        line = f"  round {row['round']}: {row['state']}, {row['phase']}, {len(row['receipts'])} uploads"
+        stage = f"stage {row['stage']}, " if found["stages"] > 1 else ""
+        line = f"  {stage}round {row['round']}: {row['state']}, {row['phase']}, {len(row['receipts'])} uploads"
         if row["state"] == "running" and row["waiting_for"]:
             line += f", waits {row['seconds_left']} s for {', '.join(row['waiting_for'])}"
         if row["phase"] == "publishing":
@@ -140,7 +146,21 @@ def show(
         for entry in row["named"]:
             typer.echo(f"    proven cheat: {entry['member']} ({entry['kind']})")
     if found["release"]:
+        for line in _judged(found["release"].get("evaluation")):
+            typer.echo(line)
         typer.echo(f"  adapter: {found['release']['adapter']}")
+
+
+def _judged(evaluation: dict[str, Any] | None) -> list[str]:
+    """What the held-out records of all sites together say of each candidate."""
+    if evaluation is None:
+        return []
+    lines = []
+    for one in evaluation["candidates"]:
+        right = f"{one['correct']} of {one['records']} right ({one['accuracy']:.3f})"
+        elected = " (elected)" if one["candidate"] == evaluation["elected"] else ""
+        lines.append(f"  {one['candidate']}: {right}, loss {one['loss']:.4f}{elected}")
+    return lines
 
 
 @app.command()

@@ -19,11 +19,12 @@ from coordinator.publish import CohortTotal
 from coordinator.round import CoordinatorRound
 from coordinator.running import Running, keep_accusations, phase_seconds, replay
 from coordinator.space import missing_space
-from coordinator.stage import next_cohort
-from coordinator.store import Event, PlanRow, RoundRow, Store
+from coordinator.stage import is_over, next_cohort
+from coordinator.store import Event, PlanRow, RoundRow, StageRow, Store
 from privacy.encoding import decode, encode
 from privacy.errors import Refusal, UserError, VeilsumError
 from privacy.job import Job
+from privacy.outcome import is_certified
 from privacy.plan import parse_plan
 from privacy.roster import RosterFile, load_roster
 from privacy.secagg.dialogue import FromMember, ToMember
@@ -32,7 +33,7 @@ from privacy.vectors import read_block
 
 log = structlog.get_logger()
 
-#: A stage whose rounds failed this often is given up.
+#: A stage whose rounds failed this often is given up, if it has no release; else its rounds become rare.
 ATTEMPTS = 6
 
 
@@ -45,8 +46,8 @@ class Engine:
         self.lock = threading.RLock()
         self.jobs: dict[bytes, Job] = {}
         self.rounds: dict[bytes, Running] = {}
-        #: Why no round of a plan can open for now: bytes missing on the disk.
-        self.no_space: dict[bytes, str] = {}
+        #: Why no round of a plan can open for now: bytes missing on the disk, or too many failures.
+        self.held: dict[bytes, str] = {}
         #: Called whenever a member may have something new to hear.
         self.changed: Callable[[], None] = lambda: None
         for plan in store.plans():
@@ -97,13 +98,15 @@ class Engine:
     def ready(self, digest: bytes, stage: int, member: int) -> tuple[int, int]:
         """A member's delta is trained; (members ready, members of the roster)."""
         _, job = self.open_plan(digest)
-        if stage != 1:
-            raise Refusal(f"expected stage 1 of plan '{job.plan.name}', found {stage}")
         with self.lock:
+            now = self.stage(digest)
+            if stage != now or stage + 1 in self.store.stages(digest):
+                closed = ", which is closed" if stage <= now else ""
+                raise Refusal(f"expected stage {now} of plan '{job.plan.name}', found {stage}{closed}")
             if member in self.done(digest, stage):
                 raise Refusal(f"'{job.roster.name(member)}' is in a release of this stage already")
             self.store.set_ready(digest, stage, member, self.clock())
-            self._open_round(digest, stage)
+            self._go_on(digest)
             return len(self.store.ready(digest, stage)), len(job.roster.members)
 
     def done(self, digest: bytes, stage: int) -> set[int]:
@@ -112,11 +115,12 @@ class Engine:
         return {m for phase in found if isinstance(phase, phases.HasTotal) for m in phase.closed.survivors}
 
     def released(self, digest: bytes, stage: int) -> list[CohortTotal]:
-        """The released rounds of a stage, in order."""
-        found = []
+        """The released rounds of a stage, in order; of a closed one those that the next stage starts from."""
+        found, following = [], self.store.stages(digest).get(stage + 1)
+        fixed = {round_id for round_id, _ in following.cohorts} if following else None
         for running in self.stage_rounds(digest, stage):
             phase = running.machine.phase
-            if isinstance(phase, phases.HasTotal):
+            if isinstance(phase, phases.HasTotal) and (fixed is None or running.row.id in fixed):
                 row = running.row
                 shares = phase.shares if not isinstance(phase, phases.Confirming) else {}
                 usable = len(shares) == len(phase.closed.survivors) and not running.refuted
@@ -198,6 +202,61 @@ class Engine:
             self._restore(running.row)
             raise
 
+    # --- stages ------------------------------------------------------------------------------------------------------
+
+    def stage(self, digest: bytes) -> int:
+        """The stage that members work on: the last one whose start is computed."""
+        return max((n for n, row in self.store.stages(digest).items() if row.start is not None), default=1)
+
+    def start(self, digest: bytes, stage: int) -> bytes:
+        """Digest of the adapter that a stage starts from, one that :meth:`stage` has reached."""
+        row = self.store.stages(digest).get(stage)
+        return bytes.fromhex(self.jobs[digest].plan.adapter.digest) if row is None or row.start is None else row.start
+
+    def beginning(self) -> tuple[bytes, StageRow] | None:
+        """A stage whose start is still to be computed, with the digest of its plan."""
+        with self.lock:
+            for plan in self.store.plans():
+                for row in self.store.stages(plan.digest).values():
+                    if row.start is None and plan.state in ("open", "released"):
+                        return plan.digest, row
+        return None
+
+    def begin_stage(self, digest: bytes, stage: int, start: bytes) -> None:
+        """The start of a stage is computed, and the release before it is final: members may hear of it."""
+        with self.lock:
+            self.store.set_start(digest, stage, start)
+            self.held[digest] = ""
+        log.info("stage begun", plan=self.jobs[digest].plan.name, stage=stage, start=start.hex()[:16])
+        self.changed()
+
+    def _go_on(self, digest: bytes) -> None:
+        """Close the stage that is over, or open its next round."""
+        stage = self.stage(digest)
+        if stage + 1 not in self.store.stages(digest) and not self._close_stage(digest, stage):
+            self._open_round(digest, stage)
+
+    def _close_stage(self, digest: bytes, stage: int) -> bool:
+        """Close a stage for good if another follows, it is over and none of its rounds is; fixes what that starts from.
+
+        A total without an outcome certificate is left out, here and in the release: no site would start from it.
+        """
+        job, rounds = self.jobs[digest], self.stage_rounds(digest, stage)
+        if stage == job.plan.last or any(
+            not isinstance(r.machine.phase, phases.Released | phases.Aborted) for r in rounds
+        ):
+            return False
+        now, done, first = self.clock(), self.done(digest, stage), self.store.first_release(digest, stage)
+        if not is_over(len(done), len(job.roster.members), first, now, job.plan.deadlines.stage_s):
+            return False
+        certified = [c for c in self.released(digest, stage) if is_certified(job, c.evidence.votes)]
+        self.held[digest] = "" if certified else f"no total of stage {stage} is certified: stage {stage + 1} must wait"
+        if certified:
+            cohorts = tuple((c.round_id, c.outcome.total) for c in certified)
+            self.store.open_stage(digest, StageRow(stage + 1, now, cohorts))
+            log.info("stage closed", plan=job.plan.name, stage=stage, rounds=[c.number for c in certified])
+        return bool(certified)
+
     # --- rounds ------------------------------------------------------------------------------------------------------
 
     def _open_round(self, digest: bytes, stage: int) -> None:
@@ -205,26 +264,41 @@ class Engine:
         job, rounds = self.jobs[digest], self.stage_rounds(digest, stage)
         if any(r.row.state == "running" for r in rounds):
             return
-        aborted = [r for r in rounds if r.row.state == "aborted"]
-        if len(aborted) >= ATTEMPTS:
-            self.store.set_plan_state(
-                digest, "aborted", f"{len(aborted)} rounds failed, the last: {aborted[-1].row.reason}"
-            )
+        if self._has_failed_too_often(digest, rounds):
             return
         proofs = self._eligible(digest, stage, [r.machine for r in rounds])
         cohort = self._cohort(digest, stage, [r.machine for r in rounds], proofs)
         if cohort is None:
             return
-        self.no_space[digest] = missing_space(job, len(cohort), self.store.directory)
-        if self.no_space[digest]:
+        self.held[digest] = missing_space(job.at(stage), len(cohort), self.store.directory)
+        if self.held[digest]:
             return
         number = max((r.row.number for r in rounds), default=0) + 1
-        header = job.header(stage, number, bytes.fromhex(job.plan.adapter.digest))
+        header = job.header(stage, number, self.start(digest, stage))
         row = RoundRow(header.hash(), digest, stage, number, encode(header), cohort, self.clock(), "running", "", None)
         table = OfferTable(tuple(OfferEntry(m, proofs[m]) for m in cohort))
         self.store.add_round(row, Event("proofs", encode(table)))
         self._restore(row)
         self.rounds[row.id].log.info("round opened", members=[job.roster.name(m) for m in cohort])
+
+    def _has_failed_too_often(self, digest: bytes, rounds: list[Running]) -> bool:
+        """Give a plan up that has no release; one that has stays released, and its next round waits as long as a join.
+
+        Late sites may go on failing for as long as they like: that takes nothing from who is in the release, and
+        closes no door to who comes later.
+        """
+        last = max((r.row.number for r in rounds if r.row.state == "released"), default=0)
+        failed = [r.row for r in rounds if r.row.state == "aborted" and r.row.number > last]
+        if len(failed) < ATTEMPTS:
+            return False
+        if any(p.state == "open" for p in self.store.plans() if p.digest == digest):
+            reason = f"{len(failed)} rounds failed, the last: {failed[-1].reason}"
+            self.store.set_plan_state(digest, "aborted", reason)
+            return True
+        waits = self.clock() < failed[-1].opened + self.jobs[digest].plan.deadlines.join_s
+        text = f"{len(failed)} rounds failed since the last release, the last: {failed[-1].reason}"
+        self.held[digest] = text if waits else ""
+        return waits
 
     def _eligible(
         self, digest: bytes, stage: int, earlier: list[CoordinatorRound]
@@ -248,7 +322,7 @@ class Engine:
 
     def _restore(self, row: RoundRow) -> None:
         """Build a round's machine from its stored events."""
-        job = self.jobs[row.plan]
+        job = self.jobs[row.plan].at(row.stage)
         events = list(self.store.events(row.id))
         tables = [decode(OfferTable, e.payload) for e in events if e.kind == "proofs"]
         proofs = {entry.member: entry.proofs for table in tables for entry in table.entries}
@@ -316,6 +390,6 @@ class Engine:
                     self.changed()
             for plan in self.store.plans():
                 if plan.state in ("open", "released"):
-                    self._open_round(plan.digest, 1)
+                    self._go_on(plan.digest)
         self.store.flush_traffic()
         return False

@@ -14,18 +14,19 @@ import hashlib
 import json
 import secrets
 import shutil
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from privacy.adapter import save_peft, start_digest
+from privacy.adapter import save_peft
 from privacy.encoding import encode
 from privacy.evidence import TOTAL_FILE, write_evidence
 from privacy.factors import FACTORS, keep_factors
 from privacy.files import disk_errors, fsync_file, replace_durably, write_durably
 from privacy.job import Job
-from privacy.outcome import Facts, combine, manifest, verify_cohort
+from privacy.outcome import Facts, VerifiedCohort, manifest, verify_cohort
 from privacy.secagg.messages import Evidence, Outcome
+from privacy.stages import Start, first_start, release_of, start_of
 
 MANIFEST = "manifest.json"
 
@@ -48,8 +49,28 @@ class CohortTotal:
         return tuple(i.sender for i in self.outcome.transcript.inputs)
 
 
-def publish(job: Job, stage: int, cohorts: Sequence[CohortTotal], releases: Path, named: Sequence[Facts] = ()) -> Facts:
+def verified(job: Job, stage: int, start: Start, cohorts: Sequence[CohortTotal]) -> list[VerifiedCohort]:
+    """Each released round of a stage, verified as a member would; raises ProtocolError for one that does not hold."""
+    return [verify_cohort(job, stage, start.digest, cohort.evidence, cohort.total) for cohort in cohorts]
+
+
+def start_from(job: Job, stage: int, released: Callable[[int], Sequence[CohortTotal]]) -> Start:
+    """Where a stage starts, from the totals of the stages before on this disk; ``released`` gives those of a stage."""
+    return start_of(job, stage, lambda number, start: verified(job, number, start, released(number)))
+
+
+def publish(
+    job: Job,
+    stage: int,
+    cohorts: Sequence[CohortTotal],
+    releases: Path,
+    named: Sequence[Facts] = (),
+    start: Start | None = None,
+) -> Facts:
     """Write (or write again, with one more cohort) the release of a stage; returns its manifest.
+
+    Args:
+        start: where the stage started; without it at the plan's seed, as stage 1 does.
 
     Raises:
         ProtocolError: a garbled total; nothing is published.
@@ -57,7 +78,7 @@ def publish(job: Job, stage: int, cohorts: Sequence[CohortTotal], releases: Path
     """
     directory = _directory(job, stage, releases)
     with disk_errors(directory):
-        return _publish(job, stage, cohorts, directory, named)
+        return _publish(job, stage, cohorts, directory, named, start or first_start(job))
 
 
 def _directory(job: Job, stage: int, releases: Path) -> Path:
@@ -69,10 +90,11 @@ def withdraw(job: Job, stage: int, releases: Path) -> None:
     shutil.rmtree(_directory(job, stage, releases), ignore_errors=True)
 
 
-def _publish(job: Job, stage: int, cohorts: Sequence[CohortTotal], directory: Path, named: Sequence[Facts]) -> Facts:
-    start = start_digest(job.start_tensors())
-    verified = [verify_cohort(job, stage, start, cohort.evidence, cohort.total) for cohort in cohorts]
-    combined = combine(job, verified)
+def _publish(
+    job: Job, stage: int, cohorts: Sequence[CohortTotal], directory: Path, named: Sequence[Facts], start: Start
+) -> Facts:
+    held = verified(job, stage, start, cohorts)
+    combined = release_of(job, stage, held, start)
     for cohort in cohorts:
         evidence = directory / "rounds" / str(cohort.number)
         evidence.mkdir(parents=True, exist_ok=True)
@@ -83,7 +105,8 @@ def _publish(job: Job, stage: int, cohorts: Sequence[CohortTotal], directory: Pa
     write_durably(directory / "plan.toml", job.plan_file.raw, private=False)
     write_durably(directory / "roster.toml", job.roster_file.raw, private=False)
     save_peft(directory / "adapter", combined.tensors, adapter=job.plan.adapter, base_name=job.plan.base.name)
-    facts = manifest(job, stage, verified, combined) | {"adapter": str(directory / "adapter")}
+    facts = manifest(job, stage, held, combined, start.digest, start.cohorts)
+    facts["adapter"] = str(directory / "adapter")
     for entry, cohort in zip(facts["cohorts"], cohorts, strict=True):
         entry["id"] = cohort.round_id.hex()
         entry["joined"] = [job.roster.name(k.sender) for k in cohort.outcome.transcript.keys]

@@ -20,20 +20,26 @@ def report(engine: Engine, name: str) -> str:
         for plan in plans:
             if plan.name == name:
                 rounds = [_round(engine, r) for r in engine.rounds.values() if r.row.plan == plan.digest]
-                return json.dumps(_short(engine, plan) | {"rounds": rounds, "release": _release(engine, name)})
+                stages = [_stage(engine, plan, number) for number in range(1, engine.stage(plan.digest) + 1)]
+                released = [s["release"] for s in stages if s["release"]]
+                more = {"rounds": rounds, "history": stages, "release": released[-1] if released else None}
+                return json.dumps(_short(engine, plan) | more)
     known = ", ".join(p.name for p in plans) or "none"
     raise UserError(f"expected the name of a plan, found '{name}'; known: {known}")
 
 
 def _short(engine: Engine, plan: PlanRow) -> dict[str, object]:
     name = engine.roster.roster.name
-    done = engine.done(plan.digest, 1)
+    stage, job = engine.stage(plan.digest), engine.jobs[plan.digest]
+    done = engine.done(plan.digest, stage)
     return {
         "plan": plan.name,
         "digest": plan.digest.hex(),
         "state": plan.state,
-        "reason": plan.reason or engine.no_space.get(plan.digest, ""),
-        "ready": [name(m) for m in sorted(engine.store.ready(plan.digest, 1))],
+        "reason": plan.reason or engine.held.get(plan.digest, ""),
+        "stage": stage,
+        "stages": job.plan.last,
+        "ready": [name(m) for m in sorted(engine.store.ready(plan.digest, stage))],
         "released": [name(m) for m in sorted(done)],
         "members": len(engine.roster.roster.members),
     }
@@ -43,6 +49,7 @@ def _round(engine: Engine, running: Running) -> dict[str, object]:
     row, phase, name = running.row, running.machine.phase, engine.roster.roster.name
     traffic, receipts = engine.store.traffic(row.id), engine.store.receipts(row.id)
     found: dict[str, object] = {
+        "stage": row.stage,
         "round": row.number,
         "opened": row.opened,
         "id": row.id.hex(),
@@ -70,8 +77,21 @@ def _round(engine: Engine, running: Running) -> dict[str, object]:
     return found
 
 
-def _release(engine: Engine, plan: str) -> dict[str, object] | None:
-    manifest = engine.home.releases / plan / "stage-1" / "manifest.json"
+def _stage(engine: Engine, plan: PlanRow, number: int) -> dict[str, object]:
+    """One stage of a plan: since when, where it starts, who is in its release, and whether it is over."""
+    row = engine.store.stages(plan.digest).get(number)
+    return {
+        "stage": number,
+        "opened": plan.submitted if row is None else row.opened,
+        "start": engine.start(plan.digest, number).hex(),
+        "closed": number + 1 in engine.store.stages(plan.digest),
+        "released": [engine.roster.roster.name(m) for m in sorted(engine.done(plan.digest, number))],
+        "release": _release(engine, plan.name, number),
+    }
+
+
+def _release(engine: Engine, plan: str, stage: int) -> dict[str, object] | None:
+    manifest = engine.home.releases / plan / f"stage-{stage}" / "manifest.json"
     if not manifest.exists():
         return None
     found: dict[str, object] = json.loads(manifest.read_bytes())

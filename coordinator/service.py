@@ -156,10 +156,13 @@ class FederationService(federation_pb2_grpc.FederationServicer):
 
     async def ListPlans(self, request: pb.ListPlansRequest, context: Call) -> pb.ListPlansReply:
         await self._member(context)
-        plans = await asyncio.to_thread(self._engine.store.plans)
-        return pb.ListPlansReply(
-            plans=[pb.PlanState(toml=p.toml, state=p.state, reason=p.reason, stage=1) for p in plans]
-        )
+        engine = self._engine
+
+        def listed() -> list[pb.PlanState]:
+            found = [(p, engine.stage(p.digest)) for p in engine.store.plans()]
+            return [pb.PlanState(toml=p.toml, state=p.state, reason=p.reason, stage=stage) for p, stage in found]
+
+        return pb.ListPlansReply(plans=await asyncio.to_thread(listed))
 
     async def Ready(self, request: pb.ReadyRequest, context: Call) -> pb.ReadyReply:
         member = await self._member(context)
@@ -273,8 +276,9 @@ class FederationService(federation_pb2_grpc.FederationServicer):
 
         def listed() -> list[pb.Release]:
             with self._engine.lock:
-                cohorts = self._engine.released(request.plan, 1)
-            return [pb.Release(round=c.round_id, stage=1, evidence=to_wire(c.evidence, Evidence)) for c in cohorts]
+                cohorts = self._engine.released(request.plan, request.stage)
+            stage = request.stage
+            return [pb.Release(round=c.round_id, stage=stage, evidence=to_wire(c.evidence, Evidence)) for c in cohorts]
 
         return pb.ListReleasesReply(releases=await asyncio.to_thread(listed))
 

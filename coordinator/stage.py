@@ -1,4 +1,4 @@
-"""Cohorts of one stage: who may aggregate together, and when a cohort closes; pure.
+"""Cohorts of one stage: who may aggregate together, when a cohort opens, and when the stage is over; pure.
 
 Cohorts of one stage are disjoint. A member that has been in a released round of the stage is done with it; whoever
 becomes ready later waits for the next cohort.
@@ -37,3 +37,15 @@ def next_cohort(
     if 0 < rest < rules.min_cohort <= len(in_order) - rules.min_cohort:  # leave the rest enough for a cohort of its own
         count = len(in_order) - rules.min_cohort
     return tuple(sorted(in_order[:count]))
+
+
+def is_over(done: int, members: int, first_release: float | None, now: float, stage_s: float) -> bool:
+    """May a stage without a running round close? When everybody is in its release, or has been waited for.
+
+    Args:
+        done: members that a released round of the stage contains.
+        members: size of the roster.
+        first_release: when the first total of the stage was published; ``None`` if there is none.
+        stage_s: how long late members are waited for after that, seconds.
+    """
+    return first_release is not None and (done == members or now >= first_release + stage_s)

@@ -46,6 +46,10 @@ create table uploads (round blob not null, member integer not null, input blob n
 create table sums (round blob primary key, generation integer not null, members text not null);
 create table shards (round blob not null, first integer not null, hashes blob not null, primary key (round, first));
 """,
+    """
+create table stages (plan blob not null, stage integer not null, opened real not null, cohorts text not null,
+                     start blob, primary key (plan, stage));
+""",
 )
 
 
@@ -74,6 +78,18 @@ class RoundRow:
 
 
 @dataclass(frozen=True)
+class StageRow:
+    """A stage after the first: with this row the stage before is closed, and what is in its release is fixed."""
+
+    stage: int
+    opened: float
+    #: (round id, H(total)) of the rounds of the stage before that this one starts from.
+    cohorts: tuple[tuple[bytes, bytes], ...]
+    #: Digest of the adapter that it starts from; ``None`` until that is computed, and nobody hears of the stage.
+    start: bytes | None = None
+
+
+@dataclass(frozen=True)
 class Event:
     kind: str  # message, close, sum, publish, abort
     payload: bytes
@@ -85,6 +101,10 @@ class SumRow:
 
     generation: int
     members: frozenset[int]
+
+
+def _pairs(text: str) -> tuple[tuple[bytes, bytes], ...]:
+    return tuple((bytes.fromhex(round_id), bytes.fromhex(total)) for round_id, total in json.loads(text))
 
 
 class Store:
@@ -168,6 +188,32 @@ class Store:
 
     def set_plan_state(self, digest: bytes, state: str, reason: str = "") -> None:
         self._write("plans", "update plans set state = ?, reason = ? where digest = ?", state, reason, digest)
+
+    # --- stages ------------------------------------------------------------------------------------------------------
+
+    def open_stage(self, plan: bytes, row: StageRow) -> None:
+        """Close the stage before for good; what the new one starts from is fixed by this one row."""
+        cohorts = json.dumps([[found.hex() for found in pair] for pair in row.cohorts])
+        statement = "insert into stages values (?, ?, ?, ?, ?)"
+        self._write("stages", statement, plan, row.stage, row.opened, cohorts, row.start)
+
+    def set_start(self, plan: bytes, stage: int, digest: bytes) -> None:
+        """The start of a stage is computed: members may hear of it."""
+        self._write("stages", "update stages set start = ? where plan = ? and stage = ?", digest, plan, stage)
+
+    def stages(self, plan: bytes) -> dict[int, StageRow]:
+        """The stages of a plan after the first, by number."""
+        rows = self._read("select stage, opened, cohorts, start from stages where plan = ? order by stage", plan)
+        return {r[0]: StageRow(r[0], r[1], _pairs(r[2]), r[3]) for r in rows}
+
+    def first_release(self, plan: bytes, stage: int) -> float | None:
+        """When the first total of a stage was published."""
+        rows = self._read(
+            "select min(events.at) from events join rounds on rounds.id = events.round "
+            "where events.kind = 'publish' and rounds.plan = ? and rounds.stage = ?",
+            *(plan, stage),
+        )
+        return None if rows[0][0] is None else float(rows[0][0])
 
     # --- who is ready ----------------------------------------------------------------------------------------------
 

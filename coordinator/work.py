@@ -12,15 +12,16 @@ import structlog
 from coordinator import phases
 from coordinator.engine import Engine
 from coordinator.executor import Executor, Threads
-from coordinator.publish import CohortTotal, is_published, publish, withdraw
+from coordinator.publish import CohortTotal, is_published, publish, start_from, verified, withdraw
 from coordinator.round import outcome_of
 from coordinator.running import Running, names_in
-from coordinator.store import Event, RoundRow
+from coordinator.store import Event, StageRow
 from coordinator.unmask import fold, shard_count, unmask
 from privacy.errors import ProtocolError
 from privacy.files import DiskError
 from privacy.outcome import is_certified
 from privacy.secagg.messages import Evidence
+from privacy.stages import Start, next_start
 
 log = structlog.get_logger()
 
@@ -36,9 +37,14 @@ class Worker:
     def __init__(self, engine: Engine, executor: Executor | None = None) -> None:
         self._engine, self._store = engine, engine.store
         self._executor: Executor = executor or Threads()
+        #: Beginning a stage failed; tried again then.
+        self._begin_again = 0.0
 
     def work(self) -> bool:
-        """One piece of work, for a round that waits for it; was there any?"""
+        """One piece of work, for a round or a stage that waits for it; was there any?"""
+        return self._work_on_round() or self._work_on_stage()
+
+    def _work_on_round(self) -> bool:
         engine = self._engine
         with engine.lock:
             now = engine.clock()
@@ -79,6 +85,33 @@ class Worker:
         elif running.unfinished:
             self._finish(running)
 
+    # --- the next stage ----------------------------------------------------------------------------------------------
+
+    def _work_on_stage(self) -> bool:
+        engine = self._engine
+        waiting = engine.beginning() if engine.clock() >= self._begin_again else None
+        if waiting is None:
+            return False
+        try:
+            self._begin(*waiting)
+        except (DiskError, ProtocolError) as error:
+            log.error("stage cannot begin", plan=engine.jobs[waiting[0]].plan.name, reason=str(error))
+            engine.held[waiting[0]] = f"stage {waiting[1].stage} cannot begin: {error}"
+            self._begin_again = engine.clock() + RETRY_S
+        return True
+
+    def _begin(self, digest: bytes, row: StageRow) -> None:
+        """The release before as it stays, over the cohorts that are fixed, then the start that it gives."""
+        job, before = self._engine.jobs[digest], row.stage - 1
+        cohorts, start = self._released(digest, before), self._start(digest, before)
+        if not is_published(job, before, cohorts, self._engine.home.releases):
+            self._write_release(digest, before, cohorts)
+        found = next_start(job, row.stage, start, verified(job, before, start, cohorts))
+        self._engine.begin_stage(digest, row.stage, found.digest)
+
+    def _start(self, digest: bytes, stage: int) -> Start:
+        return start_from(self._engine.jobs[digest], stage, lambda number: self._released(digest, number))
+
     # --- the running sum ---------------------------------------------------------------------------------------------
 
     def _fold(self, running: Running, members: tuple[int, ...]) -> None:
@@ -116,7 +149,8 @@ class Worker:
         with engine.lock:
             earlier = engine.released(row.plan, row.stage)
         evidence = Evidence(outcome_of(phase, root), (), ())
-        self._write_release(row, [*earlier, CohortTotal(row.number, row.id, evidence, self._store.total(row.id))])
+        total = CohortTotal(row.number, row.id, evidence, self._store.total(row.id))
+        self._write_release(row.plan, row.stage, [*earlier, total])
         with engine.lock:
             cancelled = running.machine.phase is not phase
             if not cancelled:
@@ -126,7 +160,7 @@ class Worker:
         if not cancelled:
             running.log.info("released", survivors=len(phase.closed.survivors))
         elif earlier:
-            self._write_release(row, earlier)
+            self._write_release(row.plan, row.stage, earlier)
         else:
             withdraw(running.job, row.stage, engine.home.releases)
 
@@ -156,31 +190,32 @@ class Worker:
 
     # --- the release -------------------------------------------------------------------------------------------------
 
-    def _write_release(self, row: RoundRow, cohorts: list[CohortTotal]) -> None:
+    def _write_release(self, digest: bytes, stage: int, cohorts: list[CohortTotal]) -> None:
         engine = self._engine
         with engine.lock:
-            rounds = engine.stage_rounds(row.plan, row.stage)
+            rounds = engine.stage_rounds(digest, stage)
         names = [e for r in rounds for e in names_in(r, self._store.round_directory(r.row.id))]
-        publish(engine.jobs[row.plan], row.stage, cohorts, engine.home.releases, names)
+        publish(engine.jobs[digest], stage, cohorts, engine.home.releases, names, self._start(digest, stage))
 
-    def _released(self, row: RoundRow) -> list[CohortTotal]:
+    def _released(self, digest: bytes, stage: int) -> list[CohortTotal]:
         with self._engine.lock:
-            return self._engine.released(row.plan, row.stage)
+            return self._engine.released(digest, stage)
 
     def _write_signed(self, running: Running, cohorts: list[CohortTotal]) -> None:
         """The release with all signatures; a projection that one member made fail is left out, as if it were silent."""
         try:
-            self._write_release(running.row, cohorts)
+            self._write_release(running.row.plan, running.row.stage, cohorts)
         except ProtocolError as error:  # totals and signatures held when they came: only the projection is new
             running.log.error("projection left out", reason=str(error))
             running.refuted = True
-            self._write_release(running.row, self._released(running.row))
+            plan, stage = running.row.plan, running.row.stage
+            self._write_release(plan, stage, self._released(plan, stage))
 
     def _finish(self, running: Running) -> None:
         """Signatures that came after the release go into it; what nobody needs any more is deleted."""
         engine, phase, row = self._engine, running.machine.phase, running.row
         if isinstance(phase, phases.Released):
-            cohorts = self._released(row)
+            cohorts = self._released(row.plan, row.stage)
             if not is_published(engine.jobs[row.plan], row.stage, cohorts, engine.home.releases):
                 self._write_signed(running, cohorts)
             certified = is_certified(running.job, phase.votes.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from privacy.plan import Head, Method
+from privacy.aggregation import Head, Method
 
 #: Adapter and batches of every trained arm. The scale alpha / rank is the demo's.
 RANK, ALPHA, BATCH = 8, 48.0, 16
@@ -28,7 +28,7 @@ class Arm:
         method: how the adapter is trained and aggregated, ``aggregation.method`` of the plan.
         rounds: rounds of an arm of kind "rounds"; its local epochs are shared out evenly.
         rates: learning rates tried first on the validation records, a part of :data:`LADDER`.
-        source: arm whose learning rate, and whose sites' training, this one takes over.
+        source: arm whose learning rate this one takes over, and whose sites' training where the method is the same.
         server_lr: what the mean is multiplied by.
         site_weights: whether sites count by their number of examples, or each the same.
         head: whether it is trained, computed, or trained and averaged by the records of each class.
@@ -74,6 +74,7 @@ ARMS: dict[str, Arm] = {
     "one-x1.5": Arm("rounds", "freeze_a", 1, source="one-freeze_a", server_lr=1.5),
     "one-x2": Arm("rounds", "freeze_a", 1, source="one-freeze_a", server_lr=2.0),
     "one-core": Arm("rounds", "core", 1, HIGHEST),
+    "one-fisher": Arm("rounds", "fisher", 1, source="one-freeze_a"),
     "one-regmean": Arm("rounds", "regmean", 1, HIGH),
     "multi-freeze_a": Arm("rounds", "freeze_a", 3, HIGH),
     "multi-both": Arm("rounds", "both", 3, LOW),

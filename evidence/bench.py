@@ -119,7 +119,16 @@ class Bench:
             return delta
         shares = class_shares(examples, plan, 1)
         return vector_of(
-            plan=plan, start={}, after={}, delta=delta, cores={}, model=None, texts=(), shares=shares, forward=len
+            plan=plan,
+            start={},
+            after={},
+            delta=delta,
+            cores={},
+            model=None,
+            texts=(),
+            shares=shares,
+            squares={},
+            forward=len,
         )
 
     def judge(self, plan: Plan, adapter: Tensors) -> dict[str, Any]:

@@ -22,6 +22,7 @@ TEXT_ARMS = ("base", "pooled-freeze_a", "one-freeze_a", "multi-freeze_a")
 #: (corpus, weights, splits, arms), in the order of measuring: what the bars are about comes first.
 BLOCKS: list[tuple[str, str, tuple[str, ...], Sequence[str]]] = [
     ("bbc", "pretrained", SPLITS[:2], tuple(ARMS)),
+    ("desks", "smollm2", SPLITS[:1], TEXT_ARMS),
     ("icd", "pretrained", SPLITS[:2], tuple(ARMS)),
     ("bbc", "random", RANDOM_SPLITS, tuple(ARMS)),
     ("bbc", "pretrained", SPLITS[2:], tuple(ARMS)),
@@ -126,6 +127,12 @@ def grid(out: Path) -> Grid:
     return found
 
 
+def shares_training(arm: str) -> bool:
+    """Does another arm train the same at the sites?"""
+    source = ARMS[arm].source
+    return source is not None and ARMS[source].method == ARMS[arm].method
+
+
 def estimate(cell: Cell) -> float:
     """Seconds on one quiet core."""
     arm = ARMS[cell.arm]
@@ -140,7 +147,7 @@ def estimate(cell: Cell) -> float:
             "alone": cell.sites * answers,
             "pooled": training + answers,
             "tls": training + cell.sites * 12.0 + answers,
-            "rounds": (0.0 if arm.source else training) + 2 * answers + 3.0 * arm.rounds,
+            "rounds": (0.0 if shares_training(cell.arm) else training) + 2 * answers + 3.0 * arm.rounds,
             "analytic": 2 * train * answer_s + answers,
         }[arm.kind]
     )

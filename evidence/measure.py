@@ -28,9 +28,13 @@ from privacy.secagg.quantize import quantizer_for
 
 
 def bench_of(cell: Cell, out: Path) -> Bench:
-    """What the cell works with."""
-    about = (cell, corpus_of(cell.corpus), base_of(cell.weights, out), out)
-    return Bench(*about)
+    """What the cell works with; the language model has its own."""
+    corpus = corpus_of(cell.corpus)
+    if cell.weights != "smollm2":
+        return Bench(cell, corpus, base_of(cell.weights, out), out)
+    from evidence.text import TextBench, smollm2
+
+    return TextBench(cell, corpus, smollm2(out), out)
 
 
 def measure(cell: Cell, out: Path) -> dict[str, Any]:
@@ -100,7 +104,7 @@ def uncounted(plan: Plan) -> Plan:
 def training_part(plan: Plan) -> dict[str, Any]:
     """What a site's training and its vector depend on in a plan; how the mean is taken and applied is none of it."""
     whole = plan.model_dump(mode="json")
-    method = {key: whole["aggregation"][key] for key in ("method", "regmean", "core")}
+    method = {key: whole["aggregation"][key] for key in ("method", "regmean", "fisher", "core")}
     return {key: whole[key] for key in ("base", "adapter", "data", "training")} | method | {"clip": plan.round.clip}
 
 

@@ -26,12 +26,11 @@ from participant.store import Trained
 from privacy.adapter import Tensors, Vector, start_digest
 from privacy.factors import factors_file
 from privacy.job import Job
-from privacy.methods import Merged, Rounding, merged
 from privacy.outcome import VerifiedCohort, combine, verify_cohort
 from privacy.plan import PlanFile, parse_plan
 from privacy.secagg.dialogue import FromMember, ToMember
 from privacy.secagg.messages import MaskedInput
-from privacy.secagg.quantize import Decoded, Quantizer, weighted_loss
+from privacy.secagg.quantize import Quantizer, weighted_loss
 from privacy.secagg.signed import Signed
 from privacy.wire.convert import to_wire
 from privacy.wire.transport import CHUNK_HEADER, chunk_bytes
@@ -152,8 +151,9 @@ class World(OnDisk):
     def weight_of(self, member: int) -> int:
         return 1 if self.job.plan.aggregation.weights == "uniform" else self.contributions[member].examples
 
-    def vector_of(self, member: int) -> NDArray[np.int32]:
+    def vector_of(self, member: int, stage: int = 1) -> NDArray[np.int32]:
         """Quantised once: rounding is by chance."""
+        assert stage == 1  # a later round is a world of its own
         if member not in self.vectors:
             one, weight = self.contributions[member], self.weight_of(member)
             extras = {"weight": weight, "loss": weighted_loss(one.loss, weight)}
@@ -235,7 +235,7 @@ def _result(world: World, start: Tensors) -> Aggregated:
     decoded = job.quantizer.decode_sum(world.totals()[0][1], len(contributions))
     plain = plain_mean(contributions, weights, job.quantizer.clip)
     clients = [world.client(i) for i in members]
-    found = released(job, cohorts, decoded, start)
+    found = combine(job, cohorts, start)
     return Aggregated(
         tensors=found.tensors,
         facts=found.facts,
@@ -247,12 +247,3 @@ def _result(world: World, start: Tensors) -> Aggregated:
         sent=float(np.mean([c.bytes_sent for c in clients])),
         received=float(np.mean([c.bytes_received for c in clients])),
     )
-
-
-def released(job: Job, cohorts: Sequence[VerifiedCohort], decoded: Decoded, start: Tensors) -> Merged:
-    """The release: the product's own computation; of a later round, on top of the release before it."""
-    if start_digest(start).hex() == job.plan.adapter.digest:
-        found = combine(job, cohorts)
-        return Merged(found.tensors, found.facts)
-    rounding = Rounding(job.quantizer.max_weight / (job.quantizer.qmax * decoded.weight), len(cohorts[0].survivors))
-    return merged(start, decoded.mean.copy(), job.plan, rounding, job.factors())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
-from privacy.errors import UserError
+from participant.config import Home
+from privacy.errors import UserError, shown
 from privacy.plan import Plan
 
 BASE_LABEL = b"veilsum/1/base-model\0"
@@ -16,6 +18,7 @@ BASE_FILES = (
     "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "chat_template.jinja",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.txt",
@@ -23,36 +26,87 @@ BASE_FILES = (
     "merges.txt",
     "*.model",
 )
+#: One file with weights, configuration and tokenizer; it counts under the name GGUF_NAME, whatever it is called.
+GGUF_SUFFIX, GGUF_NAME = ".gguf", "model.gguf"
+#: A base model on a model hub: only the site's own file can name one, and only there is anything fetched.
+HUB = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+?)(?:#(?P<file>[\w./-]+\.gguf))?")
+
+_HINT = "name the directory of the base model in this site's configuration"
 
 
-def base_digest(directory: Path) -> str:
+def base_digest(base: Path) -> str:
     """Hex SHA-256 over the files that determine the base model, in order of their names.
 
-    Taken over a label, then for each file of ``directory`` that matches :data:`BASE_FILES`: the length of its name
+    Taken over a label, then for each file of the directory that matches :data:`BASE_FILES`: the length of its name
     (u64, big-endian), its name, the length of its content (u64, big-endian), its content. Files below
-    subdirectories, pickled weights and READMEs do not count: they are never loaded.
+    subdirectories, pickled weights and READMEs do not count: they are never loaded. A GGUF file counts as a directory
+    that has nothing but this file, under the name :data:`GGUF_NAME`.
 
     Raises:
         UserError: no such directory, no weights or no config.json in it, or a file cannot be read.
     """
-    hint = "name the directory of the base model in this site's configuration"
-    names = sorted({path.name for pattern in BASE_FILES for path in directory.glob(pattern) if path.is_file()})
-    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
-        found = ", ".join(names) or ("no directory" if not directory.is_dir() else "neither")
-        raise UserError(f"{directory}: expected config.json and *.safetensors, found {found}", hint=hint)
     digest = hashlib.sha256(BASE_LABEL)
-    for name in names:
+    for name, path in _base_files(base):
         try:
-            with (directory / name).open("rb") as file:
-                size = (directory / name).stat().st_size
+            with path.open("rb") as file:
+                size = path.stat().st_size
                 digest.update(len(name.encode()).to_bytes(8, "big") + name.encode() + size.to_bytes(8, "big"))
                 while block := file.read(1 << 20):
                     digest.update(block)
         except OSError as error:
-            raise UserError(
-                f"{directory / name}: expected a readable file, found: {error.strerror}", hint=hint
-            ) from error
+            raise UserError(f"{path}: expected a readable file, found: {error.strerror}", hint=_HINT) from error
     return digest.hexdigest()
+
+
+def _base_files(base: Path) -> list[tuple[str, Path]]:
+    if base.is_file() and base.suffix == GGUF_SUFFIX:
+        return [(GGUF_NAME, base)]
+    names = sorted({path.name for pattern in BASE_FILES for path in base.glob(pattern) if path.is_file()})
+    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+        found = ", ".join(names) or ("no directory" if not base.is_dir() else "neither")
+        raise UserError(f"{base}: expected config.json and *.safetensors, found {found}", hint=_HINT)
+    return [(name, base / name) for name in names]
+
+
+def find_base(home: Home, name: str) -> Path:
+    """Where the base model of this name lies at the site; fetched first where its file names a model hub.
+
+    Raises:
+        UserError: not the name of a model on a hub, or it cannot be fetched.
+    """
+    entry = home.settings.models[name]
+    return fetch_base(entry) if entry.startswith("hub:") else home.path(entry)
+
+
+def fetch_base(entry: str) -> Path:
+    """A base model from the Hugging Face hub, out of the hub's own cache where it is there already.
+
+    Only the files of :data:`BASE_FILES` are asked for, or the one GGUF file that is named. What comes is checked
+    against the plan's digest like any other base model.
+
+    Raises:
+        UserError: not the name of a model, no connection, or no such model, revision or file.
+    """
+    found = HUB.fullmatch(entry)
+    if found is None:
+        raise UserError(
+            f"models: expected hub:OWNER/NAME@REVISION, with #FILE.gguf for a GGUF file, found {shown(entry)!r}",
+            hint="a revision is a commit of the model's repository; main is its newest",
+        )
+    import huggingface_hub  # imported here: few sites fetch anything
+    from huggingface_hub.errors import HfHubHTTPError
+
+    repo, revision = found["repo"], found["revision"]
+    try:
+        if found["file"]:
+            return Path(huggingface_hub.hf_hub_download(repo, found["file"], revision=revision))
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=list(BASE_FILES)))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{entry}: expected to fetch this base model, found: {shown(reason, 300)}",
+            hint="check name, revision and connection, or name a directory with the model's files",
+        ) from error
 
 
 def check_base(plan: Plan, base: Path) -> None:

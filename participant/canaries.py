@@ -60,6 +60,11 @@ def audit_training(
             f"plan '{plan.name}': expected a section [privacy], found none",
             hint="there is nothing to audit in a training that promises nothing",
         )
+    if plan.task != "classification":
+        raise UserError(
+            f"plan '{plan.name}': expected a plan for classification, found one for {plan.task}",
+            hint="there are no canaries for it yet",
+        )
     start = start_adapter(plan.adapter)
     canaries = make_canaries(load_model(plan, base, start, device), plan, count)
     included = tuple(bool(byte & 1) for byte in os.urandom(count))

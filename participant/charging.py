@@ -20,6 +20,7 @@ from privacy import __version__
 from privacy.budget import terms
 from privacy.budget.accounting import bounded_pld_epsilon, rdp, rdp_epsilon
 from privacy.budget.book import Book, fixed_terms, weakened
+from privacy.budget.book import Job as BookJob
 from privacy.budget.entries import (
     Abort,
     Claim,
@@ -196,7 +197,7 @@ def reserve(site: Site, job: Job, stage: int) -> str:
         return before.reserve.job
     if before is not None and before.state == "started":
         _enter(ledger, Abort(job=before.reserve.job, reason=UNFINISHED))
-    facts = _reservation(ledger.book.policy, job, stage)
+    facts = _reservation(ledger.book.policy, job, stage, site.start_digest(job, stage))
 
     def check(book: Book) -> None:
         trained = [j for j in book.trained(digest, stage) if not isinstance(mechanism, Unprotected)]
@@ -205,14 +206,18 @@ def reserve(site: Site, job: Job, stage: int) -> str:
                 f"plan '{job.plan.name}' was trained {len(trained)} times here, each time charged to the budget: "
                 "it takes a plan of another name to train again"
             )
-        if found := objection(Standing(book.policy, Standing.of(book, digest, stage).charged), mechanism):
+        standing, times = (
+            Standing(book.policy, Standing.of(book, digest, stage).charged),
+            job.plan.trainings_from(stage),
+        )
+        if found := objection(standing, mechanism, times):
             raise Refusal(f"plan '{job.plan.name}' {found}")
 
     patiently(lambda: ledger.append(facts, check=check))
     return facts.job
 
 
-def _reservation(policy: Policy, job: Job, stage: int) -> Reserve:
+def _reservation(policy: Policy, job: Job, stage: int, origin: bytes) -> Reserve:
     mechanism = terms.mechanism(job.plan)
     return Reserve(
         job=secrets.token_hex(16),
@@ -223,7 +228,7 @@ def _reservation(policy: Policy, job: Job, stage: int) -> Reserve:
         rdp=_divergence(mechanism, policy.order),
         claim=_claim(mechanism),
         code=_code(mechanism),
-        model={"base": job.plan.base.digest, "start": job.plan.adapter.digest, "trained": str(job.layout.size)},
+        model={"base": job.plan.base.digest, "start": origin.hex(), "trained": str(job.layout.size)},
     )
 
 
@@ -254,21 +259,63 @@ def _code(mechanism: Mechanism) -> dict[str, str]:
 
 
 def start(site: Site, job: Job, identity: str, selftest: dict[str, Any] | None) -> None:
-    """From here on records are read; durable when this returns."""
+    """From here on records are read; durable when this returns. A job without privacy may go on after a crash.
+
+    Raises:
+        Refusal: a private job that started before: its one charge paid for that training.
+    """
     ledger = site.ledger(job.plan.data.dataset)
-    if not ledger.book.jobs[identity].started:
-        _enter(ledger, Start(job=identity, selftest=selftest))
+
+    def check(book: Book) -> None:
+        if book.jobs[identity].started:
+            raise Refusal(f"plan '{job.plan.name}': its training began before, and its charge paid for that one only")
+
+    try:
+        patiently(lambda: ledger.append(Start(job=identity, selftest=selftest), check=check))
+    except Refusal:
+        if not isinstance(terms.mechanism(job.plan), Unprotected):
+            raise
 
 
 def give_up(site: Site, job: Job, stage: int, reason: str) -> None:
-    """A job that has not started ends, and its charge is given back; any other stays as it is."""
+    """The last job of a plan ends with its plan; one whose upload is committed stays as it is."""
     name = job.plan.data.dataset
     if name not in site.home.settings.datasets:
         return
     ledger = site.ledger(name)
     found = ledger.book.find(job.plan_file.digest.hex(), stage)
-    if found is not None and found.state == "reserved":
-        _enter(ledger, Abort(job=found.reserve.job, reason=shown(reason, MOST_REASON) or "no reason given"))
+    if found is not None:
+        _end(site, ledger, found, reason)
+
+
+def _end(site: Site, ledger: Ledger, found: BookJob, reason: str) -> None:
+    """ABORT for what nobody will ask for again: given back before the start, after it charged for good.
+
+    The vector goes first, so that no job stands as ended whose vector could still be masked.
+    """
+    if found.state == "committed":
+        return
+    if found.started:
+        facts = found.reserve
+        patiently(lambda: site.store.forget_trained(facts.plan, facts.stage, facts.plan_digest))
+    _enter(ledger, Abort(job=found.reserve.job, reason=shown(reason, MOST_REASON) or "no reason given"))
+
+
+def close(site: Site, name: str, prefix: str, reason: str) -> str:
+    """End an open job by hand, where its coordinator is gone and nobody will ask for it; its id.
+
+    Raises:
+        UserError: no open job of the data set, or several, begin with ``prefix``; or there is no reason.
+    """
+    ledger = site.ledger(name)
+    found = [job for job in ledger.book.open() if prefix and job.reserve.job.startswith(prefix)]
+    if len(found) != 1:
+        known = ", ".join(f"{job.reserve.job[:8]} (plan '{job.reserve.plan}')" for job in ledger.book.open()) or "none"
+        raise UserError(f"data set '{name}': expected the id of one open job, found '{shown(prefix)}'; open: {known}")
+    if not reason.strip():
+        raise UserError(f"data set '{name}': expected a reason, found none", hint="say why by --reason")
+    _end(site, ledger, found[0], reason)
+    return found[0].reserve.job
 
 
 def charged(site: Site, job: Job, stage: int) -> str:

@@ -84,7 +84,12 @@ def status(directory: Directory = HERE, as_json: AsJson = False) -> None:
 
 @app.command()
 def fetch(
-    plan: Annotated[str, typer.Argument(help="Name of the plan.")], directory: Directory = HERE, as_json: AsJson = False
+    plan: Annotated[str, typer.Argument(help="Name of the plan.")],
+    directory: Directory = HERE,
+    stage: Annotated[
+        int | None, typer.Option(min=1, help="Stage of the plan; the last released one if left out.")
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Fetch a plan's release, verify it and compute the adapter here.
 
@@ -97,35 +102,44 @@ def fetch(
     site = Site.open(directory)
     client = site.client()
     client.hello()
-    job = Job.of(_find_plan(client, plan), site.roster)
-    if not fetch_release(site, client, job, 1):
-        raise UserError(f"expected a release of plan '{plan}', found none yet", hint="veilsum-participant status")
-    adapter = site.release_directory(plan, 1) / "adapter"
-    typer.echo(json.dumps({"plan": plan, "adapter": str(adapter)}) if as_json else str(adapter))
+    plan_file, now = _find_plan(client, plan)
+    job = Job.of(plan_file, site.roster, site.home.factors)
+    wanted = [stage] if stage is not None else range(min(now, job.plan.last), 0, -1)
+    found = next((number for number in wanted if fetch_release(site, client, job, number)), None)
+    if found is None:
+        of = f"stage {stage} of " if stage is not None else ""
+        raise UserError(f"expected a release of {of}plan '{plan}', found none yet", hint="veilsum-participant status")
+    adapter = site.release_directory(plan, found) / "adapter"
+    typer.echo(json.dumps({"plan": plan, "stage": found, "adapter": str(adapter)}) if as_json else str(adapter))
 
 
 def _find_plan(client: Any, name: str) -> Any:
     from privacy.plan import parse_plan
 
-    offered = [parse_plan(p.toml) for p in client.plans()]
-    for plan_file in offered:
+    offered = [(parse_plan(p.toml), p.stage) for p in client.plans()]
+    for plan_file, stage in offered:
         if plan_file.plan.name == name:
-            return plan_file
-    known = ", ".join(p.plan.name for p in offered) or "none"
+            return plan_file, stage
+    known = ", ".join(p.plan.name for p, _ in offered) or "none"
     raise UserError(f"expected a plan the coordinator offers, found '{name}'; offered: {known}")
 
 
 @app.command()
 def evaluate(
     plan: Annotated[Path, typer.Argument(help="The plan file.")],
-    data: Annotated[Path, typer.Option(help="Records to classify; columns as in the site's data set.")],
+    data: Annotated[
+        Path, typer.Option(help="Records nobody trained on; format and columns as in the site's data set.")
+    ],
     directory: Directory = HERE,
     adapter: Annotated[
         list[str] | None, typer.Option(help="base, local, release, or an adapter directory; may be repeated.")
     ] = None,
+    stage: Annotated[
+        int | None, typer.Option(min=1, help="Stage that local and release are of; the last one here if left out.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the accuracy of adapters on this machine; nothing leaves it.
+    """Measure accuracy, and of a language model the loss, of adapters on this machine; nothing leaves it.
 
     Example: veilsum-participant evaluate plan.toml --data test.jsonl --adapter local --adapter release
     """
@@ -133,21 +147,37 @@ def evaluate(
     from participant.site import Site
     from privacy.plan import load_plan
 
-    found = compare(Site.open(directory), load_plan(plan).plan, data, adapter or ["base", "local", "release"])
+    found = compare(Site.open(directory), load_plan(plan).plan, data, adapter or ["base", "local", "release"], stage)
     if as_json:
         typer.echo(json.dumps(found))
         return
     for name, result in found.items():
-        typer.echo(f"{name}: accuracy {result['accuracy']:.4f} ({result['correct']} of {result['total']})")
+        counts = f"accuracy {result['accuracy']:.4f} ({result['correct']} of {result['total']}"
+        if result["of"] == "tokens":
+            typer.echo(f"{name}: loss {result['loss']:.4f} nats a token, {counts} tokens)")
+        else:
+            typer.echo(f"{name}: {counts})")
 
 
 @app.command()
 def draft(
-    base: Annotated[Path, typer.Argument(help="Directory of the base model (safetensors, config, tokenizer).")],
+    base: Annotated[
+        Path, typer.Argument(help="Directory of the base model (safetensors, config, tokenizer), or a GGUF file.")
+    ],
     name: Annotated[str, typer.Option(help="Name of the plan.")],
     base_name: Annotated[str, typer.Option(help="Name of the base model, as sites list it.")],
     dataset: Annotated[str, typer.Option(help="Name of the data set, as sites list it.")],
-    label: Annotated[list[str], typer.Option(help="A label; repeat for each, in order.")],
+    task: Annotated[
+        str, typer.Option(help="What is learnt: classification, or generation of text.")
+    ] = "classification",
+    label: Annotated[list[str] | None, typer.Option(help="A label; repeat for each, in order.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="A linear module to adapt, by the last part of its name; may be repeated.")
+    ] = None,
+    template: Annotated[
+        str, typer.Option(help="How a conversation becomes text: model, chatml or none. For generation.")
+    ] = "model",
+    packing: Annotated[bool, typer.Option(help="Several records in one row of tokens. For generation.")] = False,
     rank: Annotated[int, typer.Option(help="Rank of the LoRA adapter.")] = 8,
     max_length: Annotated[int, typer.Option(help="Tokens of a record that are read.")] = 128,
     train: Annotated[
@@ -161,9 +191,7 @@ def draft(
     ] = "trained",
     method: Annotated[
         str,
-        typer.Option(
-            help="What is summed of LoRA's factors: freeze_a, both, regmean, core or dense; see docs/aggregation.md."
-        ),
+        typer.Option(help="What is summed of LoRA's factors: freeze_a, both, regmean, fisher, core or dense."),
     ] = "freeze_a",
     factors: Annotated[
         Path, typer.Option(help='Directory for the factors file of the method "core"; the coordinator needs it.')
@@ -178,26 +206,44 @@ def draft(
     max_records_per_user: Annotated[
         int | None, typer.Option(help="Protect users with at most so many records, instead of single records.")
     ] = None,
+    stages: Annotated[int, typer.Option(min=1, max=16, help="Trainings, each from the release of the one before.")] = 1,
+    holdout: Annotated[
+        float | None, typer.Option(help="Share of each site's records that judge the release, in total only.")
+    ] = None,
+    server_lr: Annotated[
+        list[float] | None, typer.Option(help="A rate to vote on by these records; repeat for each. With --holdout.")
+    ] = None,
 ) -> None:
     """Write a complete plan for a base model to standard output, with every digest filled in.
 
     Example: veilsum-participant draft ./MiniLM --name news --base-name MiniLM --dataset news --label a --label b
     """
     from participant.drafting import draft_plan
+    from privacy.aggregation import HEADS, METHODS, Head, Method
     from privacy.budget.presets import draft_privacy
     from privacy.budget.terms import noise_warning
-    from privacy.plan import HEADS, METHODS, Head, Method, parse_plan
+    from privacy.plan import parse_plan
 
     if (epsilon is None) != (size is None):
         raise UserError("draft: expected --epsilon and --size together, or neither")
     if max_records_per_user is not None and epsilon is None:
         raise UserError("draft: expected --max-records-per-user with --epsilon and --size, found it alone")
+    if server_lr and holdout is None:
+        raise UserError("draft: expected --server-lr with --holdout, found it alone")
     if train not in ("all", "head"):
         raise UserError(f"draft: expected --train all or head, found '{train}'")
     if head not in HEADS:
         raise UserError(f"draft: expected --head trained, counted or analytic, found '{head}'")
     if method not in METHODS:
         raise UserError(f"draft: expected --method {', '.join(METHODS[:-1])} or {METHODS[-1]}, found '{method}'")
+    if task not in ("classification", "generation"):
+        raise UserError(f"draft: expected --task classification or generation, found '{task}'")
+    if template not in ("model", "chatml", "none"):
+        raise UserError(f"draft: expected --template model, chatml or none, found '{template}'")
+    if task == "generation" and label:
+        raise UserError("draft: expected no --label with --task generation, which has no labels")
+    if task == "classification" and (packing or template != "model"):
+        raise UserError("draft: expected --template and --packing with --task generation only")
     section = ""
     if epsilon is not None and size is not None:
         users = max_records_per_user is not None
@@ -209,7 +255,11 @@ def draft(
         base_name=base_name,
         name=name,
         dataset=dataset,
-        labels=label,
+        labels=label or (),
+        task="generation" if task == "generation" else "classification",
+        template="chatml" if template == "chatml" else "none" if template == "none" else "model",
+        packing=packing,
+        targets=target,
         rank=rank,
         max_length=max_length,
         train="head" if train == "head" else "all",
@@ -217,6 +267,9 @@ def draft(
         method=cast(Method, method),
         factors_to=factors,
         privacy=section,
+        stages=stages,
+        holdout=holdout,
+        rates=server_lr or (),
         # Under [privacy] each site counts nominal_size, the same everywhere: uniform weights say so, and round finer.
         weights="uniform" if section else "examples",
         max_weight=1 if section else 65536,

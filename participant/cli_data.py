@@ -40,7 +40,7 @@ def _shown(found: dict[str, Any]) -> str:
     lines.append(f"  {found['records']} records registered, {found['lines']} lines in its ledger")
     spent = f"  epsilon {found['spent']} spent, {found['reserved']} with open reservations"
     lines.append(spent + (f", {found['left']} left" if found["left"] is not None else ""))
-    lines += [f"  {job['state']}: plan '{job['plan']}', stage {job['stage']}" for job in found["jobs"]]
+    lines += [f"  {job['job'][:8]} {job['state']}: plan '{job['plan']}', stage {job['stage']}" for job in found["jobs"]]
     return "\n".join(lines)
 
 
@@ -78,12 +78,12 @@ def register(name: Name, directory: Directory = HERE, as_json: AsJson = False) -
     Example: veilsum-participant dataset register news
     """
     from participant.charging import ledger_of
-    from participant.data import load_texts
     from participant.registry import Registry
+    from participant.text_data import load_records
 
     site = _site(directory, name)
     data = site.home.settings.datasets[name]
-    texts = load_texts(site.home.path(data.path), data.format, data.text, data.label)
+    texts = load_records(site.home.path(data.path), data).texts
     growth = Registry(site.home).take(name, texts)
     identity = ledger_of(site, name).book.dataset
     found = {"dataset": name, "identity": identity, "records": growth.records, "added": growth.added}
@@ -91,6 +91,29 @@ def register(name: Name, directory: Directory = HERE, as_json: AsJson = False) -
         typer.echo(json.dumps(found))
     else:
         typer.echo(f"{name}: {growth.records} records registered, {growth.added} of them new; identity {identity}")
+
+
+@app.command()
+def check(
+    name: Name,
+    plan: Annotated[Path | None, typer.Option(help="Read the records as this plan file would.")] = None,
+    directory: Directory = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Read every record and say what is there, or which record is wrong; nothing is registered, nothing leaves.
+
+    Without a plan records are taken as for text generation, where a text needs no label.
+
+    Example: veilsum-participant dataset check talks --plan plan.toml
+    """
+    from participant.checking import check_data
+    from privacy.plan import load_plan
+
+    found = check_data(_site(directory, name), name, load_plan(plan).plan if plan else None)
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        typer.echo(f"{name}: " + ", ".join(f"{key.replace('_', ' ')}: {count}" for key, count in found.items()))
 
 
 @app.command()
@@ -109,6 +132,29 @@ def policy(
     changed = change_policy(site, name, reason)
     text = described(site.ledger(name).book.policy)
     typer.echo(f"{name}: {'entered' if changed else 'nothing to enter'}: {text}")
+
+
+@app.command()
+def close(
+    name: Name,
+    job: Annotated[str, typer.Argument(help="First digits of the job's id, as `dataset show` prints it.")],
+    directory: Directory = HERE,
+    reason: Annotated[str, typer.Option(help="Why; auditors see it.")] = "",
+) -> None:
+    """End an open job that nobody will ask for any more; its trained vector is deleted. The daemon must be stopped.
+
+    Without this an audit finds a reservation that is open for too long. The charge is given back only if the job had
+    not started.
+
+    Example: veilsum-participant dataset close news 3f9a2c10 --reason "the coordinator was shut down"
+    """
+    from participant.charging import close as close_job
+    from participant.config import load_home
+    from privacy.files import only_one
+
+    with only_one(load_home(directory).directory, "daemon of this site"):
+        identity = close_job(_site(directory, name), name, job, reason)
+    typer.echo(f"{name}: job {identity[:8]} is closed")
 
 
 def budget(directory: Directory = HERE, as_json: AsJson = False) -> None:

@@ -223,10 +223,12 @@ class Client:
         line = round(self._round_trip * LINE_BYTES_S / size)
         return min(window, max(1, line, window - SPARE))
 
-    def releases(self, plan: bytes) -> list[ReleasedCohort]:
-        """All released rounds of a plan."""
-        reply: pb.ListReleasesReply = self._call(self._stub.ListReleases, pb.ListReleasesRequest(plan=plan))
-        return [ReleasedCohort(r.round, r.stage, from_wire(r.evidence, Evidence)) for r in reply.releases]
+    def releases(self, plan: bytes, stage: int) -> list[ReleasedCohort]:
+        """The released rounds of a stage; once the next has begun, those that it starts from."""
+        request = pb.ListReleasesRequest(plan=plan, stage=stage)
+        reply: pb.ListReleasesReply = self._call(self._stub.ListReleases, request)
+        found = [ReleasedCohort(r.round, r.stage, from_wire(r.evidence, Evidence)) for r in reply.releases]
+        return [cohort for cohort in found if cohort.stage == stage]
 
     def fetch_total(self, round_id: bytes, length: int, target: Path) -> None:
         """Download the packed total of a round, behind what ``target`` holds of it already; the caller verifies it.

@@ -6,19 +6,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from participant.base_model import find_base
+from participant.config import DataSet
+from participant.data import Examples, load_examples
 from participant.site import Site
+from participant.text_data import Records, load_records
 from privacy.adapter import load_peft
 from privacy.errors import UserError
 from privacy.plan import Plan
 
 
-def compare(site: Site, plan: Plan, data: Path, adapters: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Name -> accuracy, correct, total and loss on the records in ``data``.
+def _examples(plan: Plan, data: Path, columns: DataSet) -> Examples | Records:
+    if plan.task == "generation":
+        return load_records(data, columns)
+    return load_examples(data, columns.format, columns.text, columns.label, plan.data.labels)
+
+
+def compare(
+    site: Site, plan: Plan, data: Path, adapters: Sequence[str], stage: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """Name -> accuracy, correct, total and loss on the records in ``data``, and whether texts or tokens were counted.
+
+    Args:
+        stage: that ``local`` and ``release`` are of; the last one of each that lies here if left out.
 
     Raises:
         UserError: an adapter or the records are missing, or the base model is another one.
     """
-    from participant.data import load_examples
     from participant.evaluation import accuracy
 
     settings = site.home.settings
@@ -27,14 +41,14 @@ def compare(site: Site, plan: Plan, data: Path, adapters: Sequence[str]) -> dict
             f"expected data set '{plan.data.dataset}' and base model '{plan.base.name}' in participant.toml",
             hint="name them under [datasets] and [models]",
         )
-    columns = settings.datasets[plan.data.dataset]
-    examples = load_examples(data, columns.format, columns.text, columns.label, plan.data.labels)
+    examples = _examples(plan, data, settings.datasets[plan.data.dataset])
+    base = find_base(site.home, plan.base.name)
     found = {}
     for name in adapters:
         result = accuracy(
             plan=plan,
-            base=site.home.path(settings.models[plan.base.name]),
-            adapter=None if name == "base" else load_peft(_directory(site, plan, name)),
+            base=base,
+            adapter=None if name == "base" else load_peft(_directory(site, plan, name, stage)),
             examples=examples,
             device=settings.device,
             threads=settings.threads,
@@ -44,13 +58,15 @@ def compare(site: Site, plan: Plan, data: Path, adapters: Sequence[str]) -> dict
             "correct": result.correct,
             "total": result.total,
             "loss": result.loss,
+            "of": "tokens" if plan.task == "generation" else "texts",
         }
     return found
 
 
-def _directory(site: Site, plan: Plan, name: str) -> Path:
-    if name == "local":
-        return site.local_directory(plan.name, 1)
-    if name == "release":
-        return site.release_directory(plan.name, 1) / "adapter"
-    return Path(name)
+def _directory(site: Site, plan: Plan, name: str, stage: int | None) -> Path:
+    if name not in ("local", "release"):
+        return Path(name)
+    stages = range(plan.last, 0, -1) if stage is None else (stage,)
+    work, releases = site.home.work / plan.name, site.home.releases / plan.name
+    places = [work / f"stage-{k}" / "local" if name == "local" else releases / f"stage-{k}" / "adapter" for k in stages]
+    return next((place for place in places if place.exists()), places[-1])

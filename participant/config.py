@@ -9,10 +9,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from participant.rows import Format
 from privacy.budget import entries
 from privacy.guarantee import Number
-from privacy.plan import Name, Positive
-from privacy.settings import Section, load_toml
+from privacy.plan import Name
+from privacy.settings import Positive, Section, load_toml
 
 CONFIG_FILE = "participant.toml"
 #: What the ledger says where the site's file has no budget; a budget set later, after a first job, has to agree.
@@ -45,9 +46,13 @@ class DataSet(Section):
     """Where a data set lies, how to read it, and what may be learnt from it."""
 
     path: str
-    format: Literal["csv", "jsonl", "parquet", "folder"]
+    format: Format
     text: str = "text"
     label: str = "label"
+    #: Columns of a record for text generation: a conversation, or a prompt and its response; else it is a plain text.
+    messages: str = "messages"
+    prompt: str = "prompt"
+    response: str = "response"
     #: Column that says whose record it is; needed where a plan or the budget protects users.
     unit: str | None = None
     #: Without a budget every plan is recorded and none is refused for what it reveals.
@@ -93,7 +98,7 @@ class SitePolicy(Section):
     #: numbers: classes with fewer different texts here are left out (the larger of this and the plan's minimum holds).
     #: Without it such plans are refused.
     min_class_count: Positive | None = None
-    #: Consent to plans with the method "regmean", which sum Gram matrices of what A says of the records: with fewer
+    #: Consent to plans with the methods "regmean" and "fisher", which sum statistics of the records: with fewer
     #: different texts here (the larger of this and the plan's minimum holds) the site sits out.
     min_texts: Positive | None = None
 

@@ -10,7 +10,7 @@ import structlog
 
 from participant import charging
 from participant.client import Client, OfferedPlan, seen_hash
-from participant.fetch import fetch_release
+from participant.fetch import fetch_release, start_of
 from participant.patience import patiently
 from participant.phases import Confirmed, Finished, Stopped, Uploading
 from participant.policy import admit
@@ -29,7 +29,6 @@ log = structlog.get_logger()
 IDLE_S = 2.0
 #: Seconds before a training that failed is tried again.
 AGAIN_S = 60.0
-STAGE = 1
 
 
 @dataclass
@@ -38,10 +37,10 @@ class Daemon:
 
     site: Site
     client: Client
-    progress: Callable[[Job], Progress] | None = None
+    progress: Callable[[Job, int], Progress] | None = None
     said: dict[str, str] = field(default_factory=dict)
-    #: Digest of a plan whose training failed -> when it is tried again, and why it failed.
-    failed: dict[bytes, tuple[float, VeilsumError]] = field(default_factory=dict)
+    #: (digest of a plan, stage) whose training failed -> when it is tried again, and why it failed.
+    failed: dict[tuple[bytes, int], tuple[float, VeilsumError]] = field(default_factory=dict)
 
     def run(self, *, once: bool = False) -> None:
         """Work until interrupted; with ``once``, until a release is here or a plan of this site has failed.
@@ -67,7 +66,8 @@ class Daemon:
             plan_file = parse_plan(offered.toml)
             name = plan_file.plan.name
             job = Job.of(plan_file, self.site.roster, self.site.home.factors)
-            admit(job, self.site.home.settings, charging.standing(self.site, job, STAGE))
+            standing = charging.standing(self.site, job, offered.stage)
+            admit(job, self.site.home.settings, standing, self._stage(job, offered))
             state, reason = self._work(job, offered)
         except Unreachable:
             raise
@@ -82,30 +82,52 @@ class Daemon:
         return state
 
     def _work(self, job: Job, offered: OfferedPlan) -> tuple[str, str]:
-        stage = STAGE
+        stage, last = offered.stage, job.plan.last
         self.client.checkpoint = lambda: self.site.ledger(job.plan.data.dataset).checkpoint()
         if offered.state in ("cancelled", "aborted"):
-            if self._fetch(job, stage):  # a release made before stays a release
-                return "released", str(self.site.release_directory(job.plan.name, stage) / "adapter")
+            # A release made before stays a release; and one that holds this site's upload is what its ledger waits for.
+            released = next((number for number in range(stage, 0, -1) if self._fetch(job, number)), None)
             charging.give_up(self.site, job, stage, f"the plan is {offered.state}: {offered.reason}")
+            if released is not None:
+                return "released", self._adapter(job, released)
             return offered.state, offered.reason
         if not self._is_released(job, stage):
             self._prepare(job, stage)
-            self._take_part(job, stage)
-        if self._fetch(job, stage):
-            return "released", str(self.site.release_directory(job.plan.name, stage) / "adapter")
-        return "waiting", "for the release"
+            self._take_part(job.at(stage), stage)
+        if not self._fetch(job, stage):
+            return "waiting", "for the release" if last == 1 else f"for the release of stage {stage} of {last}"
+        if stage == last:
+            return "released", self._adapter(job, stage)
+        return "waiting", f"for stage {stage + 1} of {last}; the release so far: {self._adapter(job, stage)}"
+
+    def _stage(self, job: Job, offered: OfferedPlan) -> int:
+        """The stage that the coordinator is in, if it can be.
+
+        Raises:
+            ProtocolError: the plan has no such stage, or a later one has begun here.
+        """
+        begun = self.site.stage_begun(job)
+        if not begun <= offered.stage <= job.plan.last:
+            raise ProtocolError(
+                f"plan '{job.plan.name}': expected a stage from {begun} to {job.plan.last}, found {offered.stage} "
+                "at the coordinator"
+            )
+        return offered.stage
+
+    def _adapter(self, job: Job, stage: int) -> str:
+        return str(self.site.release_directory(job.plan.name, stage) / "adapter")
 
     def _prepare(self, job: Job, stage: int) -> None:
         """Train, or say again for a while why that failed: a training that fails in a loop would fill the ledger."""
-        digest = job.plan_file.digest
-        until, error = self.failed.get(digest, (0.0, None))
+        key = (job.plan_file.digest, stage)
+        until, error = self.failed.get(key, (0.0, None))
         if error is not None and time.monotonic() < until:
             raise error
         try:
-            prepare(self.site, job, stage, self.progress(job) if self.progress else None)
+            later = patiently(lambda: start_of(self.site, self.client, job, stage)) if stage > 1 else None
+            prepare(self.site, job, stage, self.progress(job, stage) if self.progress else None, later)
         except VeilsumError as error:
-            self.failed[digest] = (time.monotonic() + AGAIN_S, error)
+            self.failed[key] = (time.monotonic() + AGAIN_S, error)
             raise
 
     def _fetch(self, job: Job, stage: int) -> bool:
@@ -113,8 +135,8 @@ class Daemon:
 
     def _is_released(self, job: Job, stage: int) -> bool:
         """Is this site's delta in a released total already?"""
-        cohorts = patiently(lambda: self.client.releases(job.plan_file.digest))
-        inputs = [c.evidence.outcome.transcript.inputs for c in cohorts if c.stage == stage]
+        cohorts = patiently(lambda: self.client.releases(job.plan_file.digest, stage))
+        inputs = [c.evidence.outcome.transcript.inputs for c in cohorts]
         return any(self.site.me == i.sender for listed in inputs for i in listed)
 
     def _ready(self, job: Job, stage: int) -> None:
@@ -167,7 +189,7 @@ class Daemon:
         """Nothing came for a while: is there still something to wait for?"""
         plans = {parse_plan(p.toml).digest: p for p in patiently(self.client.plans)}
         offered = plans.get(job.plan_file.digest)
-        if offered is None or offered.state in ("cancelled", "aborted"):
+        if offered is None or offered.state in ("cancelled", "aborted") or offered.stage != stage:
             return True
         if offered.state == "released":
             self._fetch(job, stage)  # the release of the others, while this site waits for a cohort of its own

@@ -1,4 +1,4 @@
-"""A site's records: read from CSV, JSONL, Parquet or a tree of text files into texts and label numbers.
+"""A site's records for classification: texts and label numbers, from any format of ``participant/rows.py``.
 
 Records never leave the site. A mistake in the data is reported with the file and the line, and never with the text of
 a record. Which file, format and columns a data set has is the site's own setting; which labels exist is the plan's.
@@ -6,21 +6,15 @@ a record. Which file, format and columns a data set has is the site's own settin
 
 from __future__ import annotations
 
-import csv
-import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
 
-from privacy.errors import UserError, shown
+from participant.rows import TREE_LABEL, TREE_TEXT, Columns, read_rows, text_fault
+from participant.rows import Format as Format  # the name others look for here
+from privacy.errors import UserError
 
-Format = Literal["csv", "jsonl", "parquet", "folder"]
-
-#: A field of a CSV file longer than this is an error of the file, such as a quote that is never closed.
-MAX_FIELD_CHARS = 1 << 24
 #: An unknown label is shown no longer than this: where the wrong column is named, it is a text.
 MAX_SHOWN_CHARS = 40
 
@@ -34,6 +28,10 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def some(self, positions: Sequence[int]) -> Examples:
+        """Those at these positions."""
+        return Examples(tuple(self.texts[i] for i in positions), tuple(self.labels[i] for i in positions))
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,9 @@ def load_examples(
     unit's records alone, so adding or removing another unit changes nothing else.
 
     Args:
-        path: a CSV file with a header line, a JSONL file of objects, a Parquet file; or, for ``folder``, a directory
-            whose subdirectories are named after the labels and hold one text per file.
-        fmt: "csv", "jsonl", "parquet" or "folder".
+        path: where the data set lies, see :func:`participant.rows.read_rows`; a tree of text files has directories
+            that are named after the labels.
+        fmt: its format.
         text_column: column or key of the text; not used for ``folder``.
         label_column: column or key of the label; not used for ``folder``.
         labels: the plan's labels, in its order.
@@ -82,69 +80,36 @@ def load_examples(
             f"{path}: expected to know whose record each is, since the plan protects users; found no column for it",
             hint='name the column as unit = "..." beside the data set\'s path; a tree of text files has none',
         )
-    if fmt not in get_args(Format):
-        raise UserError(f"data format: expected one of {', '.join(get_args(Format))}, found {fmt!r}")
     index = {label: number for number, label in enumerate(labels)}
     columns = (text_column, label_column, *([unit_column] if unit_column and max_records_per_unit else []))
     kept: Counter[str] = Counter()
     texts: list[str] = []
     numbers: list[int] = []
-    with _readable(path, fmt):
-        for record in _records(path, fmt, columns):
-            text, number = _text_of(record), _number_of(record, index)
-            if max_records_per_unit is not None:
-                unit = _unit_of(record)
-                kept[unit] += 1
-                if kept[unit] > max_records_per_unit:
-                    continue
-            texts.append(text)
-            numbers.append(number)
+    for record in _records(path, fmt, columns):
+        text, number = _text_of(record), _number_of(record, index)
+        if max_records_per_unit is not None:
+            unit = _unit_of(record)
+            kept[unit] += 1
+            if kept[unit] > max_records_per_unit:
+                continue
+        texts.append(text)
+        numbers.append(number)
     if not texts:
         raise UserError(f"{path}: expected at least one record, found none", hint="check path and format of the data")
     return Examples(tuple(texts), tuple(numbers))
 
 
-def load_texts(path: Path, fmt: Format, text_column: str, label_column: str) -> tuple[str, ...]:
-    """The texts of a data set alone, whatever their labels: what registering it looks at.
-
-    Raises:
-        UserError: as :func:`load_examples`, but for labels and units.
-    """
-    with _readable(path, fmt):
-        return tuple(_text_of(record) for record in _records(path, fmt, (text_column, label_column)))
-
-
-@contextmanager
-def _readable(path: Path, fmt: Format) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or path}: expected a readable {_kind(fmt)}, found: {error.strerror or error}",
-            hint="check the path of the data set in this site's configuration",
-        ) from error
-
-
-def _kind(fmt: Format) -> str:
-    return "directory" if fmt == "folder" else f"{fmt} file"
-
-
 def _records(path: Path, fmt: Format, columns: tuple[str, ...]) -> Iterator[_Record]:
     """``columns``: of text and label, and of the unit where it is asked for."""
-    if fmt == "csv":
-        return _from_csv(path, columns)
-    if fmt == "jsonl":
-        return _from_jsonl(path, columns)
-    if fmt == "parquet":
-        return _from_parquet(path, columns)
-    return _from_folder(path)
+    columns = (TREE_TEXT, TREE_LABEL) if fmt == "folder" else columns
+    for row in read_rows(path, fmt, Columns(columns)):
+        yield _Record(row.where, *(row.values[column] for column in columns))
 
 
 def _text_of(record: _Record) -> str:
-    if not isinstance(record.text, str) or not record.text.strip():
-        found = "an empty text" if isinstance(record.text, str) else type(record.text).__name__
-        raise UserError(f"{record.where}: expected a text, found {found}", hint="correct or remove the record")
-    return record.text
+    if fault := text_fault(record.text):
+        raise UserError(f"{record.where}: expected a text, found {fault}", hint="correct or remove the record")
+    return str(record.text)
 
 
 def _unit_of(record: _Record) -> str:
@@ -167,105 +132,3 @@ def _number_of(record: _Record, index: dict[str, int]) -> int:
             hint="correct the record, or take part in a plan whose data.labels name this label",
         )
     return index[label]
-
-
-def _names(columns: Iterable[str]) -> str:
-    return shown(", ".join(map(repr, columns)), 400) or "(none)"
-
-
-def _require_columns(path: Path, found: Sequence[str], columns: tuple[str, ...]) -> None:
-    for column in columns:
-        if column not in found:
-            raise UserError(
-                f"{path}: expected a column {column!r}, found the columns {_names(found)}",
-                hint="name the columns in participant.toml: text, label, and unit where users count",
-            )
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Lines as UTF-8, a byte-order mark skipped; bytes that are not UTF-8 are an error that names the line."""
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            try:
-                yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number}: expected UTF-8, found byte 0x{raw[error.start]:02x}",
-                    hint="convert the file to UTF-8",
-                ) from error
-
-
-def _from_csv(path: Path, columns: tuple[str, ...]) -> Iterator[_Record]:
-    csv.field_size_limit(MAX_FIELD_CHARS)
-    rows = csv.reader(_lines(path), strict=True)
-    try:
-        header = next(rows, [])
-        _require_columns(path, header, columns)
-        positions = [header.index(column) for column in columns]
-        for row in rows:
-            if not row:  # a blank line
-                continue
-            where = f"{path}, line {rows.line_num}"
-            if len(row) != len(header):
-                raise UserError(f"{where}: expected {len(header)} columns, found {len(row)}", hint="check the quoting")
-            yield _Record(where, *(row[at] for at in positions))
-    except csv.Error as error:
-        raise UserError(
-            f"{path}, line {rows.line_num}: expected a CSV row, found: {error}", hint="check the quoting"
-        ) from error
-
-
-def _from_jsonl(path: Path, columns: tuple[str, ...]) -> Iterator[_Record]:
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            # The error's own text is left out: it may quote the record.
-            raise UserError(f"{where}: expected a JSON object, found invalid JSON", hint="one per line") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}", hint="one per line")
-        for column in columns:
-            if column not in row:
-                raise UserError(
-                    f"{where}: expected a column {column!r}, found the columns {_names(row)}",
-                    hint="name the columns in participant.toml: text, label, and unit where users count",
-                )
-        yield _Record(where, *(row[column] for column in columns))
-
-
-def _from_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[_Record]:
-    # Imported here: it costs a tenth of a second and most sites have CSV or JSONL.
-    import pyarrow
-    import pyarrow.parquet
-
-    with path.open("rb") as file:
-        try:
-            parquet = pyarrow.parquet.ParquetFile(file)
-            _require_columns(path, parquet.schema_arrow.names, columns)
-            number = 0
-            for batch in parquet.iter_batches(columns=list(columns)):
-                for values in zip(*(batch.column(column).to_pylist() for column in columns), strict=True):
-                    number += 1
-                    yield _Record(f"{path}, row {number}", *values)
-        except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-            raise UserError(
-                f"{path}: expected a Parquet file, found: {str(error).splitlines()[0]}", hint="check the data's format"
-            ) from error
-
-
-def _from_folder(path: Path) -> Iterator[_Record]:
-    """Subdirectory -> label, file -> text; in sorted order, hidden files skipped, files beside them an error."""
-    for directory in sorted(path.iterdir()):
-        if directory.name.startswith("."):
-            continue
-        if not directory.is_dir():
-            raise UserError(
-                f"{directory}: expected only directories named after labels in {path}, found a file",
-                hint="put each text into the directory of its label",
-            )
-        for file in sorted(directory.iterdir()):
-            if not file.name.startswith("."):
-                yield _Record(str(file), "".join(_lines(file)), directory.name)

@@ -19,13 +19,15 @@ import structlog
 import torch
 from opacus.grad_sample import GradSampleHooks
 
-from participant import dp_step
+from participant import dp_step, generation
 from participant.data import Examples
-from participant.features import enter, leave, standard_of
+from participant.features import Standard, enter, leave, standard_of
 from participant.noise import SecretRandom
 from participant.self_test import SelfTest, run_self_test
+from participant.text_data import Records
 from participant.training import (
     Device,
+    Loaded,
     Progress,
     TrainingResult,
     delta_of,
@@ -47,7 +49,7 @@ def train_private(
     plan: Plan,
     base: Path,
     start: Mapping[str, Any],
-    examples: Examples,
+    examples: Examples | Records,
     device: Device = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
@@ -90,19 +92,25 @@ def train_private(
     try:
         standard = standard_of(loaded, plan)
         on_selftest(run_self_test(loaded, plan, terms, random, standard))
-        texts = tokenise(loaded.tokenizer, examples.texts, plan.data.max_length)
-        labels = torch.tensor(examples.labels, device=loaded.device)
-        losses = dp_step.losses_on(loaded, texts, labels, dp_step.log_prior_of(plan).to(loaded.device), standard)
+        losses = _losses(loaded, plan, examples, standard)
         enter(standard)
         optimizer = make_optimizer(plan, dp_step.trainable(loaded.model))
-        step = dp_step.make_step(loaded, terms, losses, optimizer, random)
+        step = dp_step.make_step(loaded, terms, losses, optimizer, random, dp_step.most_at_a_time(plan))
         for number in range(terms.steps):
             optimizer.param_groups[0]["lr"] = learning_rate_at(plan.training.learning_rate, number, terms.steps)
-            dp_step.take_step(step, random.subset(len(texts), float(terms.rate)))
+            dp_step.take_step(step, random.subset(len(examples), float(terms.rate)))
             if progress is not None:
                 progress(number + 1, terms.steps, math.nan)
         leave(standard)
     finally:
         hooks.cleanup()
     delta = delta_of(start, read_adapter(loaded.model), plan.adapter)
-    return TrainingResult(delta, len(texts), 0.0, time.monotonic() - began)
+    return TrainingResult(delta, len(examples), 0.0, time.monotonic() - began)
+
+
+def _losses(loaded: Loaded, plan: Plan, examples: Examples | Records, standard: Standard | None) -> dp_step.Losses:
+    if isinstance(examples, Records):
+        return generation.private_losses(loaded, generation.private_tokens(loaded, plan, examples))
+    texts = tokenise(loaded.tokenizer, examples.texts, plan.data.max_length)
+    labels = torch.tensor(examples.labels, device=loaded.device)
+    return dp_step.losses_on(loaded, texts, labels, dp_step.log_prior_of(plan).to(loaded.device), standard)

@@ -27,6 +27,8 @@ from privacy.plan import Plan
 
 #: Examples that go through the model at a time, at most; a batch of any size is worked off in such chunks.
 CHUNK = 32
+#: Tokens of a language model at a time, at most, unless one record alone has more.
+CHUNK_TOKENS = 2048
 #: Bytes of per-example gradients at a time, at most (one example has 4 bytes for each trained coordinate).
 CHUNK_BYTES = 1 << 28
 #: Room for the rounding of float32 when an example is scaled down to norm C.
@@ -50,15 +52,26 @@ class Step:
     sigma: float
     #: The public divisor.
     nominal_batch: int
+    #: Examples that go through the model at a time, at most.
+    most: int = CHUNK
 
 
 def make_step(
-    loaded: Loaded, terms: DpSgd, losses: Losses, optimizer: torch.optim.Optimizer, random: SecretRandom
+    loaded: Loaded,
+    terms: DpSgd,
+    losses: Losses,
+    optimizer: torch.optim.Optimizer,
+    random: SecretRandom,
+    most: int = CHUNK,
 ) -> Step:
     """The step of a mechanism on a model, see :func:`make_private`."""
-    return Step(
-        trainable(loaded.model), losses, optimizer, random, float(terms.clip), float(terms.sigma), terms.nominal_batch
-    )
+    weights, clip, sigma = trainable(loaded.model), float(terms.clip), float(terms.sigma)
+    return Step(weights, losses, optimizer, random, clip, sigma, terms.nominal_batch, most)
+
+
+def most_at_a_time(plan: Plan) -> int:
+    """Examples that may go through the model at a time: a language model has a number for each token and each word."""
+    return CHUNK if plan.task == "classification" else max(1, min(CHUNK, CHUNK_TOKENS // plan.data.max_length))
 
 
 def trainable(model: Any) -> list[Parameter]:
@@ -201,6 +214,7 @@ def set_noisy_gradients(step: Step, sums: Sequence[Tensor]) -> None:
 
 def take_step(step: Step, chosen: Sequence[int]) -> None:
     """One logical step. An empty batch gets its noise like any other: whether it was empty must not show."""
-    set_noisy_gradients(step, clipped_sum(step.weights, step.losses, chosen, step.clip))
+    chunk = min(step.most, chunk_size(step.weights))
+    set_noisy_gradients(step, clipped_sum(step.weights, step.losses, chosen, step.clip, chunk))
     step.optimizer.step()
     step.optimizer.zero_grad(set_to_none=True)

@@ -17,20 +17,23 @@ from pydantic import ValidationError
 from participant.base_model import base_digest
 from participant.factors import of_base
 from privacy.adapter import start_digest
+from privacy.aggregation import TRAINS_A, Method
 from privacy.analytic import Head
 from privacy.errors import UserError
 from privacy.factors import first_start, keep_factors
 from privacy.methods import parts_of
-from privacy.plan import TRAINS_A, Adapter, Method, linear_head, parse_plan
+from privacy.plan import Adapter, linear_head, parse_plan
 from privacy.settings import explain
 
 _UNSET_DIGEST = "0" * 64
+#: Names of the query and value projections, as most models of each kind have them.
+TARGETS = {"classification": ("query", "value"), "generation": ("q_proj", "v_proj")}
 
 _TEMPLATE = """\
 # What to train and how to aggregate it. Every site has this very file: its digest is over the bytes, comments included.
 name = {name}
-task = "classification"
-stages = 1  # one upload per site in all
+task = {task}
+stages = {stages}  # trainings and uploads of each site, each from the release of the one before
 
 [base]
 name = {base_name}
@@ -39,13 +42,10 @@ digest = {base_digest}
 
 [data]
 dataset = {dataset}  # the name under which each site has registered its own data
-labels = {labels}
-max_length = {max_length}  # tokens; what is longer is cut
+{labels}max_length = {max_length}  # tokens; what is longer is cut
 
-[training]
-# Adds the log of a {prior} class prior to the logits in training only (Menon et al. 2021): sites with different
-# label mixes can then be averaged. The alternative is "cross_entropy".
-loss = {loss}
+{generation}[training]
+{loss_comment}loss = {loss}
 learning_rate = {learning_rate}  # {rate_is_for}
 {schedule}
 [aggregation]
@@ -84,9 +84,27 @@ digest = {start_digest}
 
 [adapter.modules]  # linear module = [out_features, in_features]
 {modules}
+{head}"""
 
+#: What only a plan for classification has.
+_LOSS_COMMENT = """\
+# Adds the log of a {prior} class prior to the logits in training only (Menon et al. 2021): sites with different
+# label mixes can then be averaged. The alternative is "cross_entropy".
+"""
+_HEAD = """
 [adapter.head]  # trained beside the adapter, starting at zero
 {head}
+"""
+
+#: What only a plan for text generation has.
+_GENERATION = """\
+[generation]
+# How a conversation becomes text: "model" is the tokenizer's own chat template, "chatml" is ChatML, and with "none" a
+# prompt is followed by its response as they are. What the assistant says counts in the loss; of a plain text, all.
+template = {template}
+# Several records of a batch in one row of max_length tokens, blind to one another: quicker where most are much shorter.
+packing = {packing}
+
 """
 
 #: What stands in [training] for training without privacy; with it, [privacy] stands there instead.
@@ -101,6 +119,7 @@ _SAYS: dict[Method, str] = {
     "freeze_a": "A from the public seed, B trained: the mean of B is exact",
     "both": "A and B summed apart: inexact, and the release says by how much",
     "regmean": "B weighted by what each site has seen in each direction of the frozen A",
+    "fisher": "each number weighted by how much each site's records depend on it",
     "dense": "A and B trained, the products B A summed: exact up to the truncation, which the release gives",
     "core": "rank x rank numbers between frozen factors of the base model's weights: exact, and the shortest vector",
 }
@@ -121,6 +140,13 @@ feature_clip = 4.0
 min_texts = 20  # a site with fewer different texts sits out: the sums say more of the records than an update
 """
 
+_FISHER = """\
+[aggregation.fisher]
+ridge = 0.01  # added to each weight, which is at most 1; large: the plain mean
+reach = 16.0  # a weight is relative to the mean of its tensor at the site, and ends at so many times that
+min_texts = 20  # a site with fewer different texts sits out: the sums say more of the records than an update
+"""
+
 _CORE = """\
 [aggregation.core]
 # SHA-256 of the factors, which every site computes from its base model; coordinator and auditors need the file.
@@ -137,6 +163,12 @@ min_class_count = 5  # a class with fewer different texts at a site has no part 
 """
 
 #: What stands at the end of [aggregation] for a head that is computed from sums.
+_EVALUATION = """\
+[evaluation]  # one stage more: sites judge the release, in total only, on records that no stage trained on
+holdout = {holdout}  # share of each site's records
+server_lr = {rates}  # candidates to vote on; aggregation.server_lr alone where empty
+"""
+
 _ANALYTIC = """\
 # The head is not trained: each site sends sums of products of the model's features, and the head is the ridge solution
 # of all records together. [training] is not read. The sums say more of the records than an update: docs/analytic.md.
@@ -157,8 +189,11 @@ def draft_plan(
     base_name: str,
     name: str,
     dataset: str,
-    labels: Sequence[str],
-    targets: Sequence[str] = ("query", "value"),
+    labels: Sequence[str] = (),
+    task: Literal["classification", "generation"] = "classification",
+    template: Literal["model", "chatml", "none"] = "model",
+    packing: bool = False,
+    targets: Sequence[str] | None = None,
     rank: int = 8,
     alpha: float | None = None,
     max_length: int = 128,
@@ -179,17 +214,21 @@ def draft_plan(
     max_colluders: int = 1,
     clip: float | None = None,
     max_weight: int = 65536,
+    stages: int = 1,
+    holdout: float | None = None,
+    rates: Sequence[float] = (),
     seed: bytes | None = None,
 ) -> str:
     """The text of a complete plan file that :func:`privacy.plan.parse_plan` accepts.
 
     Args:
-        base: directory of the base model.
+        base: directory of the base model, or for text generation a GGUF file.
         base_name: what people call it.
         name: the plan's name.
         dataset: name under which the sites registered their data.
-        labels: the classes; their order numbers the rows of the head.
-        targets: linear modules to adapt, by the last part of their names.
+        labels: the classes; their order numbers the rows of the head. Text generation has none.
+        task: "generation" for a causal language model; ``template`` and ``packing`` are for it alone, ``loss`` is not.
+        targets: linear modules to adapt, by the last part of their names; None: see :data:`TARGETS`.
         rank: of each LoRA pair.
         alpha: LoRA's scale, the adapter acts with alpha / rank; 2 * rank where None.
         seed: public 32-byte seed of the frozen A; drawn at random where None.
@@ -201,18 +240,20 @@ def draft_plan(
         factors_to: directory for the file with the factors of the method "core", which the coordinator needs too.
         privacy: a section ``[privacy]``, see :func:`privacy.budget.presets.draft_privacy`; ``epochs``, ``batch_size``
             and ``training_seed`` have no place beside it and are left out.
+        holdout: share of each site's records kept for a section ``[evaluation]``; None: no such section.
+        rates: candidates for ``server_lr`` in it.
 
     The other arguments are the plan's keys of the same name.
 
     Raises:
         UserError: the base model cannot be loaded or adapted, or a value is out of the plan's range.
     """
-    from participant.training import inspect_model  # imports torch
-
     if head == "analytic":
         train = "head"
     trained: Literal["all", "both", "head"] = "both" if method in TRAINS_A else train
-    modules, layer = inspect_model(base, len(labels), targets)
+    modules, layer = _inspect(base, task, len(labels), TARGETS[task] if targets is None else targets)
+    if task == "generation":
+        loss = "cross_entropy"
     try:
         adapter = Adapter(
             rank=rank,
@@ -234,17 +275,25 @@ def draft_plan(
     digest = start_digest(first_start(adapter, factors)).hex()
     # The head's comes first: it begins with a key, and the other is a table.
     section = {"analytic": _ANALYTIC, "counted": _COUNTED}.get(head, "")
-    section += {"regmean": _REGMEAN, "core": core}.get(method, "")
+    section += {"regmean": _REGMEAN, "fisher": _FISHER, "core": core}.get(method, "")
+    if holdout is not None:
+        section += _EVALUATION.format(holdout=holdout, rates=_toml(list(map(float, rates))))
     rate, reach = (5e-2, 4.0) if method == "core" else (2e-3, 0.5)
     text = _TEMPLATE.format(
         name=_toml(name),
         base_name=_toml(base_name),
         base_digest=_toml(base_digest(base)),
         dataset=_toml(dataset),
-        labels=_toml(list(labels)),
+        task=_toml(task),
+        labels=f"labels = {_toml(list(labels))}\n" if task == "classification" else "",
+        generation=_GENERATION.format(template=_toml(template), packing=str(packing).lower())
+        if task == "generation"
+        else "",
         max_length=max_length,
         loss=_toml(loss),
-        prior="public" if privacy else "site's own",
+        loss_comment=_LOSS_COMMENT.format(prior="public" if privacy else "site's own")
+        if task == "classification"
+        else "",
         learning_rate=float(rate if learning_rate is None else learning_rate),
         schedule="\n" + privacy
         if privacy
@@ -263,16 +312,28 @@ def draft_plan(
         seed=_toml(adapter.seed),
         start_digest=_toml(digest),
         modules=_table(modules),
-        head=_table(layer),
+        head=_HEAD.format(head=_table(layer)) if layer else "",
         method=_toml(method),
         says=_SAYS[method],
         rate_is_for=_RATES.get(method, "for B and head alone; higher than usual for LoRA, since A is frozen"),
+        stages=stages,
         aggregation="\n" + section if section else "",
-        # Rounding is multiplied by the inverse of a Gram matrix; entries of B A are far smaller than those of B.
-        bits=32 if head != "trained" or method in ("regmean", "dense") else 24,
+        # Rounding is multiplied by an inverse or divided by a weight; entries of B A are far smaller than those of B.
+        bits=32 if head != "trained" or method in ("regmean", "fisher", "dense") else 24,
     )
     parse_plan(text.encode(), "draft")
     return text
+
+
+def _inspect(
+    base: Path, task: str, labels: int, targets: Sequence[str]
+) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, ...]]]:
+    """(linear modules, head tensors) of the base model, with shapes."""
+    from participant.loading import inspect_causal, inspect_model  # imports torch
+
+    if task == "generation":
+        return inspect_causal(base, targets), {}
+    return inspect_model(base, labels, targets)
 
 
 def _coordinates(adapter: Adapter, labels: int, head: str, method: Method) -> int:
@@ -282,8 +343,8 @@ def _coordinates(adapter: Adapter, labels: int, head: str, method: Method) -> in
     return Head(module, bias, features, labels).size
 
 
-def _toml(value: str | list[str]) -> str:
-    """A TOML string, or array of strings; JSON's escapes are valid in TOML's basic strings, save DEL."""
+def _toml(value: str | Sequence[str] | Sequence[float]) -> str:
+    """A TOML string, or array; JSON's escapes are valid in TOML's basic strings, save DEL."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 
+import structlog
+
+from participant import charging
 from participant.client import Block, Client, ReleasedCohort
 from participant.factors import ensure_factors
 from participant.patience import patiently
 from participant.phases import Checking
 from participant.site import Site
-from privacy.adapter import save_peft
+from participant.starts import keep_start, kept_start
+from privacy.adapter import check_start, save_peft
 from privacy.errors import ProtocolError
 from privacy.files import make_private_directory, write_durably
 from privacy.job import Job
-from privacy.outcome import Total, check_block, combine, manifest, verify_cohort, verify_total
+from privacy.outcome import Total, VerifiedCohort, check_block, manifest, verify_cohort, verify_total
 from privacy.secagg.masking import BLOCK, block_sizes, packed_bytes, packed_length
 from privacy.secagg.messages import Outcome
 from privacy.secagg.projection import dealt_blocks
+from privacy.stages import Start, first_start, next_start, release_of
+
+log = structlog.get_logger()
 
 RELEASE_NOTE = "release.json"
 #: Blocks that a spot audit looks at.
@@ -62,30 +69,87 @@ def fetch_release(site: Site, client: Client, job: Job, stage: int) -> bool:
     Raises:
         ProtocolError: a transcript or total does not hold; the release that is here stays.
     """
-    offered = [c for c in client.releases(job.plan_file.digest) if c.stage == stage]
+    offered = client.releases(job.plan_file.digest, stage)
     if not offered:
         return False
     _check_ids(offered)
-    directory = site.release_directory(job.plan.name, stage)
-    if released_rounds(directory) == sorted(_summary(c) for c in offered):
+    if released_rounds(site.release_directory(job.plan.name, stage)) == sorted(_summary(c) for c in offered):
         return True
-    start = bytes.fromhex(job.plan.adapter.digest)
-    cohorts, adapter = [], directory / "adapter"
-    with ExitStack() as downloads:
-        for cohort in offered:
-            path = _download(site, client, job, cohort.round_id)
-            downloads.callback(path.unlink)
-            cohorts.append(verify_cohort(job, stage, start, cohort.evidence, path))
-        ensure_factors(site, job)
-        combined = combine(job, cohorts)
-        save_peft(adapter, combined.tensors, adapter=job.plan.adapter, base_name=job.plan.base.name)
-        facts = manifest(job, stage, cohorts, combined) | {"adapter": str(adapter)}
-    facts["rounds"] = sorted(_summary(c) for c in offered)
-    write_durably(directory / RELEASE_NOTE, json.dumps(facts, indent=2).encode() + b"\n")
+    ensure_factors(site, job)
+    start = start_of(site, client, job, stage)
+    with _verified(site, client, job, stage, start, offered) as cohorts:
+        _write_release(site, job, stage, start, offered, cohorts)
     return True
 
 
-def _check_ids(offered: list[ReleasedCohort]) -> None:
+@contextmanager
+def _verified(
+    site: Site, client: Client, job: Job, stage: int, start: Start, offered: Sequence[ReleasedCohort]
+) -> Iterator[list[VerifiedCohort]]:
+    """The cohorts of a stage, each verified here, with their totals for as long as they are looked at."""
+    with ExitStack() as downloads:
+        cohorts = []
+        for cohort in offered:
+            path = _download(site, client, job.at(stage), cohort.round_id)
+            downloads.callback(path.unlink)
+            cohorts.append(verify_cohort(job, stage, start.digest, cohort.evidence, path))
+        yield cohorts
+
+
+def _write_release(
+    site: Site,
+    job: Job,
+    stage: int,
+    start: Start,
+    offered: Sequence[ReleasedCohort],
+    cohorts: Sequence[VerifiedCohort],
+) -> None:
+    _settle(site, job, stage, cohorts)
+    directory = site.release_directory(job.plan.name, stage)
+    adapter, combined = directory / "adapter", release_of(job, stage, cohorts, start)
+    save_peft(adapter, combined.tensors, adapter=job.plan.adapter, base_name=job.plan.base.name)
+    facts = manifest(job, stage, cohorts, combined, start.digest, start.cohorts) | {"adapter": str(adapter)}
+    facts["rounds"] = sorted(_summary(c) for c in offered)
+    write_durably(directory / RELEASE_NOTE, json.dumps(facts, indent=2).encode() + b"\n")
+
+
+def _settle(site: Site, job: Job, stage: int, cohorts: Sequence[VerifiedCohort]) -> None:
+    """A crash may have come between an upload and its COMMIT: a total that holds it shows that it arrived."""
+    for spent in site.spent(job, stage):
+        if any(spent.header.round == c.number and site.me in c.survivors for c in cohorts):
+            charging.commit(site, job, stage, spent.header.round, spent.root)
+
+
+def start_of(site: Site, client: Client, job: Job, stage: int) -> Start:
+    """Where a stage starts, computed here from the totals of the stages before, and kept: there is no second answer.
+
+    The release of the stage before is written on the way. Who joins late computes all stages before.
+
+    Raises:
+        UserError: the plan pins another start of stage 1 than its seed gives.
+        ProtocolError: a transcript or total of a stage before does not hold, or has no outcome certificate.
+        Refusal: another start was computed here before, and training may have begun from it.
+    """
+    if stage == 1:
+        start = first_start(job)
+        check_start(start.tensors, job.plan.adapter)
+        return start
+    kept = kept_start(site, job, stage)
+    if kept is not None:
+        return kept
+    before = start_of(site, client, job, stage - 1)
+    offered = client.releases(job.plan_file.digest, stage - 1)
+    _check_ids(offered)
+    with _verified(site, client, job, stage - 1, before, offered) as cohorts:
+        start = next_start(job, stage, before, cohorts)
+        _write_release(site, job, stage - 1, before, offered, cohorts)
+        if site.spent(job, stage - 1) and not any(site.me in cohort.survivors for cohort in cohorts):
+            log.warning("this site's upload is not in the release that the next stage starts from", stage=stage)
+        keep_start(site, job, stage, start)  # while the totals are here that candidates are made of
+    return kept_start(site, job, stage) or start
+
+
+def _check_ids(offered: Sequence[ReleasedCohort]) -> None:
     """A verified total is read again from the file that its round's id names: no two may share one."""
     ids = {c.round_id for c in offered}
     if len(ids) < len(offered) or any(c.evidence.outcome.transcript.header.hash() != c.round_id for c in offered):

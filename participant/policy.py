@@ -18,11 +18,12 @@ from privacy.plan import Plan
 AUDITS = ("none", "spot", "divided")
 
 
-def admit(job: Job, settings: Settings, standing: Standing | None = None) -> None:
+def admit(job: Job, settings: Settings, standing: Standing | None = None, stage: int = 1) -> None:
     """Refuse a plan this site does not agree to.
 
     Args:
         standing: what the ledger of the plan's data set says; ``None``: nothing is charged to it yet.
+        stage: that is to come now; what it and all later ones cost must be left.
 
     Raises:
         Refusal: consent, base model, data set, cohort sizes, colluders, audit or the data set's budget; the
@@ -51,7 +52,7 @@ def admit(job: Job, settings: Settings, standing: Standing | None = None) -> Non
         raise Refusal(f"{name} has audit '{plan.round.audit}'; this site demands '{own.audit}'")
     if plan.aggregation.head != "trained" and own.min_class_count is None:
         raise Refusal(f"{name} sums statistics of the records; this site has not opted in (min_class_count)")
-    if plan.aggregation.method == "regmean" and own.min_texts is None:
+    if plan.aggregation.method in ("regmean", "fisher") and own.min_texts is None:
         raise Refusal(f"{name} sums statistics of the records; this site has not opted in (min_texts)")
     narrow = settings.max_rank is not None and settings.max_rank < plan.adapter.rank
     if narrow and plan.adapter.train != "head" and plan.aggregation.method != "dense":
@@ -65,7 +66,7 @@ def admit(job: Job, settings: Settings, standing: Standing | None = None) -> Non
             f"{name} protects users; data set '{plan.data.dataset}' does not say whose a record is: "
             "name the column under 'unit' in participant.toml"
         )
-    if found := objection(standing or Standing(data.policy()), _mechanism(plan)):
+    if found := objection(standing or Standing(data.policy()), _mechanism(plan), plan.trainings_from(stage)):
         raise Refusal(f"{name} {found}")
 
 

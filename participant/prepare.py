@@ -10,20 +10,24 @@ import structlog
 from numpy.typing import NDArray
 
 from participant import charging
+from participant.base_model import find_base
 from participant.config import DataSet
 from participant.data import Examples, load_examples
 from participant.factors import ensure_factors
+from participant.holdout import split
+from participant.judging import judge
 from participant.patience import patiently
 from participant.registry import Registry
 from participant.site import Site
 from participant.store import Quantised, Trained
+from participant.text_data import Records, load_records
 from privacy.adapter import Tensors, check_start, save_peft
 from privacy.errors import Refusal, UserError
 from privacy.job import Job
 from privacy.methods import merged
-from privacy.plan import Plan
 from privacy.secagg.masking import tiles_of
 from privacy.secagg.quantize import weighted_loss
+from privacy.stages import Start
 
 if TYPE_CHECKING:
     from participant.training import TrainingResult
@@ -34,39 +38,69 @@ Progress = Callable[[int, int, float], None]
 PLAIN_VECTOR = "plain-vector.npy"
 
 
-def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None) -> Trained:
+def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None, later: Start | None = None) -> Trained:
     """Train the stage's delta, unless an earlier run did, and keep it quantised; returns what training left.
+
+    The stage of the evaluation trains nothing: its vector is the counts of ``participant/judging.py``.
+
+    Args:
+        later: where a stage after the first starts, as ``participant/fetch.py`` computed it here.
 
     Raises:
         UserError: data set, base model or start adapter are not what the plan says, or training diverged.
-        Refusal: this stage's delta is spent, and was trained under another plan file of the same name.
+        Refusal: this stage's delta is spent, and was trained under another plan file of the same name, or from
+            another start adapter.
     """
     name, digest = job.plan.name, job.plan_file.digest.hex()
     ensure_factors(site, job)
-    start = job.start_tensors()
-    check_start(start, job.plan.adapter)
+    start, origin = _start(site, job, stage, later)
     kept = site.store.trained(name, stage)
-    if kept is not None and kept.plan == digest:
+    if kept is not None and kept.plan == digest and (kept.start or job.plan.adapter.digest) == origin:
         charging.charged(site, job, stage)
         return kept
-    if kept is not None and site.spent(job, stage):
-        raise Refusal(f"the delta of plan '{name}' is spent under another plan file; a changed plan needs a new name")
+    if site.spent(job, stage):
+        raise Refusal(
+            f"the delta of plan '{name}' {_whose(kept, digest)}; it takes a plan of another name to train again"
+        )
     data = site.home.settings.datasets[job.plan.data.dataset]
-    examples = _examples(site, job, data)
+    everything = _examples(site, job, data)
+    examples, held_out = split(everything, job.plan)
     weight = _weight(job, len(examples))
-    patiently(lambda: Registry(site.home).take(job.plan.data.dataset, examples.texts))
+    patiently(lambda: Registry(site.home).take(job.plan.data.dataset, everything.texts))
     identity = charging.reserve(site, job, stage)
+    if job.plan.judges(stage):
+        assert later is not None
+        charging.start(site, job, identity, None)
+        return patiently(lambda: judge(site, job, stage, later, held_out, progress))
     log.info("training", plan=name)
     result = _train(site, job, identity, start, examples, progress)
     local = _local(job, start, result.delta)
     place, base_name = site.local_directory(name, stage), job.plan.base.name
     patiently(lambda: save_peft(place, local, adapter=job.plan.adapter, base_name=base_name))
     loss = result.loss if job.plan.privacy is None else 0.0  # an un-noised mean over the records
-    trained = Trained(digest, weight, loss, result.seconds, result.examples)
+    trained = Trained(digest, weight, loss, result.seconds, result.examples, origin)
     patiently(lambda: _keep(site, job, stage, result.delta, trained))
     said = {"loss": round(loss, 4)} if job.plan.privacy is None else {}
     log.info("trained", plan=name, **said, seconds=round(result.seconds, 1))
     return trained
+
+
+def _start(site: Site, job: Job, stage: int, later: Start | None) -> tuple[Tensors, str]:
+    """The adapter that a stage starts from, and its digest in hex."""
+    if stage == 1:
+        tensors = job.start_tensors()
+        check_start(tensors, job.plan.adapter)
+        return tensors, job.plan.adapter.digest
+    if later is None or later.digest != site.start_digest(job, stage):
+        raise RuntimeError(f"stage {stage} needs the start that this site computed and kept")
+    return later.tensors, later.digest.hex()
+
+
+def _whose(kept: Trained | None, digest: str) -> str:
+    """What became of a spent delta that is not the one this plan and start give."""
+    if kept is None:
+        return "is spent and was deleted"
+    return f"is spent under another {'plan file' if kept.plan != digest else 'start adapter'}"
 
 
 def _local(job: Job, start: Tensors, vector: NDArray[np.float32]) -> Tensors:
@@ -77,7 +111,9 @@ def _local(job: Job, start: Tensors, vector: NDArray[np.float32]) -> Tensors:
     ).tensors
 
 
-def _examples(site: Site, job: Job, data: DataSet) -> Examples:
+def _examples(site: Site, job: Job, data: DataSet) -> Examples | Records:
+    if job.plan.task == "generation":
+        return load_records(site.home.path(data.path), data)
     privacy = job.plan.privacy
     users = privacy is not None and privacy.unit == "user"
     examples = load_examples(
@@ -90,8 +126,8 @@ def _examples(site: Site, job: Job, data: DataSet) -> Examples:
         max_records_per_unit=privacy.max_records_per_unit if privacy is not None and users else None,
     )
     aggregation, own = job.plan.aggregation, site.home.settings.policy
-    if aggregation.regmean is not None:
-        _enough_texts(examples, job.plan, own.min_texts or 1)
+    if settings := aggregation.regmean or aggregation.fisher:
+        _enough_texts(examples, max(settings.min_texts, own.min_texts or 1))
     if aggregation.analytic is None:
         return examples
     from participant.analytic import frequent
@@ -99,12 +135,9 @@ def _examples(site: Site, job: Job, data: DataSet) -> Examples:
     return frequent(examples, job.plan, own.min_class_count or 1)
 
 
-def _enough_texts(examples: Examples, plan: Plan, own_minimum: int) -> None:
+def _enough_texts(examples: Examples, least: int) -> None:
     """Raise UserError unless the site has as many different texts as the plan and its own file ask for."""
-    settings = plan.aggregation.regmean
-    assert settings is not None
-    least, found = max(settings.min_texts, own_minimum), len(set(examples.texts))
-    if found < least:
+    if (found := len(set(examples.texts))) < least:
         raise UserError(
             f"data: expected at least {least} different texts (min_texts), found {found}",
             hint="sit this plan out, or agree on a smaller minimum",
@@ -112,14 +145,14 @@ def _enough_texts(examples: Examples, plan: Plan, own_minimum: int) -> None:
 
 
 def _train(
-    site: Site, job: Job, identity: str, start: Tensors, examples: Examples, progress: Progress | None
+    site: Site, job: Job, identity: str, start: Tensors, examples: Examples | Records, progress: Progress | None
 ) -> TrainingResult:
     """Train the charged job: START is durable before the first batch, after the self-test of a private one."""
     # torch takes seconds to import, and only this needs it.
     settings = site.home.settings
     about: dict[str, Any] = {
         "plan": job.plan,
-        "base": site.home.path(settings.models[job.plan.base.name]),
+        "base": find_base(site.home, job.plan.base.name),
         "start": start,
         "examples": examples,
         "device": settings.device,

@@ -24,8 +24,8 @@ Report = Callable[[int, int, float], None]
 
 
 @contextmanager
-def training_progress(*, show: bool) -> Iterator[Callable[[Job], Report]]:
-    """Yields a function that makes the progress callback (step, steps, loss) of one job."""
+def training_progress(*, show: bool) -> Iterator[Callable[[Job, int], Report]]:
+    """Yields a function that makes the progress callback (step, steps, loss) of one job and stage."""
     if not (show and sys.stderr.isatty()):
         yield _log_lines
         return
@@ -38,8 +38,9 @@ def training_progress(*, show: bool) -> Iterator[Callable[[Job], Report]]:
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
 
-        def start(job: Job) -> Report:
-            task = bar.add_task(f"training {job.plan.name}", total=None, loss="")
+        def start(job: Job, stage: int) -> Report:
+            of = f", stage {stage} of {job.plan.stages}" if job.plan.stages > 1 else ""
+            task = bar.add_task(f"training {job.plan.name}{of}", total=None, loss="")
             return lambda step, steps, loss: bar.update(
                 task, completed=step, total=steps, loss="" if math.isnan(loss) else f"loss {loss:.4f}"
             )
@@ -47,7 +48,7 @@ def training_progress(*, show: bool) -> Iterator[Callable[[Job], Report]]:
         yield start
 
 
-def _log_lines(job: Job) -> Report:
+def _log_lines(job: Job, stage: int) -> Report:
     last = time.monotonic()
 
     def report(step: int, steps: int, loss: float) -> None:
@@ -55,6 +56,6 @@ def _log_lines(job: Job) -> Report:
         if time.monotonic() - last >= EVERY_S:
             last = time.monotonic()
             told = {} if math.isnan(loss) else {"loss": round(loss, 4)}
-            log.info("training", plan=job.plan.name, step=step, steps=steps, **told)
+            log.info("training", plan=job.plan.name, stage=stage, step=step, steps=steps, **told)
 
     return report

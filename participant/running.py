@@ -93,8 +93,9 @@ def join(site: Site, client: Client, job: Job, stage: int, round_id: bytes, offe
         Refusal: another plan, roster or start adapter, an old round, or a spent delta without its proofs.
         ProtocolError: a proof that does not hold.
     """
-    start = bytes.fromhex(job.plan.adapter.digest)  # equal to the one computed here: prepare() checked it
-    expected = job.context(job.header(stage, 0, start))
+    if stage < (begun := site.stage_begun(job)):
+        raise Refusal(f"M0: stage {begun} of plan '{job.plan.name}' has begun here: stage {stage} is over")
+    expected = job.context(job.header(stage, 0, site.start_digest(job, stage)))
     context = accept_offer(offer, expected, site.store.highest_round(job.plan_file.digest, stage))
     spent, vector = site.spent(job, stage), kept_vector(site, job, stage)
     digest = vector.digest()
@@ -104,6 +105,8 @@ def join(site: Site, client: Client, job: Job, stage: int, round_id: bytes, offe
     kept = site.store.trained(job.plan.name, stage)
     if kept is None or kept.plan != job.plan_file.digest.hex():
         raise Refusal(f"the delta that lies here was not trained under this file of plan '{job.plan.name}'")
+    if kept.start != expected.header.start.hex() and (kept.start or stage > 1):
+        raise Refusal(f"the delta of stage {stage} that lies here was trained from another start adapter")
     charging.charged(site, job, stage)
     run = RoundRun(site, client, job, stage, round_id, ParticipantRound(context, site.round_site(job, digest, bond)))
     run.answer(run.machine.join())

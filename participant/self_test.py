@@ -23,22 +23,16 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
-from participant import dp_step
+from participant import dp_step, generation
 from participant.dp_step import Step
 from participant.features import Standard, random_texts
 from participant.noise import SecretRandom
 from participant.training import Loaded, make_optimizer
+from privacy.budget import self_tests
+from privacy.budget.entries import decimal_text
 from privacy.budget.events import DpSgd
 from privacy.errors import Refusal, shown
 from privacy.plan import Plan
-
-#: Leave-one-out: how far the clipped sum may move, over C.
-MAX_SENSITIVITY = 1 + 1e-5
-#: How far the clipped sum may move when the same examples come in other chunks, over C; float32 alone gives 1e-6.
-MAX_CHUNKING = 1e-3
-MIN_NOISE_P = 1e-10
-MAX_NOISE_DEVIATIONS = 6.0
-MAX_SAMPLER_DEVIATIONS = 7.0
 
 EXAMPLES = 4
 MAX_TOKENS = 32
@@ -61,6 +55,11 @@ class Check:
     value: float
     passed: bool
 
+    @classmethod
+    def of(cls, name: str, value: float) -> Check:
+        """A check judged by its bounds."""
+        return cls(name, value, self_tests.within(name, value))
+
 
 @dataclass(frozen=True)
 class SelfTest:
@@ -79,7 +78,7 @@ class SelfTest:
 
     def to_json(self) -> dict[str, Any]:
         """For the ledger: name -> decimal string, and ``passed``."""
-        return {check.name: f"{check.value:.9f}" for check in self.checks} | {"passed": self.passed}
+        return {check.name: decimal_text(check.value) for check in self.checks} | {"passed": self.passed}
 
 
 class SelfTestFailed(Refusal):
@@ -102,8 +101,7 @@ def run_self_test(
     """
     weights = dp_step.trainable(loaded.model)
     with _random_weights(weights):
-        prior = dp_step.log_prior_of(plan).to(loaded.device)
-        losses = dp_step.losses_on(loaded, *_synthetic(loaded, plan), prior, standard)
+        losses = _losses(loaded, plan, standard)
         step = dp_step.make_step(loaded, terms, losses, make_optimizer(plan, weights), random)
         try:
             checks = [
@@ -140,12 +138,15 @@ def _random_weights(weights: Sequence[torch.nn.Parameter]) -> Iterator[None]:
                 weight.grad = None
 
 
-def _synthetic(loaded: Loaded, plan: Plan) -> tuple[list[Tensor], Tensor]:
-    """(token ids of a few texts of different lengths, their labels), public."""
+def _losses(loaded: Loaded, plan: Plan, standard: Standard | None) -> dp_step.Losses:
+    """Losses of a few public synthetic examples of different lengths."""
     longest = max(2, min(plan.data.max_length, MAX_TOKENS))
     lengths = [max(1, longest * (k + 1) // EXAMPLES) for k in range(EXAMPLES)]
+    if plan.task == "generation":
+        return generation.private_losses(loaded, generation.synthetic(loaded, [max(2, length) for length in lengths]))
     texts = random_texts(loaded, EXAMPLES, lengths, longest)
-    return texts, torch.arange(EXAMPLES, device=loaded.device) % len(plan.data.labels)
+    labels = torch.arange(EXAMPLES, device=loaded.device) % len(plan.data.labels)
+    return dp_step.losses_on(loaded, texts, labels, dp_step.log_prior_of(plan).to(loaded.device), standard)
 
 
 # --- what one example can do -----------------------------------------------------------------------------------------
@@ -163,12 +164,12 @@ def _gradients(model: Any, step: Step) -> Iterator[Check]:
     """Every trained tensor takes part, and no other has per-example gradients."""
     step.losses([0]).sum().backward()  # type: ignore[no-untyped-call]
     astray = [p for p in model.parameters() if not p.requires_grad and getattr(p, "grad_sample", None) is not None]
-    yield Check("frozen_with_gradients", len(astray), passed=not astray)
+    yield Check.of("frozen_with_gradients", len(astray))
     for weight in step.weights:
         weight.grad = weight.grad_sample = None  # type: ignore[attr-defined]
     sums = dp_step.clipped_sum(step.weights, step.losses, range(EXAMPLES), step.clip)
     still = sum(not bool(total.any()) for total in sums)
-    yield Check("trained_without_gradients", still, passed=still == 0)
+    yield Check.of("trained_without_gradients", still)
 
 
 def _sensitivity(step: Step) -> Iterator[Check]:
@@ -186,8 +187,8 @@ def _sensitivity(step: Step) -> Iterator[Check]:
             moved = max(moved, _distance(full, others) / clip)
         singly = dp_step.clipped_sum(step.weights, step.losses, everyone, clip, chunk=1)
         apart = max(apart, _distance(full, singly) / clip)
-    yield Check("sensitivity", moved, passed=moved <= MAX_SENSITIVITY)
-    yield Check("chunking", apart, passed=apart <= MAX_CHUNKING)
+    yield Check.of("sensitivity", moved)
+    yield Check.of("chunking", apart)
 
 
 def _not_finite(step: Step) -> Iterator[Check]:
@@ -200,17 +201,17 @@ def _not_finite(step: Step) -> Iterator[Check]:
     found = dp_step.clipped_sum(step.weights, poisoned, range(EXAMPLES), step.clip)
     others = dp_step.clipped_sum(step.weights, step.losses, range(1, EXAMPLES), step.clip)
     apart = _distance(found, others) / step.clip
-    yield Check("not_finite", apart, passed=apart <= MAX_CHUNKING)
+    yield Check.of("not_finite", apart)
 
 
 def _empty_batch(step: Step) -> Iterator[Check]:
     """A step without examples has a sum of zero and moves every trained tensor all the same."""
     total = _norm(dp_step.clipped_sum(step.weights, step.losses, [], step.clip))
-    yield Check("empty_batch_sum", total, passed=total == 0)
+    yield Check.of("empty_batch_sum", total)
     before = [weight.detach().clone() for weight in step.weights]
     dp_step.take_step(step, [])
     still = sum(torch.equal(weight, value) for weight, value in zip(step.weights, before, strict=True))
-    yield Check("empty_batch_unmoved", still, passed=still == 0)
+    yield Check.of("empty_batch_unmoved", still)
 
 
 # --- chance ----------------------------------------------------------------------------------------------------------
@@ -232,13 +233,13 @@ def _noise(step: Step) -> Iterator[Check]:
     drawn = np.stack([_drawn(step) for _ in range(max(2, -(-NOISE_NUMBERS // size)))])  # (steps, size)
     flat = drawn.reshape(-1)
     p = float(stats.kstest(flat, "norm").pvalue)
-    yield Check("noise_ks_p", p, passed=p >= MIN_NOISE_P)
+    yield Check.of("noise_ks_p", p)
     # The variance of n squared Gaussians is 2 / n.
     off = abs(float(np.mean(flat**2)) - 1) * math.sqrt(len(flat) / 2)
-    yield Check("noise_size_deviations", off, passed=off <= MAX_NOISE_DEVIATIONS)
+    yield Check.of("noise_size_deviations", off)
     products = drawn[:-1] * drawn[1:]
     again = abs(float(np.mean(products))) * math.sqrt(products.size)
-    yield Check("noise_repeat_deviations", again, passed=again <= MAX_NOISE_DEVIATIONS)
+    yield Check.of("noise_repeat_deviations", again)
 
 
 def _sampler(random: SecretRandom, rate: float) -> Iterator[Check]:
@@ -251,10 +252,10 @@ def _sampler(random: SecretRandom, rate: float) -> Iterator[Check]:
         repeats += len(chosen) - len(set(chosen))
         np.add.at(counts, chosen, 1)
         sizes[number] = len(chosen)
-    yield Check("sampler_repeats", repeats, passed=repeats == 0)
+    yield Check.of("sampler_repeats", repeats)
     for name, found, trials in (("inclusions", counts, draws), ("sizes", sizes, SAMPLER_RECORDS)):
         off = _scatter(found, trials, rate)
-        yield Check(f"sampler_{name}_deviations", off, passed=off <= MAX_SAMPLER_DEVIATIONS)
+        yield Check.of(f"sampler_{name}_deviations", off)
 
 
 def _scatter(found: NDArray[np.float64], trials: int, rate: float) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from participant.data import Examples
 from privacy.adapter import Matrix, Tensors, Vector, a_name, b_name, flatten, layout_of, unflatten
-from privacy.methods import SHARES, dense_name, gram_name, head_parts, probe_name, probes, sent
+from privacy.methods import SHARES, dense_name, fisher_name, gram_name, head_parts, probe_name, probes, sent
 from privacy.plan import Plan
 
 log = structlog.get_logger()
@@ -39,6 +39,7 @@ def vector_of(
     model: Any,
     texts: Sequence[Tensor],
     shares: Sequence[float],
+    squares: Tensors,
     forward: Forward,
 ) -> Vector:
     """(d,) float32: the vector of a site that trained.
@@ -51,6 +52,7 @@ def vector_of(
         model: the base model with the adapter in place, as trained.
         texts: token ids of the site's records.
         shares: of the classes among the records, for a counted head.
+        squares: mean squared gradients of the trained tensors, for the method "fisher".
         forward: runs the model on a batch of them, padded on the right.
     """
     method, counts = plan.aggregation.method, plan.aggregation.counted is not None
@@ -66,6 +68,8 @@ def vector_of(
         parts = {name: part for name, part in parts.items() if name not in trained} | cores
     elif method == "dense":
         parts = dense(plan, parts, start, after)
+    elif method == "fisher":
+        parts |= by_fisher(plan, parts, squares)
     elif method == "regmean":
         parts |= weighted(plan, parts, gram_means(plan, model, texts, forward))
     return flatten(parts, sent(plan))
@@ -138,6 +142,45 @@ def dense(plan: Plan, parts: Tensors, start: Mapping[str, Any], after: Tensors) 
         del found[a], found[b]
         added = after[b].astype(np.float64) @ after[a] - start[b].astype(np.float64) @ start[a]
         found[dense_name(module)] = added.astype(np.float32)
+    return found
+
+
+# --- fisher: how much the records depend on each number -------------------------------------------------------------
+
+
+def squared_gradients(model: Any, losses: Iterator[Tensor]) -> None:
+    """Puts in the place of each trained parameter the mean over records of its squared gradient (empirical Fisher).
+
+    Args:
+        losses: of one record each, nats.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    totals, count = [torch.zeros_like(parameter) for parameter in trained], 0
+    for loss in losses:
+        for total, gradient in zip(totals, torch.autograd.grad(loss, trained), strict=True):
+            total += gradient.square()
+        count += 1
+    with torch.no_grad():
+        for parameter, total in zip(trained, totals, strict=True):
+            parameter.copy_(total / count)
+
+
+def by_fisher(plan: Plan, deltas: Tensors, squares: Tensors) -> Tensors:
+    """Each number times its weight, and the weights: relative to the tensor's own mean, and at most 1.
+
+    Without the mean, a site whose gradients are larger throughout would decide alone (Matena and Raffel 2022, arXiv
+    2111.09832, bring the matrices to one length).
+    """
+    settings, clip = plan.aggregation.fisher, plan.round.clip
+    assert settings is not None
+    found: Tensors = {}
+    for name, _ in layout_of(plan.adapter).trained:
+        fisher = squares[name].astype(np.float64)
+        top = settings.reach * fisher.mean()
+        own = np.minimum(fisher / top, 1.0) if top > 0 else np.zeros_like(fisher)
+        weight = (own + settings.ridge) / (1.0 + settings.ridge)
+        found[name] = (np.clip(deltas[name].astype(np.float64), -clip, clip) * weight).astype(np.float32)
+        found[fisher_name(name)] = (clip * weight).astype(np.float32)
     return found
 
 

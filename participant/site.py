@@ -17,7 +17,7 @@ from participant.config import Home, load_home
 from participant.enrol import ROSTER, ROSTER_PIN
 from participant.store import Store
 from privacy.budget.ledger import Ledger
-from privacy.errors import UserError, shown
+from privacy.errors import Refusal, UserError, shown
 from privacy.files import DiskError, make_private_directory, read_file, write_durably
 from privacy.identity import LOST, load_identity
 from privacy.job import Job
@@ -82,6 +82,25 @@ class Site:
     def spent(self, job: Job, stage: int) -> list[records.Spent]:
         """Rounds in which this stage's delta was spent."""
         return self.store.spent(job.plan.name, job.plan.data.dataset, stage)
+
+    def start_digest(self, job: Job, stage: int) -> bytes:
+        """Digest of the adapter that a stage starts from here, computed here before anything was trained from it.
+
+        Raises:
+            Refusal: this site has not computed it.
+        """
+        if stage == 1:
+            return bytes.fromhex(job.plan.adapter.digest)  # equal to the one computed here: prepare() checked it
+        note = self.store.start(job.plan.name, stage)
+        if note is None or note.plan != job.plan_file.digest.hex():
+            raise Refusal(f"this site has not computed where stage {stage} of plan '{job.plan.name}' starts")
+        return bytes.fromhex(note.digest)
+
+    def stage_begun(self, job: Job) -> int:
+        """The last stage of a plan whose start was computed here: no earlier one is gone back to."""
+        stages = range(job.plan.last, 1, -1)
+        notes = ((stage, self.store.start(job.plan.name, stage)) for stage in stages)
+        return next((stage for stage, note in notes if note and note.plan == job.plan_file.digest.hex()), 1)
 
     def round_site(self, job: Job, vector: bytes, bond: tuple[int, ...] | None) -> records.Site:
         """What this site brings into the next round."""

@@ -50,6 +50,17 @@ class Trained:
     loss: float
     seconds: float
     examples: int
+    start: str = ""  # digest of the adapter it was trained from, hex; without it that of stage 1
+
+
+@dataclass(frozen=True)
+class StartNote:
+    """Where a stage after the first starts at this site; the adapter lies beside it, in ``start``."""
+
+    plan: str  # digest of the plan file, hex
+    digest: str  # of the adapter, hex
+    #: (round, H(total) in hex) of the cohorts of the stage before.
+    cohorts: list[tuple[int, str]]
 
 
 @dataclass(frozen=True)
@@ -201,9 +212,31 @@ class Store:
         _write_pieces(directory / "quantised.i32", pieces)
         write_durably(note, json.dumps(asdict(result)).encode())
 
+    def forget_trained(self, plan: str, stage: int, digest: str) -> None:
+        """Delete what training under this plan file left, its vector and every spool, the note first; durable."""
+        directory, kept = self.directory(plan, stage), self.trained(plan, stage)
+        if kept is None or kept.plan != digest:
+            return
+        for pattern in ("trained.json", "quantised.i32", "plain-vector.npy", "spool-*.bin"):
+            for path in directory.glob(pattern):
+                path.unlink()
+            fsync_directory(directory)
+
     def quantised(self, plan: str, stage: int) -> Quantised:
         """The quantised vector of a stage that was trained."""
         return Quantised(self.directory(plan, stage) / "quantised.i32")
+
+    # --- where a stage starts ----------------------------------------------------------------------------------------
+
+    def keep_start(self, plan: str, stage: int, start: StartNote) -> None:
+        """From here on a stage starts here at this adapter, whatever the coordinator shows later; durable."""
+        write_durably(self.directory(plan, stage) / "start.json", json.dumps(asdict(start)).encode())
+
+    def start(self, plan: str, stage: int) -> StartNote | None:
+        """Where a stage starts here, if that is settled."""
+        path = self.home.work / plan / f"stage-{stage}" / "start.json"  # asked about stages that never begin
+        found = json.loads(path.read_bytes()) if path.exists() else None
+        return None if found is None else StartNote(**found | {"cohorts": [(n, h) for n, h in found["cohorts"]]})
 
     # --- the spool ---------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,6 @@ from typing import Any, Literal
 import numpy as np
 import peft
 import torch
-import transformers
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -27,7 +25,10 @@ from participant.base_model import base_digest as base_digest  # the name others
 from participant.base_model import check_base
 from participant.cores import Cores
 from participant.data import Examples
-from participant.sending import class_shares, narrowed, vector_of
+from participant.loading import check_model, load_base
+from participant.loading import load_classifier as load_classifier
+from participant.sending import class_shares, narrowed, squared_gradients, vector_of
+from participant.text_data import Records
 from privacy.adapter import Tensors, Vector, check_tensors, flatten, layout_of, peft_config, trained_part
 from privacy.errors import UserError
 from privacy.plan import Adapter, Plan
@@ -64,6 +65,18 @@ class Loaded:
     device: torch.device
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A site's records as the plan's task sees them."""
+
+    #: Token ids of each, (length,) int64.
+    texts: list[Tensor]
+    #: Positions in the data set -> the scalar loss of that batch.
+    loss_of: Callable[[list[int]], Tensor]
+    #: Token ids -> what the model says of them, padded on the right; one row a text.
+    forward: Callable[[list[Tensor]], Tensor]
+
+
 def pick_device(device: Device) -> torch.device:
     """``auto`` is CUDA where there is one, else the CPU.
 
@@ -84,70 +97,6 @@ def autocast(device: torch.device, bf16: bool = True) -> AbstractContextManager[
     return nullcontext()
 
 
-def load_classifier(base: Path, labels: int) -> tuple[Any, Any, set[str]]:
-    """(model in float32, tokenizer, names of the tensors that the files do not hold) of a local base model.
-
-    Nothing is fetched, no code of the model directory is run, and no pickle is read.
-
-    Raises:
-        UserError: transformers cannot load it.
-    """
-    if not base.is_dir():  # transformers would take the name for one of a model hub
-        raise UserError(
-            f"{base}: expected the directory of a base model, found {'a file' if base.exists() else 'none'}",
-            hint="name a directory with config.json, *.safetensors and tokenizer files",
-        )
-    # Its load report would tell the user to train the head, which is what we are about to do.
-    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(base), local_files_only=True)
-        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-            str(base),
-            num_labels=labels,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{base}: expected a base model for sequence classification, found: {reason}",
-            hint="name a directory with config.json, *.safetensors and tokenizer files",
-        ) from error
-    if tokenizer.pad_token_id is None:  # decoder-only models often have none
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer, set(report["missing_keys"])
-
-
-def _check_model(model: Any, missing: set[str], adapter: Adapter, base: Path) -> None:
-    """Raise UserError unless the model is the plan's: nothing random beside the head, modules and head as named."""
-    for name in sorted(missing - adapter.head.keys()):
-        raise UserError(
-            f"{base}: expected weights for every tensor beside the head, found none for {name!r}",
-            hint="it would start at random, differently at each site; take a base model that has it",
-        )
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    for name, shape in adapter.modules.items():
-        found = tuple(linear[name].weight.shape) if name in linear else None
-        if found != shape:
-            raise UserError(
-                f"{base}: expected a linear module {name!r} of shape {list(shape)}, "
-                f"found {list(found) if found else 'none'}",
-                hint="the plan was drafted for another model; correct adapter.modules",
-            )
-    parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    for name, wanted in adapter.head.items():
-        if (here := parameters.get(name)) != wanted:
-            raise UserError(
-                f"{base}: expected a head tensor {name!r} of shape {list(wanted)}, "
-                f"found {list(here) if here else 'none'}",
-                hint="the plan was drafted for another model or other labels; correct adapter.head",
-            )
-
-
 def load_model(plan: Plan, base: Path, adapter: Mapping[str, Any], device: Device) -> Loaded:
     """The plan's base model with ``adapter`` (PEFT names) in place: trainable is the plan's trained part, dropout off.
 
@@ -158,8 +107,8 @@ def load_model(plan: Plan, base: Path, adapter: Mapping[str, Any], device: Devic
     check_tensors(adapter, layout_of(plan.adapter))
     check_base(plan, base)
     where = pick_device(device)
-    model, tokenizer, missing = load_classifier(base, len(plan.data.labels))
-    _check_model(model, missing, plan.adapter, base)
+    model, tokenizer, missing = load_base(base, len(plan.data.labels))
+    check_model(model, missing, plan.adapter, base)
     limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 1 << 30)
     if plan.data.max_length > limit:
         raise UserError(
@@ -171,6 +120,7 @@ def load_model(plan: Plan, base: Path, adapter: Mapping[str, Any], device: Devic
     # Moved before PEFT wraps it: adapters made on the CPU can otherwise stay there (opacus#820).
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT 0.21 asks transformers for a renamed property
+        warnings.filterwarnings("ignore", "The PEFT config's", UserWarning)  # of a GGUF file the model knows the folder
         wrapped = peft.get_peft_model(model.to(where), config)
     tensors = {name: torch.from_numpy(np.array(value)).to(where) for name, value in adapter.items()}
     report: Any = peft.set_peft_model_state_dict(wrapped, tensors)
@@ -246,7 +196,7 @@ def train(
     plan: Plan,
     base: Path,
     start: Mapping[str, Any],
-    examples: Examples,
+    examples: Examples | Records,
     device: Device = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
@@ -256,16 +206,16 @@ def train(
 ) -> TrainingResult:
     """Fine-tune B and the head from ``start`` on the site's examples, as the plan says, and return the delta.
 
-    The loss is cross-entropy per example; with ``logit_adjusted`` the log of the site's own class prior is added to the
-    logits in training only (Menon et al. 2021, arXiv 2007.07314; for federated learning Zhang et al. 2022, "FedLC").
-    The trained logits then stand for a uniform prior at every site, so their average is not torn between the sites'
-    label skews.
+    A language model's loss is told in ``participant/generation.py``. A classifier's is cross-entropy per example; with
+    ``logit_adjusted`` the log of the site's own class prior is added to the logits in training only (Menon et al. 2021,
+    arXiv 2007.07314; for federated learning Zhang et al. 2022, "FedLC"). The trained logits then stand for a uniform
+    prior at every site, so their average is not torn between the sites' label skews.
 
     Args:
         plan: what to train; base, adapter, data and training are read.
         base: directory of the base model.
         start: the whole start adapter of this stage, under PEFT's names.
-        examples: the site's records, labels numbered as in the plan.
+        examples: the site's records, labels numbered as in the plan; or records for text generation.
         device: ``auto`` is CUDA, then CPU; bf16 autocast where CUDA has it.
         threads: CPU threads for torch in this process; None leaves torch's own choice.
         progress: called after each step.
@@ -274,7 +224,8 @@ def train(
         rank: most directions that this site trains, with the method "dense".
 
     Raises:
-        UserError: no examples or one label only, another base model than the plan's, or a loss that is not finite.
+        UserError: no examples or one label only, another base model than the plan's, a loss that is not finite, or a
+            record or packing that the language model cannot do with.
         ValueError: ``start`` is not of the plan's layout.
     """
     began = time.monotonic()
@@ -284,12 +235,7 @@ def train(
     plan, start = narrowed(plan, start, rank)
     layout, settings = layout_of(plan.adapter), plan.training
     loaded = load_model(plan, base, start, device)
-    texts = tokenise(loaded.tokenizer, examples.texts, plan.data.max_length)
-    labels = torch.tensor(examples.labels, device=loaded.device)
-    prior = torch.zeros(len(plan.data.labels))
-    if settings.loss == "logit_adjusted":
-        prior = log_prior(examples.labels, len(prior))
-    prior = prior.to(loaded.device)
+    seen = _seen(loaded, plan, examples)
     cores = Cores(loaded.model, plan, factors)
     weights = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(plan, weights)
@@ -297,15 +243,13 @@ def train(
     epochs, batch_size = settings.epochs, settings.batch_size
     assert epochs is not None, "a private plan is trained by train_private"
     assert batch_size is not None
-    steps = epochs * -(-len(texts) // batch_size)
+    steps = epochs * -(-len(examples) // batch_size)
     step, epoch_loss = 0, 0.0
     for _ in range(epochs):
         epoch_loss = 0.0
-        for chosen in batches(len(texts), batch_size, generator):
+        for chosen in batches(len(examples), batch_size, generator):
             optimizer.param_groups[0]["lr"] = learning_rate_at(settings.learning_rate, step, steps)
-            with autocast(loaded.device):
-                logits = logits_of(loaded, [texts[i] for i in chosen])
-            loss = cross_entropy(logits + prior, labels[chosen])
+            loss = seen.loss_of(chosen)
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(weights, MAX_GRADIENT_NORM)
             optimizer.step()
@@ -319,6 +263,10 @@ def train(
     after = read_adapter(loaded.model)
     delta = delta_of(start, after, plan.adapter)
     assert delta.shape == (layout.size,)
+    squares: Tensors = {}
+    if plan.aggregation.fisher is not None:
+        squared_gradients(loaded.model, (seen.loss_of([i]) for i in range(len(examples))))
+        squares = read_adapter(loaded.model)
     vector = vector_of(
         plan=plan,
         start=start,
@@ -326,17 +274,41 @@ def train(
         delta=delta,
         cores=moved,
         model=loaded.model,
-        texts=texts,
-        shares=class_shares(examples, plan, min_class_count),
-        forward=lambda b: logits_of(loaded, b),
+        texts=seen.texts,
+        squares=squares,
+        shares=class_shares(examples, plan, min_class_count) if isinstance(examples, Examples) else [],
+        forward=seen.forward,
     )
-    return TrainingResult(vector, len(texts), epoch_loss / len(texts), time.monotonic() - began)
+    return TrainingResult(vector, len(examples), epoch_loss / len(examples), time.monotonic() - began)
 
 
-def _check_examples(examples: Examples, plan: Plan) -> None:
+def _seen(loaded: Loaded, plan: Plan, examples: Examples | Records) -> Seen:
+    """What the plan's task makes of a site's records."""
+    if isinstance(examples, Records):
+        from participant.generation import seen_by  # which builds on this module
+
+        return seen_by(loaded, plan, examples)
+    texts = tokenise(loaded.tokenizer, examples.texts, plan.data.max_length)
+    labels = torch.tensor(examples.labels, device=loaded.device)
+    prior = torch.zeros(len(plan.data.labels))
+    if plan.training.loss == "logit_adjusted":
+        prior = log_prior(examples.labels, len(prior))
+    prior = prior.to(loaded.device)
+
+    def loss_of(chosen: list[int]) -> Tensor:
+        with autocast(loaded.device):
+            logits = logits_of(loaded, [texts[i] for i in chosen])
+        return cross_entropy(logits + prior, labels[chosen])
+
+    return Seen(texts, loss_of, lambda batch: logits_of(loaded, batch))
+
+
+def _check_examples(examples: Examples | Records, plan: Plan) -> None:
     """Raise UserError unless there is something to learn from."""
     if not len(examples):
         raise UserError("data: expected at least one example, found none", hint="check the data set")
+    if isinstance(examples, Records):
+        return
     if plan.training.loss == "logit_adjusted" and len(set(examples.labels)) == 1:
         raise UserError(
             f"data: expected two labels or more, found only {plan.data.labels[examples.labels[0]]!r}",
@@ -365,36 +337,3 @@ def delta_of(start: Mapping[str, Any], after: Tensors, adapter: Adapter) -> Vect
     moved = any(np.any(after[name] != start[name]) for name in in_b or trained_part(after, layout))
     assert moved, f"no {'LoRA B' if in_b else 'tensor of the head'} moved: it is not part of the graph"
     return delta
-
-
-def inspect_model(
-    base: Path, labels: int, targets: Sequence[str]
-) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, ...]]]:
-    """(linear modules whose names end in one of ``targets``, head tensors), with shapes, for drafting a plan.
-
-    The head is what the model's files do not hold. It must be one linear layer: a head of two, all zero at the start,
-    has no gradient but for its last bias.
-
-    Raises:
-        UserError: not a base model, no module matches a target, or another head.
-    """
-    model, _, missing = load_classifier(base, labels)
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    heads = {name.rpartition(".")[0] for name in missing}
-    if len(heads) != 1 or not heads <= linear.keys() or linear[min(heads)].out_features != labels:
-        found = ", ".join(sorted(missing)) or "no tensor"
-        raise UserError(
-            f"{base}: expected weights for all but one linear head, found without weights: {found}",
-            hint="take a base model without a classification head, with a pooler if its architecture has one",
-        )
-    modules: dict[str, tuple[int, int]] = {}
-    for target in targets:
-        matching = [name for name in linear if f".{name}".endswith(f".{target}") and name not in heads]
-        if not matching:
-            found = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-            raise UserError(
-                f"{base}: expected linear modules named {target!r}, found {found}", hint="name other targets"
-            )
-        modules |= {name: (linear[name].out_features, linear[name].in_features) for name in matching}
-    head = {name: tuple(p.shape) for name, p in model.named_parameters() if name.rpartition(".")[0] in heads}
-    return modules, head

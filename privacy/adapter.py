@@ -267,10 +267,13 @@ def release(
 
 
 def peft_config(adapter: Adapter, base_name: str) -> dict[str, object]:
-    """``adapter_config.json`` of a sequence classifier; keys as PEFT 0.21 writes them, its other defaults unchanged."""
+    """``adapter_config.json``; keys as PEFT 0.21 writes them, its other defaults unchanged.
+
+    An adapter without a head is a causal language model's, one with a head a sequence classifier's.
+    """
     return {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS",
+        "task_type": "SEQ_CLS" if adapter.head else "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "inference_mode": True,
         "r": adapter.rank,
@@ -281,7 +284,7 @@ def peft_config(adapter: Adapter, base_name: str) -> dict[str, object]:
         "use_rslora": False,
         "use_dora": False,
         "target_modules": sorted(adapter.modules),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.head}),
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.head}) or None,
     }
 
 

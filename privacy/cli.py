@@ -56,6 +56,10 @@ def transcript_command(
             json.dumps(report.facts | {"confirmed": report.confirmed, "named": report.named, "not_shown": not_shown})
         )
         return
+    if before := report.facts["start"]["cohorts"]:
+        rounds, stage = ", ".join(str(cohort["round"]) for cohort in before), report.facts["stage"]
+        digest = report.facts["start"]["digest"][:16]
+        typer.echo(f"stage {stage} starts from what the totals of stage {stage - 1} give: {digest}…, round {rounds}")
     for cohort in report.facts["cohorts"]:
         names = ", ".join(cohort["survivors"])
         typer.echo(f"round {cohort['round']}: transcript and total hold; in the sum: {names}")

@@ -25,9 +25,6 @@ if TYPE_CHECKING:  # accountants take a second to import, which other commands n
     from privacy.budget.anchors import Anchor
     from privacy.budget.audit import LedgerReport, Terms
 
-#: A ledger of more lines than anybody's patience; it would be read into memory.
-MAX_LEDGER_BYTES = 1 << 28
-
 Html = Annotated[Path | None, typer.Option("--html", help="Write the report as one HTML file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 OpenDays = Annotated[float, typer.Option(min=0, help="Days after which an open reservation is a finding.")]
@@ -108,20 +105,13 @@ def _hex(text: str, option: str, length: int) -> bytes:
     return found
 
 
-def read_ledger(path: Path, what: str = "a ledger") -> bytes:
-    """The bytes of a file to audit; raises UserError for a missing or a huge one."""
-    raw = read_file(path, what)
-    if len(raw) > MAX_LEDGER_BYTES:
-        raise UserError(f"{path}: expected {what} of at most {MAX_LEDGER_BYTES} bytes, found {len(raw)}")
-    return raw
-
-
 def _audit(
     path: Path, members: Roster | None, key: bytes | None, notes: Sequence[tuple[Path, bytes]], terms: Terms
 ) -> LedgerReport:
     from privacy.budget.anchors import claimed_site, read_anchors
     from privacy.budget.audit import audit_ledger
     from privacy.budget.federation import own_checkpoint
+    from privacy.budget.ledger import read_ledger
 
     raw, owner = read_ledger(path), ""
     if members is not None:
@@ -197,6 +187,7 @@ def empirical_command(
     """
     from privacy.budget.accounting import bounded_pld_epsilon
     from privacy.budget.empirical import bounds, read_scores
+    from privacy.budget.ledger import read_ledger
 
     found = read_scores(read_ledger(scores, "a scores file"))
     m, delta = len(found.scores), found.mechanism.delta

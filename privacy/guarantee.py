@@ -24,6 +24,8 @@ MIN_SIGMA, MAX_SIGMA = Decimal("0.2"), Decimal(100)
 MAX_DELTA = Decimal("0.01")
 MAX_EPSILON = Decimal(50)
 TINY = Decimal("1e-20")
+#: Decimals that a number may have once it is written without an exponent, as a ledger has it.
+MAX_DECIMALS = 30
 MAX_CLIP = Decimal(1000000)
 MAX_STEPS = 10**6
 #: Room for rounding in a prior that is written in decimals.
@@ -76,6 +78,8 @@ class Privacy(Section):
             value = Decimal(text)
             if not least <= value <= most or (name == "delta" and value == most):
                 raise ValueError(f"privacy.{name}: expected a number from {least} to {most}, found {text}")
+            if value.normalize().as_tuple().exponent < -MAX_DECIMALS:  # type: ignore[operator]  # finite, so an int
+                raise ValueError(f"privacy.{name}: expected at most {MAX_DECIMALS} decimals, found {text}")
         return self
 
     @model_validator(mode="after")

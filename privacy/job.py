@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from privacy import PROTOCOL_VERSION
 from privacy.adapter import Layout, Tensors, layout_of
 from privacy.errors import UserError
+from privacy.evaluation import counts_quantizer
 from privacy.factors import first_start, load_factors
 from privacy.methods import vector_size
 from privacy.plan import Plan, PlanFile
@@ -33,6 +34,8 @@ class Job:
     quantizer: Quantizer
     #: Where the factors of the method "core" lie on this disk; no other method has any.
     factors_directory: Path | None = None
+    #: The vector is that of the evaluation: counts.
+    judging: bool = False
 
     @classmethod
     def of(cls, plan_file: PlanFile, roster_file: RosterFile, factors_directory: Path | None = None) -> Job:
@@ -40,6 +43,16 @@ class Job:
         layout = layout_of(plan_file.plan.adapter)
         quantizer = quantizer_for(plan_file.plan, vector_size(plan_file.plan))
         return cls(plan_file, roster_file, rules, layout, quantizer, factors_directory)
+
+    def at(self, stage: int) -> Job:
+        """The same job with the vector of a stage: what is trained, or the counts of the evaluation."""
+        judging = self.plan.judges(stage)
+        if judging == self.judging:
+            return self
+        training = Job.of(self.plan_file, self.roster_file, self.factors_directory)
+        if not judging:
+            return training
+        return replace(training, layout=Layout((), ()), quantizer=counts_quantizer(self.plan), judging=True)
 
     @property
     def plan(self) -> Plan:

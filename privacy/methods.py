@@ -30,10 +30,11 @@ from privacy.adapter import (
     release,
     unflatten,
 )
+from privacy.aggregation import Method
 from privacy.errors import ProtocolError
 from privacy.factors import out_name
 from privacy.linear import leading, product, sum_of_squares
-from privacy.plan import Adapter, Method, Plan
+from privacy.plan import Adapter, Plan
 
 PROBE_LABEL = b"veilsum/1/probe\0"
 #: Public directions v in which method "both" measures its error, for each module.
@@ -77,6 +78,8 @@ def parts_of(adapter: Adapter, method: Method, counted: int = 0) -> Layout:
     parts, rank = dict(layout_of(adapter).trained), adapter.rank
     if counted:
         parts[SHARES] = (counted,)
+    if method == "fisher":
+        parts |= {fisher_name(name): shape for name, shape in parts.items()}
     for module, shape in adapter.modules.items():
         outputs = shape[0]
         if method == "both":
@@ -105,6 +108,11 @@ def probe_name(module: str) -> str:
 def gram_name(module: str) -> str:
     """Name of the part that has the upper triangle of a site's mean of z z^T, row by row."""
     return f"{PREFIX}{module}.gram"
+
+
+def fisher_name(name: str) -> str:
+    """Name of the part that has the weight of each number of a tensor, of its shape."""
+    return f"{name}.fisher"
 
 
 def core_name(module: str) -> str:
@@ -163,6 +171,10 @@ def merged(
         facts["probe"] = _probed(start, parts, plan, rounding)
     elif method == "regmean":
         facts["ridge"] = _regmean(parts, plan, rounding)
+    elif method == "fisher":
+        for name, _ in layout.trained:
+            weights = np.divide(parts.pop(fisher_name(name)).astype(np.float64), plan.round.clip)
+            parts[name] = _ratio(parts[name], weights, plan, rounding)
     elif method == "core":
         assert factors is not None, "whoever merges cores has the factors"
         _unfold(parts, plan, factors)
@@ -192,20 +204,32 @@ def _counted(parts: Tensors, plan: Plan, rounding: Rounding) -> None:
     Raises:
         ProtocolError: no sites have such shares and rows.
     """
-    clip = plan.round.clip
-    shares = np.divide(parts.pop(SHARES).astype(np.float64), clip)
-    slack = rounding.survivors * rounding.unit + analytic.FLOAT32
-    if shares.min() < -slack or math.fsum(shares.tolist()) > 1.0 + len(shares) * slack:
-        raise ProtocolError("garbled total: expected shares of classes from 0, at most 1 together, found others")
+    shares = np.divide(parts.pop(SHARES).astype(np.float64), plan.round.clip)
+    if math.fsum(shares.tolist()) > 1.0 + len(shares) * _slack(rounding):
+        raise ProtocolError("garbled total: expected shares of classes of at most 1 together, found others")
     for name in head_parts(plan):
-        rows = parts[name].astype(np.float64)
-        share = shares.reshape(-1, *[1] * (rows.ndim - 1))
-        if (np.abs(rows) > np.multiply(clip, np.add(share, 2.0 * slack))).any():
-            raise ProtocolError(
-                f"garbled total: expected rows of '{name}' within the clipping range, found larger ones"
-            )
-        counted = np.greater(share, slack)
-        parts[name] = np.where(counted, np.divide(rows, np.where(counted, share, 1.0)), 0.0).astype(np.float32)
+        share = shares.reshape(-1, *[1] * (parts[name].ndim - 1))
+        parts[name] = _ratio(parts[name], share, plan, rounding)
+
+
+def _slack(rounding: Rounding) -> float:
+    """Most that quantisers and float32 may have moved a mean, relative to the clipping range."""
+    return rounding.survivors * rounding.unit + analytic.FLOAT32
+
+
+def _ratio(above: Vector, below: Matrix, plan: Plan, rounding: Rounding) -> Vector:
+    """mean(w D) / mean(w), elementwise, for weights w from 0 to 1 and D within the clipping range; 0 where w is.
+
+    Raises:
+        ProtocolError: no sites have such weights and numbers.
+    """
+    clip, slack, found = plan.round.clip, _slack(rounding), above.astype(np.float64)
+    if below.min() < -slack or below.max() > 1.0 + slack:
+        raise ProtocolError("garbled total: expected weights from 0 to 1, found others")
+    if (np.abs(found) > np.multiply(clip, np.add(below, 2.0 * slack))).any():
+        raise ProtocolError("garbled total: expected weighted numbers within the clipping range, found larger ones")
+    counts = np.greater(below, slack)
+    return np.where(counts, np.divide(found, np.where(counts, below, 1.0)), 0.0).astype(np.float32)
 
 
 # --- both: the mean of B times the mean of A is not the mean of B A -------------------------------------------------

@@ -105,6 +105,7 @@ def verify_cohort(job: Job, stage: int, start: bytes, evidence: Evidence, path: 
     Raises:
         ProtocolError: transcript, total, header, an outcome signature or the projection do not hold.
     """
+    job = job.at(stage)
     outcome = evidence.outcome
     header = outcome.transcript.header
     if header != job.header(stage, header.round, start):
@@ -150,25 +151,45 @@ class Combined:
     facts: Facts = field(default_factory=dict)
 
 
-def combine(job: Job, cohorts: Sequence[VerifiedCohort]) -> Combined:
+def combine(
+    job: Job, cohorts: Sequence[VerifiedCohort], start: Tensors | None = None, server_lr: float | None = None
+) -> Combined:
     """The mean over disjoint cohorts and the adapter it gives by the plan's method. O(d) memory: the adapter.
+
+    Args:
+        start: the whole adapter that the cohorts' stage starts from; without it that of stage 1.
+        server_lr: instead of the plan's.
 
     Raises:
         ProtocolError: no cohorts, or one member in two of them.
     """
-    members = [m for cohort in cohorts for m in cohort.survivors]
-    if not members or len(set(members)) != len(members):
-        raise ProtocolError("expected disjoint cohorts in a release, found a member twice or none at all")
+    job = job.at(1)
+    members, plan = _disjoint(cohorts), job.plan
+    if server_lr is not None:
+        plan = plan.model_copy(update={"aggregation": plan.aggregation.model_copy(update={"server_lr": server_lr})})
     weight, loss = _weight_and_loss(job, cohorts)
-    start, mean = job.start_tensors(), _mean(job, cohorts, weight)
+    mean = _mean(job, cohorts, weight)
     rounding = Rounding(job.quantizer.max_weight / (job.quantizer.qmax * weight), len(members))
-    found = merged(start, mean, job.plan, rounding, job.factors())
+    found = merged(job.start_tensors() if start is None else start, mean, plan, rounding, job.factors())
     return Combined(found.tensors, weight, loss, found.facts)
 
 
+def _disjoint(cohorts: Sequence[VerifiedCohort]) -> list[int]:
+    """The members of all cohorts; raises ProtocolError if there are none, or one of them twice."""
+    members = [m for cohort in cohorts for m in cohort.survivors]
+    if not members or len(set(members)) != len(members):
+        raise ProtocolError("expected disjoint cohorts in a release, found a member twice or none at all")
+    return members
+
+
+def sums(job: Job, cohorts: Sequence[VerifiedCohort]) -> dict[str, int]:
+    """The extras of all cohorts together; raises ProtocolError for members in two of them, or garbled totals."""
+    members = _disjoint(cohorts)
+    return job.quantizer.decode_extras(np.add.reduce([c.sums.extras() for c in cohorts]), len(members))
+
+
 def _weight_and_loss(job: Job, cohorts: Sequence[VerifiedCohort]) -> tuple[int, float]:
-    limbs = np.add.reduce([c.sums.extras() for c in cohorts])
-    extras = job.quantizer.decode_extras(limbs, sum(len(c.survivors) for c in cohorts))
+    extras = sums(job, cohorts)
     return extras["weight"], mean_loss(extras)
 
 
@@ -182,18 +203,36 @@ def _mean(job: Job, cohorts: Sequence[VerifiedCohort], weight: int) -> NDArray[n
     return mean
 
 
-def manifest(job: Job, stage: int, cohorts: Sequence[VerifiedCohort], combined: Combined) -> Facts:
-    """What a release says about itself, the same at coordinator and sites."""
+def manifest(
+    job: Job,
+    stage: int,
+    cohorts: Sequence[VerifiedCohort],
+    combined: Combined,
+    start: bytes | None = None,
+    before: Sequence[tuple[int, bytes]] = (),
+) -> Facts:
+    """What a release says about itself, the same at coordinator and sites.
+
+    Args:
+        start: digest of the adapter that the stage started from; without it that of stage 1.
+        before: (round, H(total)) of the cohorts of the stage before that it was computed from.
+    """
+    job = job.at(stage)
     return {
         "plan": job.plan.name,
         "plan_digest": job.plan_file.digest.hex(),
         "stage": stage,
+        "stages": job.plan.stages,
         "base": {"name": job.plan.base.name, "digest": job.plan.base.digest},
+        "start": {
+            "digest": job.plan.adapter.digest if start is None else start.hex(),
+            "cohorts": [{"round": number, "total": total.hex()} for number, total in before],
+        },
         "adapter_digest": start_digest(combined.tensors).hex(),
         "coordinates": job.quantizer.size,
         "total_weight": combined.weight,
         **combined.facts,
-        **_training(job, combined.loss),
+        **({} if job.judging else _training(job, combined.loss)),
         "cohorts": [_cohort(job, cohort) for cohort in cohorts],
     }
 
@@ -204,13 +243,13 @@ def _training(job: Job, loss: float) -> Facts:
 
 
 def _cohort(job: Job, cohort: VerifiedCohort) -> Facts:
-    weight, loss = _weight_and_loss(job, [cohort])
+    extras = sums(job, [cohort])
     return {
         "round": cohort.number,
         "survivors": [job.roster.name(m) for m in cohort.survivors],
         "total": cohort.total.hex(),
-        "total_weight": weight,
-        **_training(job, loss),
+        "total_weight": extras["weight"],
+        **({} if job.judging else _training(job, mean_loss(extras))),
         "certified": cohort.certified,
         "projection": "holds" if cohort.projected else "inconclusive",
     }

@@ -11,13 +11,14 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from privacy.aggregation import TRAINS_A, Aggregation, Evaluation
 from privacy.errors import UserError
 from privacy.guarantee import Privacy, unsuitable
-from privacy.settings import Section, parse_toml
+from privacy.settings import HexDigest, Positive, Section, parse_toml
 
 MAX_PLAN_BYTES = 1 << 20
 #: Numbers in all tensors of an adapter, 4 GiB as float32: no plan can make a site ask for more memory than that.
@@ -28,10 +29,8 @@ MAX_DENSE = 1 << 25
 MAX_FEATURES = 4096
 PLAN_LABEL = b"veilsum/1/plan\0"
 
-HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Text = Annotated[str, Field(min_length=1, max_length=200)]
-Positive = Annotated[int, Field(ge=1)]
 
 
 class Base(Section):
@@ -123,83 +122,13 @@ class Training(Section):
     seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
 
 
-class Analytic(Section):
-    """A head that is computed, not trained (``privacy/analytic.py``); all of these are public."""
+class Generation(Section):
+    """How a causal language model sees a record (``participant/tokens.py``)."""
 
-    #: lambda, added to the diagonal of the mean Gram matrix, whose entries are at most 1.
-    ridge: Annotated[float, Field(ge=1e-9, le=1.0)]
-    #: Features are clipped to +-feature_clip, coordinate by coordinate, and divided by it.
-    feature_clip: Annotated[float, Field(gt=0, le=1e6)]
-    #: A class with fewer different texts at a site is left out of that site's statistics.
-    min_class_count: Positive
-
-
-class Counted(Section):
-    """Rows of the head count by the records of their class."""
-
-    #: A class with fewer different texts at a site has no part in that site's head.
-    min_class_count: Positive
-
-
-class Regmean(Section):
-    """Sites count in each direction by what they have seen there (``privacy/methods.py``); all of these are public."""
-
-    #: Added to the diagonal of each Gram matrix, whose entries are at most 1; a large one gives the plain mean.
-    ridge: Annotated[float, Field(ge=1e-9, le=1e6)]
-    #: What A says of a token is clipped to +-feature_clip, coordinate by coordinate, and divided by it.
-    feature_clip: Annotated[float, Field(gt=0, le=1e6)]
-    #: A site with fewer different texts sits out.
-    min_texts: Positive
-
-
-class Core(Section):
-    """Frozen factors of the base model's weights, of which only the core between them is trained."""
-
-    #: Digest of the factors, see ``privacy/factors.py``.
-    factors: HexDigest
-
-
-#: What is summed of LoRA's factors, see ``privacy/methods.py`` and docs/aggregation.md.
-Method = Literal["freeze_a", "both", "regmean", "core", "dense"]
-Head = Literal["trained", "analytic", "counted"]
-HEADS: tuple[str, ...] = get_args(Head)
-METHODS: tuple[str, ...] = get_args(Method)
-#: Methods under which A is trained as well.
-TRAINS_A = ("both", "dense")
-
-
-class Aggregation(Section):
-    """What is summed and how the mean is applied."""
-
-    method: Method = "freeze_a"
-    weights: Literal["examples", "uniform"] = "examples"
-    server_lr: Annotated[float, Field(gt=0, le=10)] = 1.0
-    #: "analytic" sums statistics of the records instead of a trained delta: off unless the plan says so.
-    #: "counted" weights each row of a trained head by the records of its class, whose numbers are known in total then.
-    head: Head = "trained"
-    analytic: Analytic | None = None
-    counted: Counted | None = None
-    regmean: Regmean | None = None
-    core: Core | None = None
-
-    @model_validator(mode="after")
-    def _sections_are_the_methods(self) -> Aggregation:
-        for name, section in (("regmean", self.regmean), ("core", self.core)):
-            if (self.method == name) != (section is not None):
-                raise ValueError(f'{name}: expected this section with method = "{name}", and only with it')
-        return self
-
-    @model_validator(mode="after")
-    def _analytic_is_whole(self) -> Aggregation:
-        if (self.head == "analytic") != (self.analytic is not None):
-            raise ValueError('analytic: expected this section with head = "analytic", and only with it')
-        if (self.head == "counted") != (self.counted is not None):
-            raise ValueError('counted: expected this section with head = "counted", and only with it')
-        if self.counted is not None and self.weights != "examples":
-            raise ValueError('head: "counted" counts records: expected weights "examples"')
-        if self.analytic is not None and (self.weights != "examples" or self.server_lr != 1.0):
-            raise ValueError('head: "analytic" counts every record once: expected weights "examples" and server_lr 1.0')
-        return self
+    #: Chat template of conversations: the tokenizer's own, ChatML, or none: then a prompt is followed by its response.
+    template: Literal["model", "chatml", "none"]
+    #: Several records of a batch in one row of ``data.max_length`` tokens. They do not see one another: it saves time.
+    packing: bool = False
 
 
 class Deadlines(Section):
@@ -211,6 +140,8 @@ class Deadlines(Section):
     sign_s: Positive = 600
     unmask_s: Positive = 600
     outcome_s: Positive = 3600
+    #: Of a plan with several stages: how long after the first release of a stage late members are waited for.
+    stage_s: Positive = 86400
 
 
 class Round(Section):
@@ -232,23 +163,65 @@ class Plan(Section):
     """A whole plan file."""
 
     name: Name
-    task: Literal["classification"]
-    #: One upload per site in all; further stages come with a later version, until then they are refused.
-    stages: Annotated[int, Field(ge=1, le=1)] = 1
+    #: "generation": the next token of a causal language model, PEFT's CAUSAL_LM.
+    task: Literal["classification", "generation"]
+    #: Passes from a start adapter to a release, one upload of each site in each; the next starts from the release.
+    stages: Annotated[int, Field(ge=1, le=16)] = 1
     base: Base
     adapter: Adapter
     data: Data
     training: Training
+    #: With ``task = "generation"``, and only with it.
+    generation: Generation | None = None
     #: Without it a site's training gives no guarantee beyond that of the masking.
     privacy: Privacy | None = None
     aggregation: Aggregation = Aggregation()
+    #: Without it nothing is held out, and nobody learns how good a release is but each site for itself.
+    evaluation: Evaluation | None = None
     round: Round
     deadlines: Deadlines = Deadlines()
+
+    @property
+    def last(self) -> int:
+        """The last stage: that of the evaluation, or of the last training where there is none."""
+        return self.stages + (self.evaluation is not None)
+
+    def judges(self, stage: int) -> bool:
+        """Is this the stage that trains nothing and evaluates?"""
+        return self.evaluation is not None and stage > self.stages
+
+    def trainings_from(self, stage: int) -> int:
+        """How often a site trains from a stage on, that one included: all of it must be left before it begins."""
+        return max(1, self.stages - stage + 1)
 
     @model_validator(mode="after")
     def _task_fits_labels(self) -> Plan:
         if self.task == "classification" and len(self.data.labels) < 2:
             raise ValueError("data.labels: a classification task needs at least two labels")
+        if self.task == "classification" and not self.adapter.head:
+            raise ValueError("adapter.head: a classification task needs a head, found none")
+        return self
+
+    @model_validator(mode="after")
+    def _generation_is_whole(self) -> Plan:
+        if (self.task == "generation") != (self.generation is not None):
+            raise ValueError('generation: expected this section with task = "generation", and only with it')
+        if self.generation is None:
+            return self
+        for key, found, wanted in (
+            ("data.labels", list(self.data.labels), []),
+            ("adapter.head", sorted(self.adapter.head), []),
+            ("training.loss", self.training.loss, "cross_entropy"),
+        ):
+            if found != wanted:
+                raise ValueError(f'{key}: expected {wanted or "none"} for task = "generation", found {found}')
+        if self.privacy is not None and self.generation.packing:
+            raise ValueError(
+                "generation.packing: expected false under [privacy], found true: the gradient of a packed row is that "
+                "of several records, and none of them could be clipped by itself"
+            )
+        if self.privacy is not None and self.privacy.unit != "record":
+            raise ValueError(f'privacy.unit: expected "record" for task = "generation", found "{self.privacy.unit}"')
         return self
 
     @model_validator(mode="after")
@@ -300,6 +273,31 @@ class Plan(Section):
         if self.adapter.train != "head":
             raise ValueError('adapter.train: expected "head" beside an analytic head, found "all"')
         linear_head(self.adapter, len(self.data.labels))
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_fits(self) -> Plan:
+        if self.evaluation is None:
+            return self
+        if self.privacy is not None:
+            raise ValueError("evaluation: expected none under [privacy]: counts over records have no noise")
+        if self.round.audit != "divided":
+            raise ValueError('evaluation: expected round.audit "divided": a vote is on certified outcomes only')
+        if self.evaluation.server_lr and self.aggregation.analytic is not None:
+            raise ValueError("evaluation.server_lr: expected none for an analytic head, which is no mean to be scaled")
+        return self
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Plan:
+        if self.stages > 1 and self.round.audit != "divided":
+            raise ValueError(
+                f'round.audit: expected "divided" with {self.stages} stages, found "{self.round.audit}": '
+                "a stage starts from totals that members recomputed"
+            )
+        if self.stages > 1 and self.aggregation.analytic is not None:
+            raise ValueError(
+                f"stages: expected 1 with an analytic head, which is exact after one round, found {self.stages}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -15,11 +15,11 @@ from pydantic import Field, model_validator
 
 from privacy.encoding import DOMAIN
 from privacy.errors import Refusal, UserError
-from privacy.plan import HexDigest, Name, Plan, Positive
+from privacy.plan import Name, Plan
 from privacy.secagg.keys import is_low_order
 from privacy.secagg.shapes import MAX_MEMBERS
 from privacy.secagg.threshold import MAX_COMPLETE_GRAPH, smallest_survivors
-from privacy.settings import Section, parse_toml
+from privacy.settings import HexDigest, Positive, Section, parse_toml
 
 
 class Policy(Section):

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from privacy.errors import UserError, shown
 
 #: The time of Python's TOML parser grows with the square of the parts of a dotted key: one of 32,000 parts, in a file
 #: of 64 KiB, takes it a quarter of a minute. A key cannot span lines.
 MAX_DOTS = 1000
+
+HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Positive = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):

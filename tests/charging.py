@@ -11,6 +11,7 @@ import pytest
 
 from demo.federation import Federation
 from participant import charging, prepare
+from participant.client import Client, OfferedPlan, ReleasedCohort
 from participant.policy import admit as admitted
 from participant.site import Site
 from privacy.budget.rdp import rdp_epsilon
@@ -57,6 +58,7 @@ class World:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.trained: list[tuple[str, str]] = []  # (plan, state of its job when training began)
+        self.started: list[Any] = []  # the adapter that each training began from
         self.fails: list[Exception] = []
         lines = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(20)]
         (directory / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -79,6 +81,7 @@ class World:
     def train(self, **about: Any) -> TrainingResult:
         from participant.training import TrainingResult  # seconds of torch, which few tests need
 
+        self.started.append(about["start"])
         book, name = self.site.ledger("toy").book, about["plan"].name
         self.trained.append(
             (name, next(j.state for j in book.jobs.values() if j.reserve.plan == name and not j.aborted))
@@ -126,3 +129,19 @@ def admit(world: World, job: Job) -> None:
 
     site = world.site
     admitted(job, site.home.settings, charging.standing(site, job, 1))
+
+
+class Silent(Client):
+    """A client of a coordinator that has released nothing."""
+
+    def __init__(self) -> None:
+        self.progress = 0
+
+    def releases(self, plan: bytes, stage: int) -> list[ReleasedCohort]:
+        assert plan
+        assert stage
+        return []
+
+
+def offered(name: str, state: str = "open") -> OfferedPlan:
+    return OfferedPlan(plan(name, PRIVACY), state, "wrong labels", 1)

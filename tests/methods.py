@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from participant import sending
 from privacy.adapter import Tensors, Vector, a_name, b_name, flatten, layout_of, start_digest
+from privacy.aggregation import TRAINS_A
 from privacy.factors import factored, first_start, keep_factors, out_name
 from privacy.job import Job
 from privacy.methods import core_name, sent
 from privacy.outcome import Combined, combine
-from privacy.plan import TRAINS_A, Adapter
+from privacy.plan import Adapter
 from tests.analytic import job_for, run_round
 
 SITES = 5
@@ -26,6 +27,11 @@ RANK = 3
 MODULES = {"block.query": (7, 9), "block.value": (5, 6)}
 HEAD = {"classifier.bias": (3,), "classifier.weight": (3, 4)}
 WEIGHTS = (40, 10, 25, 60, 105)
+FISHER = """[aggregation.fisher]
+ridge = {ridge}
+reach = 4.0
+min_texts = 3
+"""
 REGMEAN = """[aggregation.regmean]
 ridge = {ridge}
 feature_clip = 2.0
@@ -103,7 +109,11 @@ def plan_text(
         digest=start_digest(first_start(adapter, base_factors() if factors else None)).hex(),
         train=train or ("both" if method in TRAINS_A else "all"),
         method=method,
-        section={"regmean": REGMEAN.format(ridge=ridge), "core": CORE.format(factors=factors)}.get(method, ""),
+        section={
+            "regmean": REGMEAN.format(ridge=ridge),
+            "fisher": FISHER.format(ridge=ridge),
+            "core": CORE.format(factors=factors),
+        }.get(method, ""),
         counted=COUNTED if counted else "",
         bits=bits,
         server_lr=server_lr,
@@ -144,6 +154,8 @@ class Trained:
     weight: int
     #: Of each class among the records.
     shares: tuple[float, ...] = ()
+    #: Mean squared gradients of the trained tensors.
+    squares: Tensors = field(default_factory=dict)
 
 
 def sites(job: Job, apart: float = 1.0) -> list[Trained]:
@@ -166,7 +178,8 @@ def sites(job: Job, apart: float = 1.0) -> list[Trained]:
         for module in MODULES:
             z = np.clip(rng.normal(size=(50, RANK)) * rng.uniform(0.05, 0.5, RANK), -1, 1)
             grams[module] = z.T @ z / len(z)
-        found.append(Trained(after, grams, cores, weight))
+        squares = {name: (rng.normal(size=shape) ** 4).astype(np.float32) for name, shape in layout.trained}
+        found.append(Trained(after, grams, cores, weight, squares=squares))
     return found
 
 
@@ -181,6 +194,8 @@ def vector_of(job: Job, site: Trained) -> Vector:
         parts |= sending.probed(plan, site.after)
     elif plan.aggregation.method == "regmean":
         parts |= sending.weighted(plan, parts, site.grams)
+    elif plan.aggregation.method == "fisher":
+        parts |= sending.by_fisher(plan, parts, site.squares)
     elif plan.aggregation.method == "dense":
         parts = sending.dense(plan, parts, start, site.after)
     elif plan.aggregation.method == "core":

@@ -35,6 +35,7 @@ FILES = (
     "privacy/secagg/*.py",
     "privacy/plan.py",
     "privacy/roster.py",
+    "privacy/stages.py",
     "coordinator/round.py",
     "coordinator/opening.py",
     "coordinator/proofs.py",

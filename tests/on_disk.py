@@ -24,8 +24,9 @@ from coordinator.store import Event, RoundRow
 from coordinator.uploads import Uploads
 from coordinator.work import Worker
 from demo.federation import Federation
-from participant.client import Block, Client, seen_hash
+from participant.client import Block, Client, OfferedPlan, ReleasedCohort, seen_hash
 from participant.daemon import Daemon
+from participant.fetch import start_of
 from participant.records import Record
 from participant.running import RoundRun
 from participant.site import Site
@@ -67,6 +68,13 @@ class Direct(Client):
     def ready(self, plan: bytes, stage: int) -> tuple[int, int]:
         return self.world.call(lambda: self.world.engine.ready(plan, stage, self.me))
 
+    def plans(self) -> list[OfferedPlan]:
+        engine = self.world.engine
+        return [OfferedPlan(p.toml, p.state, p.reason, engine.stage(p.digest)) for p in engine.store.plans()]
+
+    def releases(self, plan: bytes, stage: int) -> list[ReleasedCohort]:
+        return [ReleasedCohort(c.round_id, stage, c.evidence) for c in self.world.engine.released(plan, stage)]
+
     def send(self, round_id: bytes, message: FromMember) -> None:
         self.sent.append(message)
         self.world.call(lambda: self.world.engine.receive(round_id, message))
@@ -98,6 +106,7 @@ class OnDisk:
 
     Attributes:
         away: members that hear and say nothing.
+        stage: that everybody here works on.
         cut: asked after every stored event whether the coordinator's power is cut now.
         events: every event ever stored, in order.
     """
@@ -110,6 +119,7 @@ class OnDisk:
     away: set[int] = field(default_factory=set)
     cut: Callable[[Event], bool] = lambda _event: False
     events: list[Event] = field(default_factory=list)
+    stage: int = 1
     engine: Engine = field(init=False)
 
     def __post_init__(self) -> None:
@@ -166,7 +176,7 @@ class OnDisk:
     @property
     def rounds(self) -> list[Running]:
         """The rounds of the stage, oldest first."""
-        return self.engine.stage_rounds(self.digest, 1)
+        return self.engine.stage_rounds(self.digest, self.stage)
 
     @property
     def phase(self) -> phases.Phase:
@@ -174,7 +184,7 @@ class OnDisk:
 
     def message_for(self, member: int) -> tuple[bytes, ToMember]:
         """What the coordinator has for a member now."""
-        found = self.engine.message_for(self.digest, 1, member)
+        found = self.engine.message_for(self.digest, self.stage, member)
         assert found is not None
         return found
 
@@ -199,11 +209,12 @@ class OnDisk:
         assert isinstance(client, Direct)
         return client.sent
 
-    def vector_of(self, member: int) -> NDArray[np.int32]:
+    def vector_of(self, member: int, stage: int = 1) -> NDArray[np.int32]:
         """The quantised vector of a member."""
         quantizer = self.job.quantizer
         delta = np.linspace(-0.4, 0.4, quantizer.size, dtype=np.float32) * np.float32((member + 1) / 5)
-        rand = np.random.default_rng(member)
+        delta = np.roll(delta, 5 * (stage - 1))
+        rand = np.random.default_rng(member + 1000 * (stage - 1))
         return quantizer.quantize(
             delta, 100 + member, {"weight": 100 + member, "loss": 1000}, lambda count: rand.bytes(count)
         )
@@ -211,17 +222,18 @@ class OnDisk:
     def put_vector(self, member: int, vector: NDArray[np.int32], job: Job | None = None, stage: int = 1) -> None:
         """Leave at a site what training would."""
         job = job or self.job
-        trained = Trained(job.plan_file.digest.hex(), 100 + member, 0.1, 1.0, 100 + member)
+        start = self.site(member).start_digest(job, stage).hex()
+        trained = Trained(job.plan_file.digest.hex(), 100 + member, 0.1, 1.0, 100 + member, start)
         self.site(member).store.keep_trained(job.plan.name, stage, vector, trained)
 
     def say(self, member: int, round_id: bytes, message: ToMember) -> None:
         """A site hears this message, wherever it comes from."""
-        found = self.daemons[member]._hear(self.job, 1, self.runs[member], round_id, message)
+        found = self.daemons[member]._hear(self.job.at(self.stage), self.stage, self.runs[member], round_id, message)
         self.runs[member] = found
 
     def tell(self, member: int) -> bool:
         """A site hears what the coordinator has for it; was it news?"""
-        found = self.engine.message_for(self.digest, 1, member)
+        found = self.engine.message_for(self.digest, self.stage, member)
         if found is None or self.seen.get(member) == seen_hash(found[1]):
             return False
         self.seen[member] = seen_hash(found[1])
@@ -230,7 +242,25 @@ class OnDisk:
 
     def ready(self, *members: int) -> None:
         for i in members or range(self.n):
-            self.daemons[i]._ready(self.job, 1)
+            self.daemons[i]._ready(self.job, self.stage)
+
+    def train(self, *members: int) -> None:
+        """As :meth:`put_vector`, for a later stage: each site computes by itself where that starts."""
+        for i in members or range(self.n):
+            daemon = self.daemons[i]
+            start_of(daemon.site, daemon.client, self.job, self.stage)
+            self.put_vector(i, self.vector_of(i, self.stage), stage=self.stage)
+
+    def begin(self, stage: int) -> None:
+        """The coordinator goes on to this stage by itself; nobody has trained for it yet."""
+        for _ in range(20):
+            if self.engine.stage(self.digest) == stage:
+                break
+            if not self.work():
+                self.wait(3600.0)
+        assert self.engine.stage(self.digest) == stage
+        self.stage, self.seen = stage, {}
+        self.runs = dict.fromkeys(range(self.n))
 
     # --- both --------------------------------------------------------------------------------------------------------
 
@@ -261,24 +291,25 @@ class OnDisk:
                 self.wait(3600.0)
         raise AssertionError(f"expected the round to come to {until}, found {self.phase}")
 
-    def plain_sum(self, members: tuple[int, ...]) -> NDArray[np.int64]:
+    def plain_sum(self, members: tuple[int, ...], stage: int = 1) -> NDArray[np.int64]:
         plain = np.zeros(self.job.quantizer.total_size, np.int64)
         for i in members:
-            plain += self.vector_of(i)
+            plain += self.vector_of(i, stage)
         return plain
 
-    def totals(self) -> list[tuple[tuple[int, ...], NDArray[np.int64]]]:
-        """Members and lifted total of every released round."""
-        quantizer = self.job.quantizer
+    def totals(self, stage: int = 1) -> list[tuple[tuple[int, ...], NDArray[np.int64]]]:
+        """Members and lifted total of every released round of a stage."""
+        quantizer = self.job.at(stage).quantizer
         found = []
-        for cohort in self.engine.released(self.digest, 1):
+        for cohort in self.engine.released(self.digest, stage):
             packed = read_total(cohort.total, quantizer.total_size, quantizer.bits)
             found.append((cohort.survivors, quantizer.lift(packed)))
         return found
 
     def assert_exact(self) -> None:
-        """Every released total is the plain sum, bit for bit, and no member is in two of them."""
-        members = [m for survivors, _ in self.totals() for m in survivors]
-        assert len(members) == len(set(members))
-        for survivors, total in self.totals():
-            assert np.array_equal(total, self.plain_sum(survivors))
+        """Every released total is the plain sum, bit for bit, and no member is in two of one stage."""
+        for stage in range(1, self.job.plan.stages + 1):
+            members = [m for survivors, _ in self.totals(stage) for m in survivors]
+            assert len(members) == len(set(members))
+            for survivors, total in self.totals(stage):
+                assert np.array_equal(total, self.plain_sum(survivors, stage))

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from privacy.adapter import start_adapter
-from privacy.budget.audit import Terms, lack_of
+from privacy.budget.audit import Terms
 from privacy.budget.checkpoint import sign_checkpoint
 from privacy.budget.entries import Claim, PolicyChange, Start, decimal_text
 from privacy.budget.events import DpSgd, Unprotected
@@ -18,6 +18,7 @@ from privacy.budget.findings import SEVERITY, Code, Found, worst
 from privacy.budget.rdp import rdp
 from privacy.budget.recompute import recompute
 from privacy.budget.report import ledger_text, to_json
+from privacy.budget.self_tests import lack_of
 from privacy.cli import app
 from privacy.errors import UserError
 from tests.audits import (

@@ -305,3 +305,9 @@ def test_members_without_a_ledger_are_named(given: Path) -> None:
     assert not any("no ledger here" in line for line in audit(given).rounds)
     shutil.rmtree(given / "ledgers" / "site-3")
     assert "note: no ledger here is of site-3" in audit(given).rounds
+
+
+def test_a_ledger_beyond_all_patience_is_not_read(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("privacy.budget.ledger.MAX_LEDGER_BYTES", 100)
+    with pytest.raises(UserError, match=r"\.jsonl: expected a ledger of at most 100 bytes, found"):
+        audit(given)

@@ -141,6 +141,13 @@ def _mechanism(**changes: Any) -> Callable[[Bodies], Bodies]:
     return lambda x: [x[0], _swap(x[1], mechanism={**x[1]["mechanism"], **changes}), *x[2:]]
 
 
+def _self_test(changes: dict[str, Any]) -> Callable[[Bodies], Bodies]:
+    """The result in START with other values; ``None`` takes a value out, and ``passed`` stays true unless changed."""
+    whole = SELF_TEST | changes | {"passed": changes.get("passed") is not False}
+    found = {key: value for key, value in whole.items() if value is not None}
+    return lambda x: [*x[:2], _swap(x[2], selftest=found), *x[3:]]
+
+
 def _bomb(lines: Bodies) -> Bodies:
     step = {
         "type": "PoissonSampledDpEvent",
@@ -175,19 +182,16 @@ SIGNED: dict[str, tuple[Callable[[Bodies], Bodies], Code]] = {
     "the monotonic clock is set back": (lambda x: [*x[:3], _swap(x[3], monotonic="123456788"), x[4]], Code.CLOCK),
     "a line from the future": (lambda x: [*x[:4], _swap(x[4], time="2026-12-25T12:00:00Z")], Code.CLOCK),
     "no self-test": (lambda x: [*x[:2], _swap(x[2], selftest=None), *x[3:]], Code.SELF_TEST),
-    "a self-test that failed": (
-        lambda x: [*x[:2], _swap(x[2], selftest=SELF_TEST | {"passed": False}), *x[3:]],
-        Code.SELF_TEST,
-    ),
-    "a self-test of nothing": (lambda x: [*x[:2], _swap(x[2], selftest={"passed": True}), *x[3:]], Code.SELF_TEST),
-    "a sensitivity of 38 clipping norms": (
-        lambda x: [*x[:2], _swap(x[2], selftest=SELF_TEST | {"sensitivity": "38.6"}), *x[3:]],
-        Code.SELF_TEST,
-    ),
-    "a sensitivity that is no number": (
-        lambda x: [*x[:2], _swap(x[2], selftest=SELF_TEST | {"sensitivity": "NaN"}), *x[3:]],
-        Code.SELF_TEST,
-    ),
+    "a self-test that failed": (_self_test({"passed": False}), Code.SELF_TEST),
+    "a self-test of nothing": (_self_test(dict.fromkeys(SELF_TEST)), Code.SELF_TEST),
+    "a sensitivity of 38 clipping norms": (_self_test({"sensitivity": "38.6"}), Code.SELF_TEST),
+    "a sensitivity that is no number": (_self_test({"sensitivity": "NaN"}), Code.SELF_TEST),
+    "a sensitivity below none": (_self_test({"sensitivity": "-1"}), Code.SELF_TEST),
+    "a sensitivity that is no decimal string": (_self_test({"sensitivity": True}), Code.SELF_TEST),
+    "noise that is none": (_self_test({"noise_ks_p": "0"}), Code.SELF_TEST),
+    "noise of another size": (_self_test({"noise_size_deviations": "361.9"}), Code.SELF_TEST),
+    "a record drawn twice": (_self_test({"sampler_repeats": "1"}), Code.SELF_TEST),
+    "a batch that sees another": (_self_test({"chunking": "0.5"}), Code.SELF_TEST),
     "a PLD claimed too low": (
         lambda x: [x[0], _swap(x[1], claim=x[1]["claim"] | {"pld": "0.5"}), *x[2:]],
         Code.DIFFERS,

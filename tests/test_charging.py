@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from participant import charging, prepare
-from participant.client import Client, OfferedPlan, ReleasedCohort
 from participant.daemon import Daemon
+from participant.store import StartNote
 from participant.training import TrainingResult
+from privacy.adapter import start_digest
 from privacy.budget import filter as budget_filter
 from privacy.budget import terms
 from privacy.budget.accounting import bounded_pld_epsilon
@@ -19,7 +21,8 @@ from privacy.errors import Refusal, UserError
 from privacy.job import Job
 from privacy.plan import Plan, parse_plan
 from privacy.secagg.keys import identity_public
-from tests.charging import BUDGET, PRIVACY, SelfTest, World, admit, plan, spend
+from privacy.stages import Start, first_start
+from tests.charging import BUDGET, PRIVACY, SelfTest, Silent, World, admit, offered, plan, spend
 
 
 def test_a_job_is_charged_and_started_before_it_trains(world: World) -> None:
@@ -276,30 +279,16 @@ def test_ledger_and_registry_of_different_backups_are_refused(world: World) -> N
 # --- the daemon -------------------------------------------------------------------------------------------------------
 
 
-class Silent(Client):
-    """A client of a coordinator that has released nothing."""
-
-    def __init__(self) -> None:
-        self.progress = 0
-
-    def releases(self, plan: bytes) -> list[ReleasedCohort]:
-        assert plan
-        return []
-
-
-def offered(name: str, state: str = "open") -> OfferedPlan:
-    return OfferedPlan(plan(name, PRIVACY), state, "wrong labels", 1)
-
-
-def test_a_plan_withdrawn_before_it_started_gives_its_charge_back(world: World) -> None:
-    charging.reserve(world.site, world.job("quiet", PRIVACY), 1)
-    spend(world)
-    for name in ("quiet", "quiet-0"):
-        assert Daemon(world.site, Silent())._consider(offered(name, "cancelled")) == "cancelled"
-    book = world.site.ledger("toy").book
-    assert [job.reserve.plan for job in book.charged()] == ["quiet-0"]
-    (abort,) = [entry.facts for entry in world.site.ledger("toy").entries if entry.kind == "ABORT"]
-    assert abort.model_dump()["reason"] == "the plan is cancelled: wrong labels"
+def test_a_private_job_is_never_started_twice(world: World) -> None:
+    job = world.job("quiet", PRIVACY)
+    identity = charging.reserve(world.site, job, 1)
+    charging.start(world.site, job, identity, {})
+    with pytest.raises(Refusal, match="plan 'quiet': its training began before"):
+        charging.start(world.site, job, identity, {})
+    free = charging.reserve(world.site, world.job(), 1)
+    for _ in range(2):  # its charge is infinite already: after a crash it goes on
+        charging.start(world.site, world.job(), free, None)
+    assert world.kinds() == ["REGISTER", "RESERVE", "START", "RESERVE", "START"]
 
 
 def test_a_training_that_failed_is_left_alone_for_a_while(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,3 +320,53 @@ def test_a_checkpoint_goes_with_every_message_about_the_plan(world: World) -> No
     assert (noted.dataset, noted.size, noted.root) == (ledger.book.dataset, *ledger.head())
     charging.reserve(world.site, world.job("next", PRIVACY), 1)
     assert verify_checkpoint(found.client.checkpoint(), identity_public(world.site.identity)).size == noted.size + 1
+
+
+# --- several stages ---------------------------------------------------------------------------------------------------
+
+
+def staged_job(world: World, stages: int) -> Job:
+    raw = plan("quiet", PRIVACY).replace(b'task = "classification"', b'task = "classification"\nstages = %d' % stages)
+    return Job.of(parse_plan(raw), world.site.roster)
+
+
+def test_the_cost_of_all_stages_must_be_left_before_the_first_trains(world: World) -> None:
+    mechanism = terms.mechanism(world.job("quiet", PRIVACY).plan)
+    assert isinstance(mechanism, DpSgd)
+    world.configure(BUDGET.format(8))
+    policy = world.site.home.settings.datasets["toy"].policy()
+    two, three = (budget_filter.enforced_epsilon(policy, (mechanism,) * count) for count in (2, 3))
+    budget = f"{(two + three) / 2:.4f}".rstrip("0")
+    world.configure(BUDGET.format(budget) + "order = 3\n")
+    said = f"would cost epsilon {three:.3f} in 3 stages and bring the data set to {three:.3f} of {budget}; 0.000 is"
+    job = staged_job(world, 3)
+    for refused in (lambda: admit(world, job), lambda: prepare.prepare(world.site, job, 1)):
+        with pytest.raises(Refusal) as raised:
+            refused()
+        assert said in str(raised.value)
+        assert f"{float(budget):.3f} is left" in str(raised.value)
+    assert world.trained == []
+    assert world.kinds() == ["REGISTER"]
+    admit(world, staged_job(world, 2))
+    prepare.prepare(world.site, staged_job(world, 2), 1)
+    assert world.kinds() == ["REGISTER", "RESERVE", "START"]
+
+
+def test_each_stage_is_a_job_of_its_own_from_its_own_start(world: World) -> None:
+    job, site = staged_job(world, 2), world.site
+    prepare.prepare(site, job, 1)
+    tensors = {name: tensor + np.float32(0.25) for name, tensor in first_start(job).tensors.items()}
+    start = Start(tensors, start_digest(tensors))
+    with pytest.raises(Refusal, match="has not computed where stage 2 of plan 'quiet' starts"):
+        prepare.prepare(site, job, 2, None, start)
+    site.store.keep_start("quiet", 2, StartNote(job.plan_file.digest.hex(), start.digest.hex(), []))
+    with pytest.raises(RuntimeError, match="needs the start that this site computed"):
+        prepare.prepare(site, job, 2, None, first_start(job))
+    trained = prepare.prepare(site, job, 2, None, start)
+    assert world.started[-1] is start.tensors
+    assert trained.start == start.digest.hex()
+    reserved = [e.facts.model_dump() for e in world.site.ledger("toy").entries if e.kind == "RESERVE"]
+    assert [r["stage"] for r in reserved] == [1, 2]
+    assert [r["model"]["start"] for r in reserved] == [job.plan.adapter.digest, start.digest.hex()]
+    assert prepare.prepare(site, job, 2, None, start) == trained  # what is kept is not trained again
+    assert len(world.trained) == 2

@@ -12,6 +12,7 @@ import pytest
 
 from participant import charging, prepare
 from privacy.errors import UserError
+from privacy.files import only_one
 from tests.charging import BUDGET, PRIVACY, World, plan, spend
 
 # --- what the administrator is shown ---------------------------------------------------------------------------------
@@ -38,6 +39,24 @@ def run(world: World, *arguments: str) -> str:
     done = CliRunner().invoke(app, [*arguments, "--dir", str(world.directory)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.output
+
+
+def test_an_open_job_is_closed_by_hand(world: World) -> None:
+    spend(world, 2)
+    first, second = world.site.ledger("toy").book.jobs
+    assert f"  {first[:8]} started: plan 'quiet-0', stage 1" in run(world, "dataset", "show", "toy")
+    with pytest.raises(UserError, match="expected a reason, found none"):
+        run(world, "dataset", "close", "toy", first[:8])
+    for found in ("", "z"):
+        with pytest.raises(UserError, match=f"id of one open job, found '{found}'; open: {first[:8]} .plan 'quiet-0'"):
+            run(world, "dataset", "close", "toy", found, "--reason", "gone")
+    with only_one(world.directory, "daemon"), pytest.raises(UserError, match="daemon of this site here, found one"):
+        run(world, "dataset", "close", "toy", first[:8], "--reason", "gone")
+    said = run(world, "dataset", "close", "toy", first[:8], "--reason", "the coordinator is gone")
+    assert said == f"toy: job {first[:8]} is closed\n"
+    book = world.site.ledger("toy").book
+    assert ([job.reserve.job for job in book.open()], len(book.charged())) == ([second], 2)
+    assert world.site.store.trained("quiet-0", 1) is None
 
 
 def test_the_commands_register_show_and_list(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

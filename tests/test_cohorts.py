@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from coordinator import phases
+from coordinator.engine import ATTEMPTS
 from participant.config import Settings
 from participant.policy import admit
-from participant.records import Aborted, Spent
+from participant.records import Aborted, Joined, Spent
+from privacy.adapter import flatten, load_peft, start_adapter, trained_part
+from privacy.audit import audit_release
 from privacy.errors import Refusal
 from privacy.job import Job
 from privacy.plan import parse_plan
@@ -122,6 +130,143 @@ def test_a_late_member_joins_the_next_cohort_with_the_certified_list(tmp_path: P
     world.run()
     assert [survivors for survivors, _ in world.totals()] == [(0, 1, 2, 3), (4, 5, 6, 7)]
     world.assert_exact()
+
+
+# --- what a release over several cohorts is ---------------------------------------------------------------------------
+
+
+def weighted_mean(world: OnDisk, members: tuple[int, ...]) -> tuple[int, NDArray[np.float64]]:
+    """(total weight, mean delta) of these members' vectors, by the formula of the specification and plain numpy.
+
+    A vector holds q = qmax / clip * w / W_max * delta, and behind the delta the weight in limbs of 22 bits.
+    """
+    policy = world.job.plan.round
+    vectors = [world.vector_of(m).astype(np.int64) for m in members]
+    weight = sum(100 + m for m in members)
+    size, qmax = world.job.quantizer.size, world.job.quantizer.qmax
+    mean = np.sum(vectors, axis=0)[:size] * (policy.clip * policy.max_weight) / (qmax * weight)
+    return weight, mean
+
+
+def released(world: OnDisk) -> dict[str, Any]:
+    """The manifest of the release, after an audit has accepted what lies beside it."""
+    directory = world.engine.home.releases / "toy" / "stage-1"
+    audit_release(directory, world.job.roster_file.hash)
+    found: dict[str, Any] = json.loads((directory / "manifest.json").read_bytes())
+    return found
+
+
+def assert_is_mean_of(world: OnDisk, members: tuple[int, ...]) -> None:
+    """The published adapter is start + server_lr * weighted mean over these members."""
+    weight, mean = weighted_mean(world, members)
+    assert released(world)["total_weight"] == weight
+    adapter, layout = world.job.plan.adapter, world.job.layout
+    found = load_peft(world.engine.home.releases / "toy" / "stage-1" / "adapter")
+    start = flatten(trained_part(start_adapter(adapter), layout), layout)
+    moved = flatten(trained_part(found, layout), layout) - start
+    assert np.abs(moved - world.job.plan.aggregation.server_lr * mean).max() < 1e-6
+    assert np.abs(mean).max() > 0.01
+
+
+def test_each_cohort_publishes_the_release_again_as_the_weighted_mean_over_all_so_far(tmp_path: Path) -> None:
+    world = OnDisk(tmp_path, 8)
+    world.ready()
+    world.run()
+    first = world.totals()[0][0]
+    assert_is_mean_of(world, first)
+    assert len(released(world)["cohorts"]) == 1
+    next_round(world).run()
+    second = world.totals()[1][0]
+    assert len(first + second) == 8
+    assert_is_mean_of(world, first + second)
+    manifest, names = released(world), world.job.roster.name
+    for cohort, members, number in zip(manifest["cohorts"], (first, second), (1, 2), strict=True):
+        assert cohort["round"] == number
+        assert cohort["survivors"] == [names(m) for m in members]
+        assert cohort["total_weight"] == sum(100 + m for m in members)
+        evidence = world.engine.home.releases / "toy" / "stage-1" / "rounds" / str(number) / "evidence.bin"
+        assert hashlib.sha256(evidence.read_bytes()).hexdigest() == cohort["evidence_sha256"]
+
+
+def test_a_cohort_that_fails_before_any_upload_spends_nothing_at_any_site(world: OnDisk) -> None:
+    world.run(phases.Sharing)
+    world.away = {2, 3, 4}
+    world.run()
+    assert isinstance(world.phase, phases.Aborted)
+    assert any(isinstance(r, Joined) for r in world.records(0))
+    assert not any(isinstance(r, Spent) for i in range(5) for r in world.records(i))
+    world.away = set()
+    next_round(world)
+    assert all(proofs == () for proofs in world.rounds[-1].machine.proofs.values())
+    world.run()
+    assert world.totals()[0][0] == (0, 1, 2, 3, 4)
+    world.assert_exact()
+
+
+# --- rounds that fail again and again ---------------------------------------------------------------------------------
+
+
+def fail(world: OnDisk, members: tuple[int, ...]) -> None:
+    """Another round of these members, who all but one fall silent in it."""
+    world.away = set(range(world.n)) - set(members)
+    if not isinstance(world.phase, phases.Joining):
+        next_round(world)
+    world.run(phases.Sharing)
+    world.away = set(range(world.n)) - {members[0]}
+    world.run()
+    assert isinstance(world.phase, phases.Aborted)
+    world.away = set()
+
+
+def test_a_stage_whose_first_rounds_all_fail_is_given_up(world: OnDisk) -> None:
+    for _ in range(ATTEMPTS):
+        fail(world, (0, 1, 2, 3, 4))
+    world.wait(1)
+    (plan,) = world.engine.store.plans()
+    assert (plan.state, plan.reason[:15]) == ("aborted", "6 rounds failed")
+    with pytest.raises(Refusal, match="plan 'toy' is aborted: 6 rounds failed, the last: expected at least"):
+        world.engine.ready(world.digest, 1, 0)
+
+
+def test_late_sites_whose_rounds_fail_take_no_release_back(tmp_path: Path) -> None:
+    """However often that is: others come later, and these may try again, only less often."""
+    world = OnDisk(tmp_path, 8, toy_plan().replace(b"join_s = 2", b"join_s = 100000"))
+    world.ready(0, 1, 2, 3)
+    world.wait(100000)
+    world.run()
+    world.ready(4, 5, 6, 7)
+    for _ in range(ATTEMPTS):
+        fail(world, (4, 5, 6, 7))
+    (plan,) = world.engine.store.plans()
+    assert plan.state == "released"
+    opened = len(world.rounds)
+    for i in range(4, 8):
+        world.tell(i)
+    assert len(world.rounds) == opened
+    assert "6 rounds failed since the last release, the last: expected" in world.engine.held[world.digest]
+    world.wait(100000)
+    assert len(world.rounds) == opened + 1
+    world.run()
+    assert world.engine.held[world.digest] == ""
+    assert [survivors for survivors, _ in world.totals()] == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    world.assert_exact()
+
+
+def test_failures_before_a_release_count_for_nothing_after_it(tmp_path: Path) -> None:
+    world = OnDisk(tmp_path, 8)
+    world.ready(0, 1, 2, 3)
+    world.wait(10)
+    world.run(phases.Joining)
+    for _ in range(ATTEMPTS - 1):
+        fail(world, (0, 1, 2, 3))
+    next_round(world).run()
+    world.ready(4, 5, 6, 7)
+    for _ in range(ATTEMPTS - 1):
+        fail(world, (4, 5, 6, 7))
+    for i in range(4, 8):
+        world.tell(i)
+    assert isinstance(world.phase, phases.Joining)
+    assert world.engine.held[world.digest] == ""
 
 
 # --- sums of two ------------------------------------------------------------------------------------------------------

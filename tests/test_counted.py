@@ -18,11 +18,12 @@ from participant.drafting import draft_plan
 from participant.policy import admit
 from participant.training import train
 from privacy.adapter import b_name, layout_of, start_adapter, unflatten
+from privacy.aggregation import METHODS
 from privacy.errors import ProtocolError, Refusal, UserError
 from privacy.job import Job
 from privacy.methods import SHARES, head_parts, merged, sent
 from privacy.outcome import combine
-from privacy.plan import METHODS, parse_plan
+from privacy.plan import parse_plan
 from tests.analytic import run_round
 from tests.helpers_learning import LABELS, tiny_base, tiny_plan, word_examples
 from tests.methods import WEIGHTS, Trained, close, plan_text, quantised, released, sites, the_job, unit, vector_of
@@ -50,7 +51,7 @@ def rows_of(job: Job, everybody: list[Trained], name: str, counts: Any) -> np.nd
     return np.asarray(start + np.where(total > 0, above / np.where(total > 0, total, 1), 0.0))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "fisher"])
 def test_rows_count_by_the_records_of_their_class(method: str, tmp_path: Path) -> None:
     job = the_job(method, counted=True)
     everybody = counted_sites(job)
@@ -104,9 +105,9 @@ def test_any_counts_give_the_weighted_rows(counts: list[tuple[int, int, int]]) -
 
 #: Sentence -> (part, entry, factor of Qmax, the refusal).
 TAMPERED = {
-    "a negative share": (SHARES, 1, -0.9, "expected shares of classes from 0, at most 1 together"),
-    "more than all records": (SHARES, 1, 2.0, "expected shares of classes from 0, at most 1 together"),
-    "a row beyond the clipping range": (HEAD[0], 2, 0.9, "expected rows of '.*' within the clipping range"),
+    "a negative share": (SHARES, 1, -0.9, "expected weights from 0 to 1"),
+    "more than all records": (SHARES, 1, 2.0, "expected shares of classes of at most 1 together"),
+    "a row beyond the clipping range": (HEAD[0], 2, 0.9, "expected weighted numbers within the clipping range"),
 }
 
 

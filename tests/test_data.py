@@ -175,7 +175,7 @@ def test_a_long_label_is_cut_short(tmp_path: Path) -> None:
 
 
 def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="expected one of csv, jsonl, parquet, folder, found 'xml'"):
+    with pytest.raises(UserError, match="expected one of csv, jsonl, parquet, arrow, folder, found 'xml'"):
         load_examples(tmp_path, "xml", "text", "label", LABELS)  # type: ignore[arg-type]
 
 

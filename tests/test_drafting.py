@@ -74,7 +74,7 @@ def test_other_targets_can_be_adapted(base: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"targets": ("q_proj",)}, r"linear modules named 'q_proj', found classifier, dense, key, query, value"),
+        ({"targets": ("q_proj",)}, r"linear modules named 'q_proj', found dense, key, query, value"),
         ({"targets": ("classifier",)}, r"linear modules named 'classifier'"),
         ({"rank": 33}, r"expected rank <= 32 for 'bert\..*', found 33"),
         ({"rank": 0}, r"draft: key 'rank': .* greater than or equal to 1, found 0"),
@@ -231,3 +231,18 @@ def test_the_chart_is_drawn(tmp_path: Path) -> None:
     summary = {"accuracy": {"base": 0.2, "alone_mean": 0.7, "alone_best": 0.8, "one_shot": 0.9}}
     bar_chart(summary, tmp_path / "new" / "accuracy.png")
     assert (tmp_path / "new" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_draft_of_several_stages_with_an_evaluation(base: Path) -> None:
+    plan = parse_plan(draft(base, stages=3, holdout=0.25, rates=(0.5, 1.0)).encode()).plan
+    assert (plan.stages, plan.last) == (3, 4)
+    assert plan.evaluation is not None
+    assert (plan.evaluation.holdout, plan.evaluation.server_lr) == (0.25, (0.5, 1.0))
+    assert parse_plan(draft(base).encode()).plan.last == 1
+    assert parse_plan(draft(base, holdout=0.25).encode()).plan.last == 2
+
+
+def test_rates_to_vote_on_need_records_to_judge_by(base: Path) -> None:
+    about = ["--name", "n", "--base-name", "b", "--dataset", "d", "--label", "a", "--label", "b"]
+    with pytest.raises(UserError, match="expected --server-lr with --holdout"):
+        CliRunner().invoke(app, ["draft", str(base), *about, "--server-lr", "0.5"], catch_exceptions=False)

@@ -161,6 +161,7 @@ def test_one_and_many_rounds_are_masked_and_equal_the_sum_in_the_clear(toy_out: 
         ("one-freeze_a", 1),
         ("one-both", 1),
         ("one-core", 1),
+        ("one-fisher", 1),
         ("one-regmean", 1),
         ("multi-freeze_a", 3),
         ("multi-both", 3),

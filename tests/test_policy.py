@@ -6,6 +6,9 @@ import pytest
 
 from participant.config import Settings
 from participant.policy import admit
+from privacy.budget import terms
+from privacy.budget.entries import Policy
+from privacy.budget.filter import Standing, enforced_epsilon
 from privacy.errors import Refusal
 from privacy.job import Job
 from privacy.plan import parse_plan
@@ -126,3 +129,70 @@ def test_sums_of_statistics_need_a_minimum_of_this_site() -> None:
     ):
         admit(plan, site())
     admit(plan, site("[policy]", "[policy]\nmin_class_count = 1"))
+
+
+# --- several stages ---------------------------------------------------------------------------------------------------
+
+PRIVATE = """
+[privacy]
+unit = "record"
+sigma = "1.5"
+delta = "1e-5"
+clip = "0.5"
+rate = "0.04"
+steps = 50
+nominal_batch = 4
+nominal_size = 100
+"""
+
+
+def test_all_stages_that_are_left_must_fit_the_budget() -> None:
+    """What was spent on the stages before is charged already, so a late one asks for less."""
+    private = job(
+        ("epochs = 1\n", ""),
+        ("batch_size = 4\n", ""),
+        ('task = "classification"', 'task = "classification"\nstages = 3'),
+        ("outcome_s = 2\n", "outcome_s = 2\n" + PRIVATE),
+    )
+    policy = Policy(delta="0.00001", epsilon="1", order=4)
+    one = terms.mechanism(private.plan)
+    costs = [enforced_epsilon(policy, (one,) * count) for count in (1, 2, 3)]
+    budget = policy.model_copy(update={"epsilon": f"{(costs[1] + costs[2]) / 2:.4f}".rstrip("0")})
+    for stage, spent in ((2, ()), (3, ()), (3, (one,))):
+        admit(private, site(), Standing(budget, spent), stage)
+    for stage, spent in ((1, ()), (2, (one,))):
+        with pytest.raises(Refusal, match=f"would cost epsilon .* in {4 - stage} stages and bring the data set to"):
+            admit(private, site(), Standing(budget, spent), stage)
+
+
+REGMEAN = "[aggregation.regmean]\nridge = 0.1\nfeature_clip = 1.0\nmin_texts = 9\n[training]"
+FISHER = "[aggregation.fisher]\nridge = 0.1\nreach = 9.0\nmin_texts = 9\n[training]"
+
+
+@pytest.mark.parametrize(("method", "section"), [("regmean", REGMEAN), ("fisher", FISHER)])
+def test_other_statistics_need_a_minimum_of_texts_of_this_site(method: str, section: str) -> None:
+    plan = job(("[training]", f'[aggregation]\nmethod = "{method}"\n{section}'))
+    with pytest.raises(Refusal, match=r"plan 'toy' sums statistics of the records; .* not opted in \(min_texts\)"):
+        admit(plan, site("[policy]", "[policy]\nmin_class_count = 1"))
+    admit(plan, site("[policy]", "[policy]\nmin_texts = 1"))
+
+
+def test_counts_need_a_minimum_of_this_site() -> None:
+    section = "[aggregation.counted]\nmin_class_count = 9\n[training]"
+    plan = job(("[training]", f'[aggregation]\nhead = "counted"\n{section}'))
+    with pytest.raises(Refusal, match=r"not opted in \(min_class_count\)"):
+        admit(plan, site("[policy]", "[policy]\nmin_texts = 1"))
+    admit(plan, site("[policy]", "[policy]\nmin_class_count = 1"))
+
+
+def test_a_larger_rank_than_this_site_trains_needs_the_method_that_sums_any() -> None:
+    narrow, just = (site("[models]", f"max_rank = {rank}\n[models]") for rank in (1, 2))
+    with pytest.raises(Refusal, match=r"plan 'toy' has rank 2; this site trains at most 1 \(max_rank\), which only"):
+        admit(job(), narrow)
+    admit(job(), just)
+    admit(job(('head = { "classifier', 'train = "head"\nhead = { "classifier')), narrow)
+    both = ("[training]", '[aggregation]\nmethod = "both"\n[training]')
+    trained = ('head = { "classifier', 'train = "both"\nhead = { "classifier')
+    with pytest.raises(Refusal, match="has rank 2"):
+        admit(job(both, trained), narrow)
+    admit(job(("[training]", '[aggregation]\nmethod = "dense"\n[training]'), trained), narrow)

@@ -23,6 +23,6 @@ class Named:
 def test_a_log_line_has_the_loss_if_there_is_one(loss: float, told: dict[str, Any], monkeypatch: Any) -> None:
     monkeypatch.setattr(progress, "EVERY_S", 0.0)
     with progress.training_progress(show=False) as reports, structlog.testing.capture_logs() as lines:
-        reports(cast(Job, Named()))(3, 40, loss)
-    wanted = {"event": "training", "log_level": "info", "plan": "news", "step": 3, "steps": 40}
+        reports(cast(Job, Named()), 2)(3, 40, loss)
+    wanted = {"event": "training", "log_level": "info", "plan": "news", "stage": 2, "step": 3, "steps": 40}
     assert lines == [wanted | told]

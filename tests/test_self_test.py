@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from participant import dp_sgd, dp_step, self_test
+from participant import dp_sgd, dp_step
 from participant.dp_sgd import train_private
 from participant.noise import SecretRandom
 from participant.self_test import Check, SelfTest, SelfTestFailed
 from participant.training import Loaded, load_model
 from privacy.adapter import start_adapter
+from privacy.budget import self_tests
 from privacy.errors import Refusal
 from privacy.plan import Plan
 from tests.helpers_learning import private_plan, tiny_base, word_examples
@@ -111,7 +112,7 @@ def test_the_model_is_as_it_was(base: Path, monkeypatch: Patch) -> None:
 
     monkeypatch.setattr(dp_sgd, "load_model", load)
     result_of(plan, base)
-    monkeypatch.setattr(self_test, "MAX_SENSITIVITY", 0.0)
+    monkeypatch.setitem(self_tests.BOUNDS, "sensitivity", ("0", "0"))
     with pytest.raises(SelfTestFailed):
         train(plan, base, lambda _: None)
     assert len(loaded) == 2

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from coordinator.stage import next_cohort
+from coordinator.stage import is_over, next_cohort
 from privacy.roster import Rules
 
 RULES = Rules(cohort=5, colluders=1, min_cohort=4, min_survivors=3, bits=24)
@@ -58,3 +58,19 @@ def test_no_cohort_is_larger_than_the_plan_allows() -> None:
 def test_the_rest_is_left_enough_for_a_cohort_of_its_own(largest: int, ready: int, expected: int) -> None:
     rules = replace(RULES, cohort=largest)
     assert next_cohort(since(*range(ready)), set(), ready, rules, 0.0, 60.0) == tuple(range(expected))
+
+
+@pytest.mark.parametrize(
+    ("done", "first_release", "now", "over"),
+    [
+        (5, 100.0, 100.0, True),  # everybody
+        (4, 100.0, 159.9, False),  # one is late, and waited for
+        (4, 100.0, 160.0, True),
+        (0, None, 1e9, False),  # no release, nothing to go on from
+        (5, None, 1e9, False),
+    ],
+)
+def test_a_stage_is_over_when_everybody_is_in_it_or_was_waited_for(
+    done: int, first_release: float | None, now: float, over: bool
+) -> None:
+    assert is_over(done, 5, first_release, now, 60.0) is over

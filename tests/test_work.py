@@ -21,7 +21,6 @@ from coordinator import phases
 from coordinator.executor import Threads
 from coordinator.publish import CohortTotal
 from coordinator.running import Running
-from coordinator.store import RoundRow
 from coordinator.unmask import SHARD_BLOCKS, Shard, fold, shard_count, unmask, unmask_shard
 from coordinator.work import RETRY_S, Worker
 from privacy import merkle
@@ -318,8 +317,8 @@ def test_a_plan_that_is_cancelled_while_its_release_is_written_leaves_none(
     stop_at(world, phases.Publishing)
     write = Worker._write_release
 
-    def and_cancel(worker: Worker, row: RoundRow, cohorts: list[CohortTotal]) -> None:
-        write(worker, row, cohorts)
+    def and_cancel(worker: Worker, plan: bytes, stage: int, cohorts: list[CohortTotal]) -> None:
+        write(worker, plan, stage, cohorts)
         world.engine.cancel_plan("toy", "just now")
 
     monkeypatch.setattr(Worker, "_write_release", and_cancel)
@@ -339,8 +338,8 @@ def test_a_cancelled_round_leaves_nothing_beside_an_earlier_cohort(
     stop_at(world, phases.Publishing)
     write = Worker._write_release
 
-    def and_cancel(worker: Worker, row: RoundRow, cohorts: list[CohortTotal]) -> None:
-        write(worker, row, cohorts)
+    def and_cancel(worker: Worker, plan: bytes, stage: int, cohorts: list[CohortTotal]) -> None:
+        write(worker, plan, stage, cohorts)
         monkeypatch.setattr(Worker, "_write_release", write)
         world.engine.cancel_plan("toy", "just now")
 
@@ -383,11 +382,11 @@ def test_no_round_opens_on_a_disk_that_cannot_hold_it(tmp_path: Path, monkeypatc
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free[0]))
     world.ready()
     assert world.rounds == []
-    assert f"expected {needed / 1e6:.1f} MB free for the uploads of 5 members" in world.engine.no_space[world.digest]
+    assert f"expected {needed / 1e6:.1f} MB free for the uploads of 5 members" in world.engine.held[world.digest]
     free[0] += 1
     world.wait(1)
     assert len(world.rounds) == 1
-    assert world.engine.no_space[world.digest] == ""
+    assert world.engine.held[world.digest] == ""
 
 
 def test_a_message_whose_evidence_was_not_kept_is_taken_anew_when_it_comes_again(

@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal
 
 from privacy.budget import recompute
 from privacy.budget.anchors import Anchor
@@ -22,6 +21,7 @@ from privacy.budget.filter import enforced_epsilon, mismatch
 from privacy.budget.findings import Code, Found, worst
 from privacy.budget.ledger import check_against, head_of, verify_lines
 from privacy.budget.rdp import rdp
+from privacy.budget.self_tests import lack_of
 from privacy.errors import ProtocolError
 
 #: A claim may be this far below what is recomputed, and this far above in absolute and relative terms.
@@ -30,9 +30,6 @@ BELOW, ABOVE = 1e-3, 0.01
 SAME = 1e-6
 #: Clocks of two machines may be this far apart.
 SKEW = timedelta(minutes=5)
-#: What the result of a self-test must hold besides that it passed (``participant/self_test.py``).
-CHECKS = ("sensitivity", "chunking", "not_finite", "empty_batch_sum", "noise_ks_p", "sampler_repeats")
-MAX_SENSITIVITY = Decimal("1.00001")
 
 
 @dataclass(frozen=True)
@@ -231,22 +228,6 @@ def _check_self_tests(report: LedgerReport, book: Book) -> None:
             job = book.jobs[entry.facts.job]
             if _kind(job) != "unprotected" and (lack := lack_of(entry.facts.selftest)):
                 report.add(Code.SELF_TEST, f"line {entry.seq + 1}: job {_name(job)} started {lack}")
-
-
-def lack_of(selftest: dict[str, object] | None) -> str:
-    """What is missing in the result of a self-test; empty if nothing is."""
-    if selftest is None:
-        return "without a self-test"
-    if selftest.get("passed") is not True:
-        return "after a self-test that did not pass"
-    if missing := [name for name in CHECKS if name not in selftest]:
-        return f"after a self-test without {', '.join(missing)}"
-    try:
-        if Decimal(str(selftest["sensitivity"])) <= MAX_SENSITIVITY:
-            return ""
-    except ArithmeticError:
-        pass
-    return f"after a self-test with a sensitivity above {MAX_SENSITIVITY} clipping norms"
 
 
 def _kind(job: Job) -> object:

@@ -22,7 +22,7 @@ from privacy.budget.audit import LedgerReport, Terms, audit_ledger
 from privacy.budget.book import LedgerError
 from privacy.budget.entries import Commit, Release, Reserve
 from privacy.budget.findings import Code, Found, worst
-from privacy.budget.ledger import verify_lines
+from privacy.budget.ledger import read_ledger, verify_lines
 from privacy.budget.rounds import Round, Seen, coordinators_witnesses, peers_witnesses, rounds_of
 from privacy.errors import UserError, shown
 from privacy.files import read_file
@@ -118,7 +118,7 @@ def _files(directory: Path, roster: RosterFile) -> Iterator[_File]:
 
 
 def _read(member: str, path: Path, key: bytes) -> _File:
-    raw = read_file(path, "a ledger")
+    raw = read_ledger(path)
     try:
         entries = verify_lines(raw, key)
     except LedgerError as error:  # the audit says so again, in its place

@@ -75,8 +75,12 @@ def mismatch(policy: Policy, mechanism: DpSgd) -> str | None:
     return None
 
 
-def objection(standing: Standing, mechanism: Mechanism) -> str | None:
-    """Why a job may not run on this data set; ``None`` if it may. Says what it would cost and what is left."""
+def objection(standing: Standing, mechanism: Mechanism, times: int = 1) -> str | None:
+    """Why a job may not run on this data set; ``None`` if it may. Says what it would cost and what is left.
+
+    Args:
+        times: jobs with this mechanism that are to run one after another, one in each stage of a plan.
+    """
     policy = standing.policy
     if standing.admitted or policy.epsilon is None:
         return None
@@ -87,13 +91,14 @@ def objection(standing: Standing, mechanism: Mechanism) -> str | None:
         return f"has a mechanism that no budget can be charged with: {type(mechanism).__name__}"
     if found := mismatch(policy, mechanism):
         return f"has {found}"
-    spent, alone = standing.epsilon(), enforced_epsilon(policy, (mechanism,))
-    after, budget = standing.epsilon(mechanism), float(policy.epsilon)
+    jobs, for_what = (mechanism,) * times, "alone" if times == 1 else f"in {times} stages"
+    spent, alone = standing.epsilon(), enforced_epsilon(policy, jobs)
+    after, budget = standing.epsilon(*jobs), float(policy.epsilon)
     if after <= budget:
         return None
     if math.isinf(spent):
         return f"meets a spent budget of epsilon {policy.epsilon}: a job without privacy ran on this data set before"
     return (
-        f"would cost epsilon {alone:.3f} alone and bring the data set to {after:.3f} of {policy.epsilon}; {spent:.3f} "
-        f"is spent or reserved, {budget - spent:.3f} is left ({terms})"
+        f"would cost epsilon {alone:.3f} {for_what} and bring the data set to {after:.3f} of {policy.epsilon}; "
+        f"{spent:.3f} is spent or reserved, {budget - spent:.3f} is left ({terms})"
     )

@@ -22,11 +22,21 @@ from privacy import merkle
 from privacy.budget.book import Book, Finding, LedgerError
 from privacy.budget.checkpoint import sign_checkpoint, verify_checkpoint
 from privacy.budget.entries import NAMES, VERSION, Entry, Facts, canonical, line_of, parse_line, signed_bytes
-from privacy.errors import ProtocolError
-from privacy.files import DiskError, append_durably, cut_durably, exclusively, make_private_directory, write_durably
+from privacy.errors import ProtocolError, UserError
+from privacy.files import (
+    DiskError,
+    append_durably,
+    cut_durably,
+    exclusively,
+    make_private_directory,
+    read_file,
+    write_durably,
+)
 from privacy.secagg.keys import identity_public, verify_signature
 
 GENESIS = bytes(32).hex()
+#: A ledger of more lines than anybody's patience; it would be read into memory.
+MAX_LEDGER_BYTES = 1 << 28
 
 __all__ = ["Finding", "Ledger", "LedgerError", "Stamp", "verify_lines"]
 
@@ -48,6 +58,14 @@ class Stamp:
 def line_hash(line: bytes) -> str:
     """What the next line carries as ``previous``: plain SHA-256, so that ``sha256sum`` can follow the chain."""
     return hashlib.sha256(line).hexdigest()
+
+
+def read_ledger(path: Path, what: str = "a ledger") -> bytes:
+    """The bytes of a file to audit; raises UserError for a missing or a huge one."""
+    raw = read_file(path, what)
+    if len(raw) > MAX_LEDGER_BYTES:
+        raise UserError(f"{path}: expected {what} of at most {MAX_LEDGER_BYTES} bytes, found {len(raw)}")
+    return raw
 
 
 def _parsed(number: int, line: bytes, site_key: bytes, previous: str) -> Entry:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from privacy.wire import secagg_pb2 as privacy_dot_wire_dot_secagg__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dprivacy/wire/federation.proto\x12\nveilsum.v1\x1a\x19privacy/wire/secagg.proto\"J\n\x0cHelloRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\x04\x12\x10\n\x08software\x18\x02 \x01(\t\x12\x0e\n\x06roster\x18\x03 \x01(\x0c\"]\n\nHelloReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\x04\x12\x10\n\x08software\x18\x02 \x01(\t\x12\x0e\n\x06roster\x18\x03 \x01(\x0c\x12\x13\n\x0b\x63oordinator\x18\x04 \x01(\x0c\"\x12\n\x10ListPlansRequest\"G\n\tPlanState\x12\x0c\n\x04toml\x18\x01 \x01(\x0c\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\r\n\x05stage\x18\x04 \x01(\x04\"6\n\x0eListPlansReply\x12$\n\x05plans\x18\x01 \x03(\x0b\x32\x15.veilsum.v1.PlanState\"?\n\x0cReadyRequest\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\x12\r\n\x05stage\x18\x02 \x01(\x04\x12\x12\n\ncheckpoint\x18\x03 \x01(\x0c\"-\n\nReadyReply\x12\r\n\x05ready\x18\x01 \x01(\x04\x12\x10\n\x08\x65xpected\x18\x02 \x01(\x04\"8\n\x0bNextRequest\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\x12\r\n\x05stage\x18\x02 \x01(\x04\x12\x0c\n\x04seen\x18\x03 \x01(\x0c\"A\n\tNextReply\x12%\n\x07message\x18\x01 \x01(\x0b\x32\x14.veilsum.v1.ToMember\x12\r\n\x05round\x18\x02 \x01(\x0c\"Y\n\x0bSendRequest\x12\r\n\x05round\x18\x01 \x01(\x0c\x12\'\n\x07message\x18\x02 \x01(\x0b\x32\x16.veilsum.v1.FromMember\x12\x12\n\ncheckpoint\x18\x03 \x01(\x0c\"%\n\tSendReply\x12\x18\n\x10repeated_message\x18\x01 \x01(\x08\"`\n\rUploadRequest\x12\r\n\x05round\x18\x01 \x01(\x0c\x12,\n\x05input\x18\x02 \x01(\x0b\x32\x1d.veilsum.v1.SignedMaskedInput\x12\x12\n\ncheckpoint\x18\x03 \x01(\x0c\"A\n\x0bUploadState\x12\x10\n\x08received\x18\x01 \x01(\x04\x12\x10\n\x08\x66inished\x18\x02 \x01(\x08\x12\x0e\n\x06window\x18\x03 \x01(\x04\"Y\n\x07Receipt\x12\r\n\x05round\x18\x01 \x01(\x0c\x12\x0e\n\x06member\x18\x02 \x01(\x04\x12\x0c\n\x04root\x18\x03 \x01(\x0c\x12\x0e\n\x06length\x18\x04 \x01(\x04\x12\x11\n\tsignature\x18\x05 \x01(\x0c\"#\n\x13ListReleasesRequest\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\"O\n\x07Release\x12\r\n\x05round\x18\x01 \x01(\x0c\x12\r\n\x05stage\x18\x02 \x01(\x04\x12&\n\x08\x65vidence\x18\x03 \x01(\x0b\x32\x14.veilsum.v1.Evidence\":\n\x11ListReleasesReply\x12%\n\x08releases\x18\x01 \x03(\x0b\x32\x13.veilsum.v1.Release\"2\n\x11\x46\x65tchTotalRequest\x12\r\n\x05round\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"*\n\nTotalChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06length\x18\x02 \x01(\x04\"A\n\x11\x46\x65tchBlockRequest\x12\r\n\x05round\x18\x01 \x01(\x0c\x12\x0e\n\x06member\x18\x02 \x01(\x04\x12\r\n\x05\x62lock\x18\x03 \x01(\x04\")\n\x0bUploadBlock\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0c\n\x04path\x18\x02 \x03(\x0c\"!\n\x11SubmitPlanRequest\x12\x0c\n\x04toml\x18\x01 \x01(\x0c\"\x1f\n\x0fSubmitPlanReply\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\"1\n\x11\x43\x61ncelPlanRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x11\n\x0f\x43\x61ncelPlanReply\"\x1d\n\rReportRequest\x12\x0c\n\x04plan\x18\x01 \x01(\t\"\x1b\n\x0bReportReply\x12\x0c\n\x04json\x18\x01 \x01(\t2\x97\x05\n\nFederation\x12\x39\n\x05Hello\x12\x18.veilsum.v1.HelloRequest\x1a\x16.veilsum.v1.HelloReply\x12\x45\n\tListPlans\x12\x1c.veilsum.v1.ListPlansRequest\x1a\x1a.veilsum.v1.ListPlansReply\x12\x39\n\x05Ready\x12\x18.veilsum.v1.ReadyRequest\x1a\x16.veilsum.v1.ReadyReply\x12\x36\n\x04Next\x12\x17.veilsum.v1.NextRequest\x1a\x15.veilsum.v1.NextReply\x12\x36\n\x04Send\x12\x17.veilsum.v1.SendRequest\x1a\x15.veilsum.v1.SendReply\x12\x41\n\x0b\x42\x65ginUpload\x12\x19.veilsum.v1.UploadRequest\x1a\x17.veilsum.v1.UploadState\x12>\n\x0c\x46inishUpload\x12\x19.veilsum.v1.UploadRequest\x1a\x13.veilsum.v1.Receipt\x12N\n\x0cListReleases\x12\x1f.veilsum.v1.ListReleasesRequest\x1a\x1d.veilsum.v1.ListReleasesReply\x12\x43\n\nFetchTotal\x12\x1d.veilsum.v1.FetchTotalRequest\x1a\x16.veilsum.v1.TotalChunk\x12\x44\n\nFetchBlock\x12\x1d.veilsum.v1.FetchBlockRequest\x1a\x17.veilsum.v1.UploadBlock2\xdc\x01\n\x08Operator\x12H\n\nSubmitPlan\x12\x1d.veilsum.v1.SubmitPlanRequest\x1a\x1b.veilsum.v1.SubmitPlanReply\x12H\n\nCancelPlan\x12\x1d.veilsum.v1.CancelPlanRequest\x1a\x1b.veilsum.v1.CancelPlanReply\x12<\n\x06Report\x12\x19.veilsum.v1.ReportRequest\x1a\x17.veilsum.v1.ReportReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dprivacy/wire/federation.proto\x12\nveilsum.v1\x1a\x19privacy/wire/secagg.proto\"J\n\x0cHelloRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\x04\x12\x10\n\x08software\x18\x02 \x01(\t\x12\x0e\n\x06roster\x18\x03 \x01(\x0c\"]\n\nHelloReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\x04\x12\x10\n\x08software\x18\x02 \x01(\t\x12\x0e\n\x06roster\x18\x03 \x01(\x0c\x12\x13\n\x0b\x63oordinator\x18\x04 \x01(\x0c\"\x12\n\x10ListPlansRequest\"G\n\tPlanState\x12\x0c\n\x04toml\x18\x01 \x01(\x0c\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\r\n\x05stage\x18\x04 \x01(\x04\"6\n\x0eListPlansReply\x12$\n\x05plans\x18\x01 \x03(\x0b\x32\x15.veilsum.v1.PlanState\"?\n\x0cReadyRequest\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\x12\r\n\x05stage\x18\x02 \x01(\x04\x12\x12\n\ncheckpoint\x18\x03 \x01(\x0c\"-\n\nReadyReply\x12\r\n\x05ready\x18\x01 \x01(\x04\x12\x10\n\x08\x65xpected\x18\x02 \x01(\x04\"8\n\x0bNextRequest\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\x12\r\n\x05stage\x18\x02 \x01(\x04\x12\x0c\n\x04seen\x18\x03 \x01(\x0c\"A\n\tNextReply\x12%\n\x07message\x18\x01 \x01(\x0b\x32\x14.veilsum.v1.ToMember\x12\r\n\x05round\x18\x02 \x01(\x0c\"Y\n\x0bSendRequest\x12\r\n\x05round\x18\x01 \x01(\x0c\x12\'\n\x07message\x18\x02 \x01(\x0b\x32\x16.veilsum.v1.FromMember\x12\x12\n\ncheckpoint\x18\x03 \x01(\x0c\"%\n\tSendReply\x12\x18\n\x10repeated_message\x18\x01 \x01(\x08\"`\n\rUploadRequest\x12\r\n\x05round\x18\x01 \x01(\x0c\x12,\n\x05input\x18\x02 \x01(\x0b\x32\x1d.veilsum.v1.SignedMaskedInput\x12\x12\n\ncheckpoint\x18\x03 \x01(\x0c\"A\n\x0bUploadState\x12\x10\n\x08received\x18\x01 \x01(\x04\x12\x10\n\x08\x66inished\x18\x02 \x01(\x08\x12\x0e\n\x06window\x18\x03 \x01(\x04\"Y\n\x07Receipt\x12\r\n\x05round\x18\x01 \x01(\x0c\x12\x0e\n\x06member\x18\x02 \x01(\x04\x12\x0c\n\x04root\x18\x03 \x01(\x0c\x12\x0e\n\x06length\x18\x04 \x01(\x04\x12\x11\n\tsignature\x18\x05 \x01(\x0c\"2\n\x13ListReleasesRequest\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\x12\r\n\x05stage\x18\x02 \x01(\x04\"O\n\x07Release\x12\r\n\x05round\x18\x01 \x01(\x0c\x12\r\n\x05stage\x18\x02 \x01(\x04\x12&\n\x08\x65vidence\x18\x03 \x01(\x0b\x32\x14.veilsum.v1.Evidence\":\n\x11ListReleasesReply\x12%\n\x08releases\x18\x01 \x03(\x0b\x32\x13.veilsum.v1.Release\"2\n\x11\x46\x65tchTotalRequest\x12\r\n\x05round\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"*\n\nTotalChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06length\x18\x02 \x01(\x04\"A\n\x11\x46\x65tchBlockRequest\x12\r\n\x05round\x18\x01 \x01(\x0c\x12\x0e\n\x06member\x18\x02 \x01(\x04\x12\r\n\x05\x62lock\x18\x03 \x01(\x04\")\n\x0bUploadBlock\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0c\n\x04path\x18\x02 \x03(\x0c\"!\n\x11SubmitPlanRequest\x12\x0c\n\x04toml\x18\x01 \x01(\x0c\"\x1f\n\x0fSubmitPlanReply\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\"1\n\x11\x43\x61ncelPlanRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x11\n\x0f\x43\x61ncelPlanReply\"\x1d\n\rReportRequest\x12\x0c\n\x04plan\x18\x01 \x01(\t\"\x1b\n\x0bReportReply\x12\x0c\n\x04json\x18\x01 \x01(\t2\x97\x05\n\nFederation\x12\x39\n\x05Hello\x12\x18.veilsum.v1.HelloRequest\x1a\x16.veilsum.v1.HelloReply\x12\x45\n\tListPlans\x12\x1c.veilsum.v1.ListPlansRequest\x1a\x1a.veilsum.v1.ListPlansReply\x12\x39\n\x05Ready\x12\x18.veilsum.v1.ReadyRequest\x1a\x16.veilsum.v1.ReadyReply\x12\x36\n\x04Next\x12\x17.veilsum.v1.NextRequest\x1a\x15.veilsum.v1.NextReply\x12\x36\n\x04Send\x12\x17.veilsum.v1.SendRequest\x1a\x15.veilsum.v1.SendReply\x12\x41\n\x0b\x42\x65ginUpload\x12\x19.veilsum.v1.UploadRequest\x1a\x17.veilsum.v1.UploadState\x12>\n\x0c\x46inishUpload\x12\x19.veilsum.v1.UploadRequest\x1a\x13.veilsum.v1.Receipt\x12N\n\x0cListReleases\x12\x1f.veilsum.v1.ListReleasesRequest\x1a\x1d.veilsum.v1.ListReleasesReply\x12\x43\n\nFetchTotal\x12\x1d.veilsum.v1.FetchTotalRequest\x1a\x16.veilsum.v1.TotalChunk\x12\x44\n\nFetchBlock\x12\x1d.veilsum.v1.FetchBlockRequest\x1a\x17.veilsum.v1.UploadBlock2\xdc\x01\n\x08Operator\x12H\n\nSubmitPlan\x12\x1d.veilsum.v1.SubmitPlanRequest\x1a\x1b.veilsum.v1.SubmitPlanReply\x12H\n\nCancelPlan\x12\x1d.veilsum.v1.CancelPlanRequest\x1a\x1b.veilsum.v1.CancelPlanReply\x12<\n\x06Report\x12\x19.veilsum.v1.ReportRequest\x1a\x17.veilsum.v1.ReportReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -61,33 +61,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RECEIPT']._serialized_start=924
   _globals['_RECEIPT']._serialized_end=1013
   _globals['_LISTRELEASESREQUEST']._serialized_start=1015
-  _globals['_LISTRELEASESREQUEST']._serialized_end=1050
-  _globals['_RELEASE']._serialized_start=1052
-  _globals['_RELEASE']._serialized_end=1131
-  _globals['_LISTRELEASESREPLY']._serialized_start=1133
-  _globals['_LISTRELEASESREPLY']._serialized_end=1191
-  _globals['_FETCHTOTALREQUEST']._serialized_start=1193
-  _globals['_FETCHTOTALREQUEST']._serialized_end=1243
-  _globals['_TOTALCHUNK']._serialized_start=1245
-  _globals['_TOTALCHUNK']._serialized_end=1287
-  _globals['_FETCHBLOCKREQUEST']._serialized_start=1289
-  _globals['_FETCHBLOCKREQUEST']._serialized_end=1354
-  _globals['_UPLOADBLOCK']._serialized_start=1356
-  _globals['_UPLOADBLOCK']._serialized_end=1397
-  _globals['_SUBMITPLANREQUEST']._serialized_start=1399
-  _globals['_SUBMITPLANREQUEST']._serialized_end=1432
-  _globals['_SUBMITPLANREPLY']._serialized_start=1434
-  _globals['_SUBMITPLANREPLY']._serialized_end=1465
-  _globals['_CANCELPLANREQUEST']._serialized_start=1467
-  _globals['_CANCELPLANREQUEST']._serialized_end=1516
-  _globals['_CANCELPLANREPLY']._serialized_start=1518
-  _globals['_CANCELPLANREPLY']._serialized_end=1535
-  _globals['_REPORTREQUEST']._serialized_start=1537
-  _globals['_REPORTREQUEST']._serialized_end=1566
-  _globals['_REPORTREPLY']._serialized_start=1568
-  _globals['_REPORTREPLY']._serialized_end=1595
-  _globals['_FEDERATION']._serialized_start=1598
-  _globals['_FEDERATION']._serialized_end=2261
-  _globals['_OPERATOR']._serialized_start=2264
-  _globals['_OPERATOR']._serialized_end=2484
+  _globals['_LISTRELEASESREQUEST']._serialized_end=1065
+  _globals['_RELEASE']._serialized_start=1067
+  _globals['_RELEASE']._serialized_end=1146
+  _globals['_LISTRELEASESREPLY']._serialized_start=1148
+  _globals['_LISTRELEASESREPLY']._serialized_end=1206
+  _globals['_FETCHTOTALREQUEST']._serialized_start=1208
+  _globals['_FETCHTOTALREQUEST']._serialized_end=1258
+  _globals['_TOTALCHUNK']._serialized_start=1260
+  _globals['_TOTALCHUNK']._serialized_end=1302
+  _globals['_FETCHBLOCKREQUEST']._serialized_start=1304
+  _globals['_FETCHBLOCKREQUEST']._serialized_end=1369
+  _globals['_UPLOADBLOCK']._serialized_start=1371
+  _globals['_UPLOADBLOCK']._serialized_end=1412
+  _globals['_SUBMITPLANREQUEST']._serialized_start=1414
+  _globals['_SUBMITPLANREQUEST']._serialized_end=1447
+  _globals['_SUBMITPLANREPLY']._serialized_start=1449
+  _globals['_SUBMITPLANREPLY']._serialized_end=1480
+  _globals['_CANCELPLANREQUEST']._serialized_start=1482
+  _globals['_CANCELPLANREQUEST']._serialized_end=1531
+  _globals['_CANCELPLANREPLY']._serialized_start=1533
+  _globals['_CANCELPLANREPLY']._serialized_end=1550
+  _globals['_REPORTREQUEST']._serialized_start=1552
+  _globals['_REPORTREQUEST']._serialized_end=1581
+  _globals['_REPORTREPLY']._serialized_start=1583
+  _globals['_REPORTREPLY']._serialized_end=1610
+  _globals['_FEDERATION']._serialized_start=1613
+  _globals['_FEDERATION']._serialized_end=2276
+  _globals['_OPERATOR']._serialized_start=2279
+  _globals['_OPERATOR']._serialized_end=2499
 # @@protoc_insertion_point(module_scope)

@@ -89,6 +89,7 @@ class PlanState(google.protobuf.message.Message):
     """open, released, aborted, cancelled"""
     reason: builtins.str
     stage: builtins.int
+    """that members work on now"""
     def __init__(
         self,
         *,
@@ -322,16 +323,21 @@ Global___Receipt: typing_extensions.TypeAlias = Receipt
 
 @typing.final
 class ListReleasesRequest(google.protobuf.message.Message):
+    """The released rounds of one stage. Once the next stage has begun: those it starts from, and no others any more."""
+
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     PLAN_FIELD_NUMBER: builtins.int
+    STAGE_FIELD_NUMBER: builtins.int
     plan: builtins.bytes
+    stage: builtins.int
     def __init__(
         self,
         *,
         plan: builtins.bytes = ...,
+        stage: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["plan", b"plan"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["plan", b"plan", "stage", b"stage"]) -> None: ...
 
 Global___ListReleasesRequest: typing_extensions.TypeAlias = ListReleasesRequest
 

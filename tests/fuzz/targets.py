@@ -24,8 +24,10 @@ import participant.config
 from coordinator import pki
 from coordinator.proofs import OfferTable
 from participant import records
+from participant.config import DataSet
 from participant.data import load_examples
 from participant.store import Store
+from participant.text_data import load_records
 from privacy import audit, vectors
 from privacy.adapter import WEIGHTS_FILE, check_tensors, load_peft, start_adapter
 from privacy.budget import entries
@@ -321,9 +323,19 @@ def _examples(data: bytes) -> None:
     """Format, then the file."""
     path = scratch() / "data"
     path.write_bytes(data[1:])
+    if data[:1] == b"r":
+        talks = load_records(path, DataSet(path="data", format="jsonl"))
+        assert all(text.encode().strip() for text in talks.texts)
+        return
     found = load_examples(path, "csv" if data[:1] == b"c" else "jsonl", "text", "label", ("a", "b"))
     assert set(found.labels) <= {0, 1}
     assert all(found.texts)
+
+
+def _examples_seeds() -> list[bytes]:
+    turns = b'[{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]'
+    talks = b'r{"messages": ' + turns + b'}\n{"prompt": "x", "response": "y"}\n{"text": "x"}\n'
+    return [b'ctext,label\n"x, y",a\n', b'j{"text": "x", "label": "b"}\n', talks]
 
 
 @cache
@@ -367,7 +379,7 @@ TARGETS: dict[str, Target] = {
     "manifest": Target(_manifest, _manifest_seeds, 1 << 15),
     "request": Target(_request, lambda: [b"d" + der for der in seeds.requests()], 1 << 11),
     "keys": Target(_keys, _keys_seeds, 1 << 11),
-    "examples": Target(_examples, lambda: [b'ctext,label\n"x, y",a\n', b'j{"text": "x", "label": "b"}\n'], 1 << 10),
+    "examples": Target(_examples, _examples_seeds, 1 << 10),
 }
 
 

@@ -1,0 +1,59 @@
+"""What a site's records are, to a plan or to none: counts for the site alone, or the record that is wrong."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from participant.base_model import check_base, find_base
+from participant.data import load_examples
+from participant.site import Site
+from participant.text_data import Records, load_records
+from privacy.errors import UserError
+from privacy.plan import Plan
+
+#: More tokens than any record has.
+UNCUT = 1 << 40
+
+
+def check_data(site: Site, name: str, plan: Plan | None) -> dict[str, int]:
+    """Counts of a data set's records: by kind, with a plan for classification by label, with one for text generation
+    of tokens too.
+
+    Raises:
+        UserError: a record is wrong (the error names it), the plan is of another data set, or its base model is not
+            here.
+    """
+    data = site.home.settings.datasets[name]
+    path = site.home.path(data.path)
+    if plan is not None and plan.data.dataset != name:
+        raise UserError(f"plan '{plan.name}': expected one of data set '{name}', found '{plan.data.dataset}'")
+    if plan is not None and plan.task == "classification":
+        examples = load_examples(path, data.format, data.text, data.label, plan.data.labels)
+        counts = Counter(examples.labels)
+        return {"records": len(examples)} | {label: counts[i] for i, label in enumerate(plan.data.labels)}
+    records = load_records(path, data)
+    found = {"records": len(records)} | records.kinds()
+    return found if plan is None else found | _tokens(site, plan, records)
+
+
+def _tokens(site: Site, plan: Plan, records: Records) -> dict[str, int]:
+    from participant.loading import load_tokenizer
+    from participant.tokens import encode
+
+    if plan.base.name not in site.home.settings.models:
+        raise UserError(
+            f"expected base model '{plan.base.name}' in participant.toml, found none", hint="name it under [models]"
+        )
+    base: Path = find_base(site.home, plan.base.name)
+    check_base(plan, base)
+    assert plan.generation is not None
+    whole = encode(load_tokenizer(base), records.records, plan.generation.template, UNCUT)
+    most = plan.data.max_length
+    return {
+        "tokens": sum(min(len(one), most) for one in whole),
+        "tokens_that_count": sum(int(one.counted[:most].sum()) for one in whole),
+        "longest": max(len(one) for one in whole),
+        "cut": sum(len(one) > most for one in whole),
+        "without_a_token_that_counts": sum(not bool(one.counted[:most].any()) for one in whole),
+    }

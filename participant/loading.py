@@ -1,0 +1,210 @@
+"""Base models off the disk, of either task: nothing is fetched, no code of the model is run, no pickle is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+
+from participant.base_model import GGUF_SUFFIX
+from privacy.errors import UserError, shown
+from privacy.plan import Adapter
+
+HINT = "name a directory with config.json, *.safetensors and tokenizer files"
+
+
+@contextmanager
+def loading(base: Path, kind: str) -> Iterator[None]:
+    """Whatever transformers raises about the files of a base model, as a UserError of one line."""
+    # Its load report would tell the user to train what is new in the model, which is what we are about to do.
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(
+            f"{base}: expected the package gguf, which reads such a file, found none or an older one",
+            hint="install veilsum with its extra: pip install 'veilsum[participant,gguf]'",
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{base}: expected a base model for {kind}, found: {shown(reason, 300)}", hint=HINT) from error
+
+
+def finish(model: Any, tokenizer: Any) -> None:
+    """Padding needs some token; decoder-only models often have none of their own. It is masked wherever it stands."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def load_classifier(base: Path, labels: int) -> tuple[Any, Any, set[str]]:
+    """(model in float32, tokenizer, names of the tensors that the files do not hold) of a local base model.
+
+    Nothing is fetched, no code of the model directory is run, and no pickle is read.
+
+    Raises:
+        UserError: transformers cannot load it.
+    """
+    if not base.is_dir():  # transformers would take the name for one of a model hub
+        raise UserError(
+            f"{base}: expected the directory of a base model, found {'a file' if base.exists() else 'none'}",
+            hint=HINT,
+        )
+    with loading(base, "sequence classification"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(base), local_files_only=True)
+        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+            str(base),
+            num_labels=labels,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    finish(model, tokenizer)
+    return model, tokenizer, set(report["missing_keys"])
+
+
+def _place(base: Path) -> dict[str, Any]:
+    """How transformers is told of a directory, or of a GGUF file."""
+    if not base.exists():  # transformers would take the name for one of a model hub
+        raise UserError(f"{base}: expected the directory of a base model or a GGUF file, found none", hint=HINT)
+    if base.is_dir():
+        return {"pretrained_model_name_or_path": str(base)}
+    if base.suffix != GGUF_SUFFIX:
+        raise UserError(f"{base}: expected a directory or a file named *{GGUF_SUFFIX}, found another", hint=HINT)
+    return {"pretrained_model_name_or_path": str(base.parent), "gguf_file": base.name}
+
+
+def load_tokenizer(base: Path) -> Any:
+    """The tokenizer of a causal language model, for text generation.
+
+    Raises:
+        UserError: transformers cannot load it, it cannot say where in a text a token stands, or it has no token that
+            ends a text.
+    """
+    place = _place(base)
+    with loading(base, "text generation"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**place, local_files_only=True)
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{base}: expected a tokenizer that says where in the text a token stands, found a slow one",
+            hint="take a base model with tokenizer.json",
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{base}: expected a tokenizer with an end-of-sequence token, found none", hint=HINT)
+    return tokenizer
+
+
+def load_causal(base: Path) -> tuple[Any, Any, set[str]]:
+    """(model in float32, tokenizer, names of the tensors that the files do not hold) of a causal language model.
+
+    Args:
+        base: a directory with safetensors, or one GGUF file, which is dequantised.
+
+    Raises:
+        UserError: transformers cannot load it, or as :func:`load_tokenizer`.
+    """
+    tokenizer = load_tokenizer(base)
+    with loading(base, "text generation"):
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            **_place(base), dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    model, report = loaded
+    finish(model, tokenizer)
+    return model, tokenizer, set(report["missing_keys"])
+
+
+def inspect_causal(base: Path, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Linear modules of a causal language model whose names end in one of ``targets``, with [out, in] features.
+
+    Raises:
+        UserError: not such a model, a tensor is missing from its files, or no module matches a target.
+    """
+    model, _, missing = load_causal(base)
+    if missing:
+        raise UserError(
+            f"{base}: expected weights for every tensor, found none for {min(missing)!r}",
+            hint="take a causal language model, with its output layer",
+        )
+    output = model.get_output_embeddings()  # often one with the embedding of the input, which is not trained
+    return _matching(base, {name: module for name, module in _linear(model).items() if module is not output}, targets)
+
+
+def _linear(model: Any) -> dict[str, torch.nn.Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+def _matching(base: Path, linear: Mapping[str, torch.nn.Linear], targets: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """[out, in] features of the layers whose names end in one of ``targets``; UserError for one that none has."""
+    modules: dict[str, tuple[int, int]] = {}
+    for target in targets:
+        names = [name for name in linear if f".{name}".endswith(f".{target}")]
+        if not names:
+            found = ", ".join(sorted({name.rpartition(".")[2] for name in linear})) or "none"
+            raise UserError(
+                f"{base}: expected linear modules named {target!r}, found {found}", hint="name other targets"
+            )
+        modules |= {name: (linear[name].out_features, linear[name].in_features) for name in names}
+    return modules
+
+
+def load_base(base: Path, labels: int) -> tuple[Any, Any, set[str]]:
+    """What :func:`load_classifier` gives; without labels the base model is a causal language model."""
+    return load_classifier(base, labels) if labels else load_causal(base)
+
+
+def check_model(model: Any, missing: set[str], adapter: Adapter, base: Path) -> None:
+    """Raise UserError unless the model is the plan's: nothing random beside the head, modules and head as named."""
+    for name in sorted(missing - adapter.head.keys()):
+        raise UserError(
+            f"{base}: expected weights for every tensor beside the head, found none for {name!r}",
+            hint="it would start at random, differently at each site; take a base model that has it",
+        )
+    linear = _linear(model)
+    for name, shape in adapter.modules.items():
+        found = tuple(linear[name].weight.shape) if name in linear else None
+        if found != shape:
+            raise UserError(
+                f"{base}: expected a linear module {name!r} of shape {list(shape)}, "
+                f"found {list(found) if found else 'none'}",
+                hint="the plan was drafted for another model; correct adapter.modules",
+            )
+    parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name, wanted in adapter.head.items():
+        if (here := parameters.get(name)) != wanted:
+            raise UserError(
+                f"{base}: expected a head tensor {name!r} of shape {list(wanted)}, "
+                f"found {list(here) if here else 'none'}",
+                hint="the plan was drafted for another model or other labels; correct adapter.head",
+            )
+
+
+def inspect_model(
+    base: Path, labels: int, targets: Sequence[str]
+) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, ...]]]:
+    """(linear modules whose names end in one of ``targets``, head tensors), with shapes, for drafting a plan.
+
+    The head is what the model's files do not hold. It must be one linear layer: a head of two, all zero at the start,
+    has no gradient but for its last bias.
+
+    Raises:
+        UserError: not a base model, no module matches a target, or another head.
+    """
+    model, _, missing = load_classifier(base, labels)
+    linear = _linear(model)
+    heads = {name.rpartition(".")[0] for name in missing}
+    if len(heads) != 1 or not heads <= linear.keys() or linear[min(heads)].out_features != labels:
+        found = ", ".join(sorted(missing)) or "no tensor"
+        raise UserError(
+            f"{base}: expected weights for all but one linear head, found without weights: {found}",
+            hint="take a base model without a classification head, with a pooler if its architecture has one",
+        )
+    modules = _matching(base, {name: module for name, module in linear.items() if name not in heads}, targets)
+    head = {name: tuple(p.shape) for name, p in model.named_parameters() if name.rpartition(".")[0] in heads}
+    return modules, head
