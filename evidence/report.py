@@ -49,7 +49,7 @@ METHOD = """\
 * `analytic` is a head from sums on frozen features; `alone` is the mean over the sites, each with its own records.
 * `one-counted`, `one-uniform`, `one-x1.5` and `one-x2` take what the sites of `one-freeze_a` trained, with its rate: a
   head averaged by the records of each class, even weights, and a mean times 1.5 or 2. `one-fisher` takes its rate.
-* SmolLM2: five sites, 32 articles of each desk dealt 80 : 20, the first 128 tokens of each, batches of 4, alpha 16; A
+* SmolLM2: five sites, 24 articles of each desk dealt 80 : 20, the first 128 tokens of each, batches of 4, alpha 16; A
   frozen. Loss in nats a token on 60 other articles; lower is better. A fixed and small budget of tokens.
 * A later round is a federation of its own; its deltas are relative to the release before, and the release is what the
   product's `combine` makes of that and the verified total. Learning rate and warm-up begin anew in each round.

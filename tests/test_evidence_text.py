@@ -55,6 +55,6 @@ def test_the_language_model_has_a_site_for_each_desk_and_a_fixed_budget(tmp_path
     assert {c.arm for c in cells} == set(TEXT_ARMS)
     assert len(list(reported("desks", "smollm2", "natural", TEXT_ARMS))) == 3 * (len(TEXT_ARMS) - 1) + 1
     corpus = desks()
-    assert [corpus.train.labels.count(k) for k in range(5)] == [32] * 5
+    assert [corpus.train.labels.count(k) for k in range(5)] == [24] * 5
     assert [corpus.test.labels.count(k) for k in range(5)] == [12] * 5
     assert corpus.max_length == 128
