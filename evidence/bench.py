@@ -16,6 +16,7 @@ from evidence.scoring import score
 from evidence.splits import deal
 from participant.data import Examples
 from participant.drafting import draft_plan
+from participant.sending import class_shares, vector_of
 from participant.training import TrainingResult, train
 from privacy.adapter import Tensors, Vector
 from privacy.factors import first_start, load_factors
@@ -60,7 +61,7 @@ class Bench:
             rank=RANK,
             alpha=ALPHA,
             max_length=self.corpus.max_length,
-            head="analytic" if self.arm.kind == "analytic" else "trained",
+            head=self.arm.head,
             method=self.arm.method,
             weights=self.arm.site_weights,
             epochs=epochs,
@@ -110,6 +111,24 @@ class Bench:
             device="cpu",
             threads=1,
             factors=self.factors(plan),
+        )
+
+    def vector(self, plan: Plan, delta: Vector, examples: Examples) -> Vector:
+        """What a site sends of a delta where its head is counted: trained like any other, it takes no new training."""
+        if plan.aggregation.counted is None:
+            return delta
+        shares = class_shares(examples, plan, 1)
+        return vector_of(
+            plan=plan,
+            start={},
+            after={},
+            delta=delta,
+            cores={},
+            model=None,
+            texts=(),
+            shares=shares,
+            squares={},
+            forward=len,
         )
 
     def judge(self, plan: Plan, adapter: Tensors) -> dict[str, Any]:

@@ -28,9 +28,13 @@ from privacy.secagg.quantize import quantizer_for
 
 
 def bench_of(cell: Cell, out: Path) -> Bench:
-    """What the cell works with."""
-    about = (cell, corpus_of(cell.corpus), base_of(cell.weights, out), out)
-    return Bench(*about)
+    """What the cell works with; the language model has its own."""
+    corpus = corpus_of(cell.corpus)
+    if cell.weights != "smollm2":
+        return Bench(cell, corpus, base_of(cell.weights, out), out)
+    from evidence.text import TextBench, smollm2
+
+    return TextBench(cell, corpus, smollm2(out), out)
 
 
 def measure(cell: Cell, out: Path) -> dict[str, Any]:
@@ -79,19 +83,28 @@ def trained_sites(bench: Bench, plan: PlanFile, start: Tensors, round_number: in
     for site, examples in enumerate(bench.parts):
         path = place / f"site-{site}.npz"
         if not path.exists():
-            result = bench.train(plan.plan, start, examples)
+            result = bench.train(uncounted(plan.plan), start, examples)
             staging = path.with_suffix(f".{time.time_ns()}.tmp.npz")
             np.savez(staging, delta=result.delta, about=np.array([result.examples, result.loss]))
             staging.replace(path)
         kept = np.load(path)
-        found.append(Contribution(kept["delta"], int(kept["about"][0]), float(kept["about"][1])))
+        vector = bench.vector(plan.plan, kept["delta"], examples)
+        found.append(Contribution(vector, int(kept["about"][0]), float(kept["about"][1])))
     return found
+
+
+def uncounted(plan: Plan) -> Plan:
+    """The plan without a counted head, which changes what is sent and not what is trained."""
+    if plan.aggregation.counted is None:
+        return plan
+    aggregation = plan.aggregation.model_copy(update={"head": "trained", "counted": None})
+    return plan.model_copy(update={"aggregation": aggregation})
 
 
 def training_part(plan: Plan) -> dict[str, Any]:
     """What a site's training and its vector depend on in a plan; how the mean is taken and applied is none of it."""
     whole = plan.model_dump(mode="json")
-    method = {key: whole["aggregation"][key] for key in ("method", "regmean", "core")}
+    method = {key: whole["aggregation"][key] for key in ("method", "regmean", "fisher", "core")}
     return {key: whole[key] for key in ("base", "adapter", "data", "training")} | method | {"clip": plan.round.clip}
 
 

@@ -17,7 +17,7 @@ import pytest
 from evidence import run
 from evidence.arms import ARMS, LADDER
 from evidence.cells import Cell, cell_path, load_result, save_result
-from evidence.grid import best_rate, estimate, grid, tuning_cell, tuning_cells
+from evidence.grid import RANDOM_ARMS, best_rate, estimate, grid, tuning_cell, tuning_cells
 from privacy.errors import UserError
 from tests.evidence_toy import fake_grid, register, toy_cell
 
@@ -161,6 +161,7 @@ def test_one_and_many_rounds_are_masked_and_equal_the_sum_in_the_clear(toy_out: 
         ("one-freeze_a", 1),
         ("one-both", 1),
         ("one-core", 1),
+        ("one-fisher", 1),
         ("one-regmean", 1),
         ("multi-freeze_a", 3),
         ("multi-both", 3),
@@ -205,6 +206,9 @@ def test_the_same_cell_gives_the_same_numbers_and_trains_no_site_twice(
     assert twice["rounds"][0]["tau_sites"] == first["rounds"][0]["tau_sites"]
     even = measure.measure(toy_cell("one-uniform", seed=5), toy_out)
     assert even["tau"]["adapted"] == pytest.approx(first["tau"]["adapted"], rel=0.2)
+    counted = measure.measure(toy_cell("one-counted", seed=5), toy_out)
+    assert counted["rounds"][0]["coordinates"] == first["rounds"][0]["coordinates"] + 3, "the shares of three classes"
+    assert counted["rounds"][0]["tau_sites"] == pytest.approx(first["rounds"][0]["tau_sites"])
     alone = measure.measure(toy_cell("alone", seed=5), toy_out)
     assert trained == []
     assert len(alone["by_site"]) == 5
@@ -268,6 +272,13 @@ def test_every_split_and_seed_of_every_arm_is_in_the_grid(tmp_path: Path) -> Non
     cells = [c for c in (*found.ready, *found.waiting) if c.part == "test" and c.corpus == "bbc"]
     for arm, about in ARMS.items():
         if about.kind in ("rounds", "alone", "analytic"):
-            for weights, splits in (("pretrained", 4), ("random", 2)):
-                assert sum(c.arm == arm and c.weights == weights for c in cells) == 3 * splits
+            for weights, splits in (("pretrained", 2 if arm == "one-fisher" else 4), ("random", 2)):
+                wanted = 3 * splits if weights == "pretrained" or arm in RANDOM_ARMS else 0
+                assert sum(c.arm == arm and c.weights == weights for c in cells) == wanted
+    assert {"one-freeze_a", "one-both", "one-core", "one-regmean", "multi-freeze_a", "multi-both"} < set(RANDOM_ARMS)
     assert all(estimate(cell) > 0 for cell in cells)
+
+
+def test_the_whole_grid_fits_a_night_on_two_cores(tmp_path: Path) -> None:
+    found = grid(tmp_path)
+    assert sum(map(estimate, (*found.ready, *found.waiting))) / 2 < 8 * 3600
