@@ -52,8 +52,8 @@ def audit_release(directory: Path, roster_hash: bytes | None = None, uploads: Pa
         ProtocolError: something does not hold; the first such thing.
         UserError: a file is missing.
     """
-    roster = load_roster(directory / "roster.toml", roster_hash)
-    job = Job.of(load_plan(directory / "plan.toml"), roster, directory / FACTORS)
+    plan = load_plan(directory / "plan.toml")
+    job = Job.of(plan, load_roster(directory / "roster.toml", roster_hash), directory / FACTORS)
     stage = _stage(directory)
     start = start_digest(job.start_tensors())
     if start.hex() != job.plan.adapter.digest:
