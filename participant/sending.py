@@ -107,6 +107,8 @@ def probed(plan: Plan, after: Tensors) -> Tensors:
     for module in plan.adapter.modules:
         a, b = after[a_name(module)].astype(np.float64), after[b_name(module)].astype(np.float64)
         found[probe_name(module)] = ((probes(plan, module) @ a.T) @ b.T).astype(np.float32)
+    if beyond := sum(int((np.abs(part) > plan.round.clip).sum()) for part in found.values()):
+        log.warning("clipping the probe", plan=plan.name, numbers=beyond, clip=plan.round.clip)
     return found
 
 

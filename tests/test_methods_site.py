@@ -146,6 +146,18 @@ def test_both_trains_a_as_well(trained: dict[str, tuple[Plan, Any]]) -> None:
     assert not any("lora_A" in name for name in frozen)
 
 
+def test_a_probe_beyond_the_clipping_range_is_logged(
+    trained: dict[str, tuple[Plan, Any]], base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, vector = trained["both"]
+    after = released(plan, base, vector)
+    sending.probed(plan, after)
+    assert "clipping the probe" not in capsys.readouterr().out
+    tight = plan.model_copy(update={"round": plan.round.model_copy(update={"clip": 1e-3})})
+    sending.probed(tight, after)
+    assert "clipping the probe" in capsys.readouterr().out
+
+
 # --- core -----------------------------------------------------------------------------------------------------------
 
 
