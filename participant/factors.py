@@ -10,7 +10,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from participant.base_model import check_base
+from participant.base_model import check_base, find_base
 from participant.patience import patiently
 from participant.site import Site
 from privacy.adapter import Tensors, start_digest
@@ -34,7 +34,7 @@ def ensure_factors(site: Site, job: Job) -> None:
         load_factors(directory, job.plan)
         return
     log.info("factoring the base model", plan=job.plan.name)
-    base = site.home.path(site.home.settings.models[job.plan.base.name])
+    base = find_base(site.home, job.plan.base.name)
     check_base(job.plan, base)
     adapter = job.plan.adapter
     found = of_base(base, len(job.plan.data.labels), tuple(adapter.modules), adapter.rank, adapter.seed)
@@ -48,14 +48,14 @@ def ensure_factors(site: Site, job: Job) -> None:
 
 
 def of_base(base: Path, labels: int, modules: Iterable[str], rank: int, seed: str) -> Tensors:
-    """U and V of modules of a base model.
+    """U and V of modules of a base model; one without labels is a causal language model.
 
     Raises:
         UserError: it cannot be loaded, or has a weight of a smaller rank.
     """
-    from participant.training import load_classifier  # imports torch
+    from participant.loading import load_base  # imports torch
 
-    model, _, _ = load_classifier(base, labels)
+    model, _, _ = load_base(base, labels)
     try:
         return factored(((name, _weight(model, name)) for name in sorted(modules)), rank, bytes.fromhex(seed))
     except ValueError as error:

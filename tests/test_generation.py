@@ -18,13 +18,16 @@ from torch.nn.functional import cross_entropy
 from participant import generation
 from participant.base_model import base_digest
 from participant.evaluation import accuracy
+from participant.factors import of_base
 from participant.generation import check_packing, foretell, lay_out, record_losses, say, seen_by, synthetic
 from participant.loading import load_causal
 from participant.text_data import Records
 from participant.tokens import Tokens, encode
 from participant.training import Loaded, TrainingResult, load_model, train
-from privacy.adapter import layout_of, release, start_adapter
+from privacy.adapter import layout_of, release, start_adapter, start_digest
 from privacy.errors import UserError
+from privacy.factors import first_start, load_factors
+from privacy.methods import merged
 from privacy.plan import Plan, parse_plan
 from tests.helpers_text import conversation, pair, plain, talks, text_draft, text_plan, tiny_causal
 
@@ -366,3 +369,18 @@ def test_a_section_of_text_generation_has_no_place_in_another_plan(base: Path) -
     without = "\n".join(lines[:start] + lines[lines.index("[training]") :])
     with pytest.raises(UserError, match="expected this section with task"):
         parse_plan(without.encode())
+
+
+def test_a_language_model_has_factors_too(tmp_path: Path) -> None:
+    """Method "core": drafting and a site factor the causal model alike, and the core between them learns."""
+    base = tiny_causal(tmp_path / "base")
+    plan = text_plan(base, method="core", factors_to=tmp_path, learning_rate=0.1, epochs=6)
+    assert plan.aggregation.core is not None
+    factors = of_base(base, 0, tuple(plan.adapter.modules), plan.adapter.rank, plan.adapter.seed)
+    assert start_digest(factors).hex() == plan.aggregation.core.factors
+    records = Records((plain("the cat sat on the mat"),) * 8)
+    start = first_start(plan.adapter, load_factors(tmp_path, plan))
+    vector = train(plan=plan, base=base, start=start, examples=records, device="cpu", factors=factors).delta
+    after = merged(start, vector, plan, factors=factors).tensors
+    losses = [accuracy(plan=plan, base=base, adapter=a, examples=records, device="cpu").loss for a in (start, after)]
+    assert losses[1] < 0.9 * losses[0]

@@ -1,6 +1,6 @@
 """The pretrained language model, once and shortly: a GGUF file, its own chat template, two steps, and PEFT.
 
-Reading the file takes the test's time, some ten seconds, so it is read once and the model handed out again.
+Reading the file takes the test's time, some fifteen seconds, so it is read once and the model handed out again.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def noise_warning(plan: Plan) -> str:
     ratio = float(sigma_of(plan.privacy)) / plan.privacy.nominal_batch
     if ratio <= NOISE_WARNING:
         return ""
-    or_head = ", or training the head alone" if plan.adapter.train == "all" else ""
+    or_head = ", or training the head alone" if plan.adapter.train == "all" and plan.adapter.head else ""
     return (
         f"sigma / nominal_batch is {ratio:.3g}, above {NOISE_WARNING}: expect little from many trained coordinates; "
         f"a larger nominal_batch (with rate) helps{or_head}"
