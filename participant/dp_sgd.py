@@ -104,7 +104,7 @@ def train_private(
         leave(standard)
     finally:
         hooks.cleanup()
-    delta = delta_of(start, read_adapter(loaded.model), plan.adapter)
+    delta = delta_of(start, read_adapter(loaded.model), plan.adapter, terms.steps)
     return TrainingResult(delta, len(examples), 0.0, time.monotonic() - began)
 
 

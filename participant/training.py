@@ -261,7 +261,7 @@ def train(
                 progress(step, steps, value)
     moved = cores.leave()
     after = read_adapter(loaded.model)
-    delta = delta_of(start, after, plan.adapter)
+    delta = delta_of(start, after, plan.adapter, step)
     assert delta.shape == (layout.size,)
     squares: Tensors = {}
     if plan.aggregation.fisher is not None:
@@ -326,14 +326,17 @@ def _finite(loss: float, step: int, steps: int) -> float:
     return loss
 
 
-def delta_of(start: Mapping[str, Any], after: Tensors, adapter: Adapter) -> Vector:
-    """Trained minus start, with the invariants that the sum relies on: A is untouched, B moved, all is finite."""
+def delta_of(start: Mapping[str, Any], after: Tensors, adapter: Adapter, steps: int) -> Vector:
+    """Trained minus start, with the invariants that the sum relies on: A is untouched, B moved, all is finite.
+
+    Behind a head of zeros B has no gradient, so the first step moves the head alone: a site with one batch ends there.
+    """
     layout = layout_of(adapter)
     check_tensors(after, layout)
     for name, _ in layout.frozen:
         assert np.array_equal(after[name], start[name]), f"{name} is frozen and moved"
     delta = flatten(trained_part(after, layout), layout) - flatten(trained_part(start, layout), layout)
-    in_b = [name for name, _ in layout.trained if name.endswith("lora_B.weight")]
+    in_b = [name for name, _ in layout.trained if name.endswith("lora_B.weight")] if steps > 1 else []
     moved = any(np.any(after[name] != start[name]) for name in in_b or trained_part(after, layout))
     assert moved, f"no {'LoRA B' if in_b else 'tensor of the head'} moved: it is not part of the graph"
     return delta

@@ -204,6 +204,15 @@ def test_b_that_does_not_move_is_our_bug(plan: Plan, base: Path, monkeypatch: py
         run(plan, base)
 
 
+def test_a_site_with_a_single_batch_moves_the_head_alone(base: Path) -> None:
+    """Behind a head of zeros B has no gradient yet."""
+    plan = tiny_plan(base, epochs=1, batch_size=8)
+    start = start_adapter(plan.adapter)
+    result = train(plan=plan, base=base, start=start, examples=word_examples((2, 2, 1)), device="cpu")
+    parts = unflatten(result.delta, layout_of(plan.adapter))
+    assert [name for name, part in parts.items() if np.any(part)] == [n for n in parts if "lora_B" not in n]
+
+
 def test_a_start_of_another_layout_is_refused(plan: Plan, base: Path, start: Tensors) -> None:
     with pytest.raises(ValueError, match="missing tensor"):
         train(plan=plan, base=base, start=trained_part(start, layout_of(plan.adapter)), examples=EXAMPLES)
