@@ -44,10 +44,6 @@ def _shown(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _print(found: list[dict[str, Any]], as_json: bool) -> None:
-    typer.echo(json.dumps(found) if as_json else "\n".join(map(_shown, found)) or "no data sets in participant.toml")
-
-
 @app.command("list")
 def list_all(directory: Directory = HERE, as_json: AsJson = False) -> None:
     """List the data sets of participant.toml, with what is charged to each. Needs no network.
@@ -57,7 +53,8 @@ def list_all(directory: Directory = HERE, as_json: AsJson = False) -> None:
     from participant.charging import account
 
     site = _site(directory)
-    _print([account(site, name) for name in sorted(site.home.settings.datasets)], as_json)
+    found = [account(site, name) for name in sorted(site.home.settings.datasets)]
+    typer.echo(json.dumps(found) if as_json else "\n".join(map(_shown, found)) or "no data sets in participant.toml")
 
 
 @app.command()
@@ -68,7 +65,8 @@ def show(name: Name, directory: Directory = HERE, as_json: AsJson = False) -> No
     """
     from participant.charging import account
 
-    _print([account(_site(directory, name), name)], as_json)
+    found = account(_site(directory, name), name)
+    typer.echo(json.dumps(found) if as_json else _shown(found))
 
 
 @app.command()

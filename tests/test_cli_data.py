@@ -67,6 +67,7 @@ def test_the_commands_register_show_and_list(world: World, monkeypatch: pytest.M
     assert json.loads(run(world, "dataset", "register", "toy", "--json"))["added"] == 0
     assert world.kinds() == ["REGISTER"]
     spend(world)
+    assert json.loads(run(world, "dataset", "show", "toy", "--json")) == charging.account(world.site, "toy")
     shown = run(world, "dataset", "show", "toy")
     assert "toy: epsilon 8 for a record, delta 0.00001, order 3, add-remove" in shown
     assert "started: plan 'quiet-0', stage 1" in shown
