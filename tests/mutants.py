@@ -33,6 +33,9 @@ from tests.operators import Operator
 ROOT = Path(__file__).resolve().parent.parent
 FILES = (
     "privacy/secagg/*.py",
+    "privacy/aggregation.py",
+    "privacy/evaluation.py",
+    "privacy/guarantee.py",
     "privacy/plan.py",
     "privacy/roster.py",
     "privacy/stages.py",
@@ -59,6 +62,7 @@ SUITE = (
     "tests/test_dealing.py",
     "tests/test_outcome.py",
     "tests/test_stage.py",
+    "tests/test_votes.py",
     "tests/adversary",
     "tests/test_liveness.py",
     "tests/test_coordinator_round.py",
@@ -88,9 +92,9 @@ UNIT = tuple(
             "test_shamir",
             "test_stage",
             "test_threshold",
+            "test_votes",
         ),
         *(
-            "test_threshold",
             "test_projection",
             "test_transcript",
             "test_vectors",

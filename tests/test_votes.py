@@ -11,6 +11,7 @@ from participant.data import Examples
 from participant.holdout import split
 from privacy.errors import ProtocolError, UserError
 from privacy.evaluation import (
+    MAX_RECORDS,
     Counts,
     candidates_of,
     counts_quantizer,
@@ -33,6 +34,12 @@ def test_the_candidates_are_the_start_and_the_release_at_each_rate() -> None:
     names = ["base", "server_lr 0.5", "server_lr 1", "server_lr 2"]
     assert [c.name for c in candidates_of(plan_of())] == names
     assert [c.name for c in candidates_of(plan_of("\n[evaluation]\nholdout = 0.1\n"))] == ["base", "server_lr 1"]
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_where_the_last_of_several_stages_started_is_a_candidate(stages: int) -> None:
+    several = PLAN.replace('task = "classification"', f'task = "classification"\nstages = {stages}')
+    assert [c.name for c in candidates_of(plan_of(base=several))][:3] == ["base", "previous", "server_lr 0.5"]
 
 
 @pytest.mark.parametrize(
@@ -91,6 +98,11 @@ def test_the_release_with_most_right_answers_is_elected_never_a_start() -> None:
     assert results(99, 50, 60, 55) == "server_lr 1"
     assert results(0, 60, 60, 60, loss=(1, 0.7, 0.9, 0.6)) == "server_lr 2"
     assert results(0, 60, 60, 60) == "server_lr 0.5"
+
+
+def test_as_many_records_and_as_much_loss_as_there_can_be_are_no_garbage() -> None:
+    found = encode_counts(MAX_RECORDS, [Counts(MAX_RECORDS, float("inf"))] * 4)
+    assert {(r.correct, r.loss) for r in results_of(plan_of(), found)} == {(MAX_RECORDS, 256.0)}
 
 
 def test_garbled_counts_are_refused() -> None:
