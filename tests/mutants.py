@@ -93,6 +93,7 @@ UNIT = tuple(
             "test_stage",
             "test_threshold",
             "test_votes",
+            "test_candidates",
         ),
         *(
             "test_projection",
