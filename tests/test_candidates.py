@@ -34,11 +34,11 @@ def same(one: Tensors, other: Tensors) -> bool:
     return start_digest(one) == start_digest(other)
 
 
-def counted(job: Job, tmp_path: Path, *correct: int, loss: float = 3.0) -> VerifiedCohort:
-    """A cohort of two sites of an evaluation, each with 10 records and so many right answers of each candidate."""
+def counted(job: Job, tmp_path: Path, *correct: int, loss: float = 3.0, records: int = 10) -> VerifiedCohort:
+    """A cohort of two sites of an evaluation, each with so many right answers of each candidate."""
     quantizer = job.at(job.plan.last).quantizer
-    extras = encode_counts(10, [Counts(c, loss + k) for k, c in enumerate(correct)])
-    vector = quantizer.quantize(np.empty(0, np.float32), 10, extras).astype(np.uint32)
+    extras = encode_counts(records, [Counts(c, loss + k) for k, c in enumerate(correct)])
+    vector = quantizer.quantize(np.empty(0, np.float32), records, extras).astype(np.uint32)
     path = tmp_path / "counts"
     path.write_bytes(pack(vector + vector, quantizer.bits))
     return VerifiedCohort(4, (1, 3), bytes(32), bytes(32), Total(path, quantizer), certified=True)
@@ -98,16 +98,19 @@ def test_totals_of_counts_release_the_candidate_that_they_elect(tmp_path: Path) 
         for k, (name, c) in enumerate(zip(names, right, strict=True))
     ]
     assert found.facts == {"evaluation": {"elected": "server_lr 1", "candidates": shown}}
-    third = release_of(job, 2, [counted(job, tmp_path, 1, 1, 1, 1, loss=1 / 3)], start)
+    third = release_of(job, 2, [counted(job, tmp_path, 1, 1, 1, 1, loss=1.0, records=3)], start)
     told = third.facts["evaluation"]["candidates"][0]
-    assert (told["accuracy"], told["loss"]) == (0.1, 0.033333)
+    assert (told["accuracy"], told["loss"]) == (0.333333, 0.333333)
     with pytest.raises(ProtocolError, match="a member twice or none at all"):
         release_of(job, 2, [counts, counts], start)
 
 
 def test_a_training_releases_its_mean(tmp_path: Path) -> None:
-    job, cohort = judged(tmp_path)
+    job, cohort = judged(tmp_path, stages=2)
     first = first_start(job)
-    found = release_of(job, 1, [cohort], first)
-    assert same(found.tensors, combine(job, [cohort], first.tensors).tensors)
-    assert "evaluation" not in found.facts
+    second = next_start(job, 2, first, [cohort])
+    for stage, start in ((1, first), (2, second)):
+        found = release_of(job, stage, [cohort], start)
+        assert same(found.tensors, combine(job, [cohort], start.tensors).tensors)
+        assert "evaluation" not in found.facts
+    assert not same(found.tensors, second.tensors)
