@@ -98,8 +98,7 @@ class Bench:
 
     def alone(self, plan: Plan, start: Tensors, vector: Vector) -> Tensors:
         """The adapter that one site's vector gives: the server's rate is not the site's."""
-        aggregation = plan.aggregation.model_copy(update={"server_lr": 1.0})
-        return self.merge(plan.model_copy(update={"aggregation": aggregation}), start, vector)
+        return self.merge(plan.with_server_lr(1.0), start, vector)
 
     def train(self, plan: Plan, start: Tensors, examples: Examples) -> TrainingResult:
         """The product's own training, on one CPU thread."""

@@ -10,6 +10,7 @@ import structlog
 
 from participant.base_model import find_base
 from participant.data import Examples
+from participant.patience import patiently
 from participant.site import Site
 from participant.store import Trained
 from participant.text_data import Records
@@ -62,6 +63,10 @@ def judge(
     except ValueError as error:
         raise UserError(f"plan '{plan.name}': {error}", hint="register a part of the data set") from error
     quantizer = job.at(stage).quantizer
-    vector = quantizer.tiles(np.empty(0, np.float32), counted, extras)
-    site.store.keep_trained(plan.name, stage, vector, trained)
+
+    def keep() -> None:
+        vector = quantizer.tiles(np.empty(0, np.float32), counted, extras)
+        site.store.keep_trained(plan.name, stage, vector, trained)
+
+    patiently(keep)  # and nothing before it: a full disk must not classify every record again
     return trained

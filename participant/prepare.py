@@ -73,7 +73,7 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None, 
     if job.plan.judges(stage):
         assert later is not None
         charging.start(site, job, identity, None)
-        return patiently(lambda: judge(site, job, stage, later, held_out, progress))
+        return judge(site, job, stage, later, held_out, progress)
     log.info("training", plan=name)
     result = _train(site, job, identity, start, examples, progress)
     local = _local(job, start, result.delta)
@@ -107,10 +107,7 @@ def _whose(kept: Trained | None, digest: str) -> str:
 
 def _local(job: Job, start: Tensors, vector: NDArray[np.float32]) -> Tensors:
     """What this site's vector gives alone, at a server rate of 1."""
-    aggregation = job.plan.aggregation.model_copy(update={"server_lr": 1.0})
-    return merged(
-        start, vector.copy(), job.plan.model_copy(update={"aggregation": aggregation}), factors=job.factors()
-    ).tensors
+    return merged(start, vector.copy(), job.plan.with_server_lr(1.0), factors=job.factors()).tensors
 
 
 def _examples(site: Site, job: Job, data: DataSet) -> Examples | Records:

@@ -164,33 +164,21 @@ def combine(
         ProtocolError: no cohorts, or one member in two of them.
     """
     job = job.at(1)
-    members, plan = _disjoint(cohorts), job.plan
-    if server_lr is not None:
-        plan = plan.model_copy(update={"aggregation": plan.aggregation.model_copy(update={"server_lr": server_lr})})
-    weight, loss = _weight_and_loss(job, cohorts)
+    plan = job.plan if server_lr is None else job.plan.with_server_lr(server_lr)
+    extras, members = sums(job, cohorts), sum(len(cohort.survivors) for cohort in cohorts)
+    weight = extras["weight"]
     mean = _mean(job, cohorts, weight)
-    rounding = Rounding(job.quantizer.max_weight / (job.quantizer.qmax * weight), len(members))
+    rounding = Rounding(job.quantizer.max_weight / (job.quantizer.qmax * weight), members)
     found = merged(job.start_tensors() if start is None else start, mean, plan, rounding, job.factors())
-    return Combined(found.tensors, weight, loss, found.facts)
-
-
-def _disjoint(cohorts: Sequence[VerifiedCohort]) -> list[int]:
-    """The members of all cohorts; raises ProtocolError if there are none, or one of them twice."""
-    members = [m for cohort in cohorts for m in cohort.survivors]
-    if not members or len(set(members)) != len(members):
-        raise ProtocolError("expected disjoint cohorts in a release, found a member twice or none at all")
-    return members
+    return Combined(found.tensors, weight, mean_loss(extras), found.facts)
 
 
 def sums(job: Job, cohorts: Sequence[VerifiedCohort]) -> dict[str, int]:
     """The extras of all cohorts together; raises ProtocolError for members in two of them, or garbled totals."""
-    members = _disjoint(cohorts)
+    members = [m for cohort in cohorts for m in cohort.survivors]
+    if not members or len(set(members)) != len(members):
+        raise ProtocolError("expected disjoint cohorts in a release, found a member twice or none at all")
     return job.quantizer.decode_extras(np.add.reduce([c.sums.extras() for c in cohorts]), len(members))
-
-
-def _weight_and_loss(job: Job, cohorts: Sequence[VerifiedCohort]) -> tuple[int, float]:
-    extras = sums(job, cohorts)
-    return extras["weight"], mean_loss(extras)
 
 
 def _mean(job: Job, cohorts: Sequence[VerifiedCohort], weight: int) -> NDArray[np.float32]:

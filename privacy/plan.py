@@ -190,6 +190,10 @@ class Plan(Section):
         """Is this the stage that trains nothing and evaluates?"""
         return self.evaluation is not None and stage > self.stages
 
+    def with_server_lr(self, rate: float) -> Plan:
+        """The same plan, with the mean applied at another rate."""
+        return self.model_copy(update={"aggregation": self.aggregation.model_copy(update={"server_lr": rate})})
+
     def trainings_from(self, stage: int) -> int:
         """How often a site trains from a stage on, that one included: all of it must be left before it begins."""
         return max(1, self.stages - stage + 1)

@@ -15,9 +15,9 @@ from participant.evaluation import accuracy
 from participant.holdout import split
 from privacy.adapter import load_peft, start_adapter, start_digest
 from privacy.plan import parse_plan
-from tests.helpers_learning import LABELS, tiny_base, word_examples
+from tests.helpers_learning import LABELS, word_examples
 from tests.test_end_to_end import wait_for
-from tests.test_end_to_end_stages import NAMES, POLICY, SITE
+from tests.test_end_to_end_stages import NAMES, with_words
 
 COUNTS = {"site-1": (14, 6, 10), "site-2": (9, 12, 8), "site-3": (10, 11, 12)}
 RATES = (0.25, 1.0)
@@ -25,14 +25,7 @@ RATES = (0.25, 1.0)
 
 @pytest.fixture
 def federation(tmp_path: Path) -> Iterator[Federation]:
-    found = Federation(tmp_path, NAMES, POLICY, dict.fromkeys(NAMES, SITE))
-    found.create()
-    for name in NAMES:
-        examples = word_examples(COUNTS[name])
-        pairs = zip(examples.texts, examples.labels, strict=True)
-        lines = [json.dumps({"text": text, "label": LABELS[label]}) + "\n" for text, label in pairs]
-        (found.site(name) / "words.jsonl").write_text("".join(lines))
-        tiny_base(found.site(name) / "base")
+    found = with_words(tmp_path, COUNTS)
     text = draft_plan(
         base=found.site("site-1") / "base",
         base_name="tiny",

@@ -6,7 +6,7 @@ import json
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +55,22 @@ def two_stages(base: Path) -> bytes:
     return text.replace("stages = 1", "stages = 2").encode()
 
 
-@pytest.fixture
-def federation(tmp_path: Path) -> Iterator[Federation]:
-    found = Federation(tmp_path, NAMES, POLICY, dict.fromkeys(NAMES, SITE))
+def with_words(directory: Path, counts: Mapping[str, tuple[int, ...]]) -> Federation:
+    """Three sites with so many records of each class, and the tiny base model."""
+    found = Federation(directory, NAMES, POLICY, dict.fromkeys(NAMES, SITE))
     found.create()
     for name in NAMES:
-        examples = word_examples(COUNTS[name])
+        examples = word_examples(counts[name])
         pairs = zip(examples.texts, examples.labels, strict=True)
         lines = [json.dumps({"text": text, "label": LABELS[label]}) + "\n" for text, label in pairs]
         (found.site(name) / "words.jsonl").write_text("".join(lines))
         tiny_base(found.site(name) / "base")
+    return found
+
+
+@pytest.fixture
+def federation(tmp_path: Path) -> Iterator[Federation]:
+    found = with_words(tmp_path, COUNTS)
     (tmp_path / "plan.toml").write_bytes(two_stages(found.site("site-1") / "base"))
     yield found
     found.stop_all()

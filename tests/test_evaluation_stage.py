@@ -26,7 +26,7 @@ from privacy.evaluation import candidates_of
 from privacy.outcome import combine
 from privacy.secagg.messages import Offer
 from privacy.stages import first_start, next_start
-from tests.on_disk import OnDisk
+from tests.on_disk import OnDisk, full_disk
 from tests.staged import manifest, released, run_stage, staged
 from tests.test_end_to_end import toy_plan
 
@@ -213,3 +213,17 @@ def test_the_vector_is_counts_alone(world: OnDisk, monkeypatch: pytest.MonkeyPat
     assert extras["weight"] == 13
     assert [extras[f"correct-{k}"] for k in range(4)] == [2, 5, 4, 7]
     assert extras["loss-0"] == round(13 * 0.7 * 65536)
+
+
+def test_a_full_disk_costs_the_counts_and_no_second_look_at_the_records(
+    world: OnDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judges = Judges(world)
+    monkeypatch.setattr(participant.evaluation, "accuracy", judges.accuracy)
+    world.begin(2)
+    site = world.site(0)
+    start = start_of(site, world.daemons[0].client, world.job, 2)
+    full_disk(monkeypatch, "before-write:quantised.i#", times=2)
+    judge(site, world.job, 2, start, Examples(("one", "two"), (0, 1)))
+    assert len(judges.seen) == 4
+    assert site.store.trained("toy", 2) is not None
