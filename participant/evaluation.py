@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from participant.data import Examples
 from participant.generation import encoded, foretell
+from participant.measured import Measured
+from participant.regression import squared_errors, targets_of
+from participant.task_data import TaskData
 from participant.text_data import Records
 from participant.training import Device, Loaded, autocast, load_model, logits_of, tokenise
 from privacy.adapter import start_adapter
 from privacy.errors import UserError
 from privacy.plan import Plan
+from privacy.target import unscaled
 
 #: Texts per forward pass; without gradients memory is no concern.
 BATCH = 64
@@ -37,16 +43,29 @@ class Evaluation:
         return self.correct / self.total
 
 
+@dataclass(frozen=True)
+class Fit(Evaluation):
+    """Of a regression: ``loss`` is the mean squared error on the scaled target, and right is what is off by no more
+    than the plan's tolerance, if it has one."""
+
+    #: In the target's own unit, squared.
+    mean_squared: float
+    #: In the target's own unit.
+    mean_absolute: float
+    #: Share of the targets' variance that the answers explain; None where the targets are all the same.
+    r2: float | None
+
+
 def accuracy(
     *,
     plan: Plan,
     base: Path,
     adapter: Mapping[str, Any] | None,
-    examples: Examples | Records,
+    examples: TaskData,
     device: Device = "auto",
     threads: int | None = None,
 ) -> Evaluation:
-    """Classify ``examples``, or foretell the tokens of records, with the plan's base model and an adapter.
+    """Classify ``examples``, foretell their numbers or the tokens of records, with the plan's model and an adapter.
 
     Args:
         plan: names base, adapter and labels.
@@ -70,20 +89,51 @@ def accuracy(
     if isinstance(examples, Records):
         found = foretell(loaded, encoded(loaded, plan, examples))
         return Evaluation(found.right, found.tokens, found.nats / found.tokens)
+    if isinstance(examples, Measured):
+        return _foretell_numbers(loaded, plan, examples)
     return _classify(loaded, plan, examples)
 
 
+def _logits(loaded: Loaded, plan: Plan, texts: tuple[str, ...]) -> Iterator[tuple[list[int], Tensor]]:
+    """(positions, what the model says of them), until all texts were seen.
+
+    Texts of like length share a batch: less padding, and no order to keep, since only sums are taken.
+    """
+    tokens = tokenise(loaded.tokenizer, texts, plan.data.max_length)
+    order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+    for first in range(0, len(order), BATCH):
+        chosen = order[first : first + BATCH]
+        with torch.inference_mode(), autocast(loaded.device):
+            logits = logits_of(loaded, [tokens[i] for i in chosen])
+        yield chosen, logits
+
+
 def _classify(loaded: Loaded, plan: Plan, examples: Examples) -> Evaluation:
-    texts = tokenise(loaded.tokenizer, examples.texts, plan.data.max_length)
     labels = torch.tensor(examples.labels, device=loaded.device)
-    # Texts of like length share a batch: less padding, and no order to keep, since only sums are taken.
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     correct, loss = 0, 0.0
-    with torch.inference_mode():
-        for first in range(0, len(order), BATCH):
-            chosen = order[first : first + BATCH]
-            with autocast(loaded.device):
-                logits = logits_of(loaded, [texts[i] for i in chosen])
-            correct += int((logits.argmax(dim=1) == labels[chosen]).sum())
-            loss += float(cross_entropy(logits, labels[chosen], reduction="sum"))
-    return Evaluation(correct, len(texts), loss / len(texts))
+    for chosen, logits in _logits(loaded, plan, examples.texts):
+        correct += int((logits.argmax(dim=1) == labels[chosen]).sum())
+        loss += float(cross_entropy(logits, labels[chosen], reduction="sum"))
+    return Evaluation(correct, len(examples), loss / len(examples))
+
+
+def _foretell_numbers(loaded: Loaded, plan: Plan, examples: Measured) -> Fit:
+    count, target, loss = len(examples), plan.data.target, 0.0
+    assert target is not None
+    tolerance = None if plan.evaluation is None else plan.evaluation.tolerance
+    wanted, errors = targets_of(plan, examples, loaded.device), []
+    for chosen, logits in _logits(loaded, plan, examples.texts):
+        loss += float(squared_errors(logits, wanted[chosen]).double().sum())
+        said = [unscaled(number, target) for number in logits[:, 0].tolist()]
+        errors += [one - examples.targets[i] for i, one in zip(chosen, said, strict=True)]
+    middle = math.fsum(examples.targets) / count
+    spread = math.fsum((value - middle) ** 2 for value in examples.targets)
+    squares = math.fsum(error * error for error in errors)
+    return Fit(
+        correct=0 if tolerance is None else sum(abs(error) <= tolerance for error in errors),
+        total=count,
+        loss=loss / count,
+        mean_squared=squares / count,
+        mean_absolute=math.fsum(map(abs, errors)) / count,
+        r2=1 - squares / spread if spread > 0 else None,
+    )
