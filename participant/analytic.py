@@ -56,6 +56,21 @@ def frequent(examples: Examples, plan: Plan, own_minimum: int) -> Examples:
     return Examples(tuple(examples.texts[i] for i in kept), tuple(examples.labels[i] for i in kept))
 
 
+def check_spread(examples: Measured, least: int) -> None:
+    """Raise UserError where nearly all records have one number c and few another.
+
+    Everybody learns the sums of z y and of z, hence that of z (y - c): the features of the few alone.
+    """
+    common, _ = Counter(examples.targets).most_common(1)[0]
+    others = {text for text, number in zip(examples.texts, examples.targets, strict=True) if number != common}
+    if 0 < len(others) < least:
+        raise UserError(
+            f"data: expected at least {least} different texts (min_texts) with another number than {common!r}, "
+            f"which is the most frequent, or none, found {len(others)}",
+            hint="sit this plan out, or agree on a smaller minimum",
+        )
+
+
 def features_of(loaded: Loaded, texts: list[Tensor], progress: Progress | None = None) -> Tensor:
     """(count, features) float32: the inputs of the head, one text at a time, so that no text depends on another.
 

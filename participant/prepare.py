@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from participant import charging
 from participant.base_model import find_base
-from participant.config import DataSet
 from participant.data import Examples
 from participant.factors import ensure_factors
 from participant.holdout import split
@@ -22,6 +21,7 @@ from participant.registry import Registry
 from participant.site import Site
 from participant.store import Quantised, Trained
 from participant.task_data import TaskData, load_for
+from participant.text_data import Records
 from privacy.adapter import Tensors, check_start, save_peft
 from privacy.errors import Refusal, UserError
 from privacy.job import Job
@@ -65,9 +65,9 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None, 
             f"the delta of plan '{name}' {_whose(kept, digest)}; it takes a plan of another name to train again"
         )
     data = site.home.settings.datasets[job.plan.data.dataset]
-    everything = _examples(site, job, data)
+    everything = load_for(job.plan, site.home.path(data.path), data, to_train=True)
     examples, held_out = split(everything, job.plan)
-    _enough_texts(site, job, examples)
+    examples = _used(site, job, examples)
     weight = _weight(job, len(examples))
     patiently(lambda: Registry(site.home).take(job.plan.data.dataset, everything.texts))
     identity = charging.reserve(site, job, stage)
@@ -111,20 +111,24 @@ def _local(job: Job, start: Tensors, vector: NDArray[np.float32]) -> Tensors:
     return merged(start, vector.copy(), job.plan.with_server_lr(1.0), factors=job.factors()).tensors
 
 
-def _examples(site: Site, job: Job, data: DataSet) -> TaskData:
-    examples = load_for(job.plan, site.home.path(data.path), data, to_train=True)
-    if job.plan.aggregation.analytic is None or not isinstance(examples, Examples):
+def _used(site: Site, job: Job, examples: TaskData) -> TaskData:
+    """What of the records that are not held out has a part in the vector; UserError where these are too few."""
+    aggregation, own = job.plan.aggregation, site.home.settings.policy
+    least = max(aggregation.min_texts or 1, own.min_texts or 1)
+    if aggregation.min_texts is not None:
+        _enough_texts(examples, least)
+    if aggregation.analytic is None or isinstance(examples, Records):
         return examples
-    from participant.analytic import frequent
+    from participant.analytic import check_spread, frequent
 
-    return frequent(examples, job.plan, site.home.settings.policy.min_class_count or 1)
+    if isinstance(examples, Examples):
+        return frequent(examples, job.plan, own.min_class_count or 1)
+    check_spread(examples, least)
+    return examples
 
 
-def _enough_texts(site: Site, job: Job, examples: TaskData) -> None:
-    """Raise UserError unless the site trains on as many different texts as the plan and its own file ask for."""
-    if (asked := job.plan.aggregation.min_texts) is None:
-        return
-    least = max(asked, site.home.settings.policy.min_texts or 1)
+def _enough_texts(examples: TaskData, least: int) -> None:
+    """Raise UserError unless the site has as many different texts as the plan and its own file ask for."""
     if (found := len(set(examples.texts))) < least:
         raise UserError(
             f"data: expected at least {least} different texts (min_texts), found {found}",

@@ -273,9 +273,25 @@ def test_a_site_with_too_few_different_texts_sits_out(
         prepare(site, job, 1)
 
 
+@pytest.mark.parametrize(("others", "is_refused"), [(0, False), (1, True), (19, True), (20, False)])
+def test_a_site_where_few_records_have_another_number_sits_out(
+    others: int, is_refused: bool, set_up: Federation, tmp_path: Path
+) -> None:
+    """Else the sum of z (y - c) is a sum over these few."""
+    names = tuple(f"{a} {b}" for a in VOCABULARY[7:] for b in VOCABULARY[7:])[:60]
+    numbers = tuple(20.0 if number >= others else 21.0 + number for number in range(60))
+    site = site_with(set_up, tmp_path, "min_texts = 1\n", Measured((*names, names[0]), (*numbers, numbers[0])))
+    job = job_of(site, head="analytic")
+    if not is_refused:
+        assert prepare(site, job, 1).weight == 61
+        return
+    with pytest.raises(UserError, match=rf"with another number than 20\.0, .*, found {others}$"):
+        prepare(site, job, 1)
+
+
 def test_the_texts_that_count_are_those_that_are_not_held_out(set_up: Federation, tmp_path: Path) -> None:
     names = tuple(f"{a} {b}" for a in VOCABULARY[7:] for b in VOCABULARY[7:])[:22]
-    site = site_with(set_up, tmp_path, "min_texts = 1\n", Measured(names, (20.0,) * 22))
+    site = site_with(set_up, tmp_path, "min_texts = 1\n", Measured(names, tuple(map(float, range(20, 42)))))
     with pytest.raises(UserError, match=r"at least 20 different texts \(min_texts\), found 1\d"):
         prepare(site, job_of(site, head="analytic", holdout=0.4, tolerance=1.0), 1)
 
