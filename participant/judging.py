@@ -29,7 +29,7 @@ def judge(
     held_out: TaskData,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Trained:
-    """Classify the held-out records with each candidate and keep the counts as the vector of the stage.
+    """See the held-out records with each candidate and keep the counts as the vector of the stage.
 
     Raises:
         UserError: another base model than the plan's, or more records than may be counted.

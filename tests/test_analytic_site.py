@@ -184,10 +184,12 @@ def test_a_site_keeps_its_statistics_and_what_they_give_alone(set_up: Federation
 
 def test_a_class_of_which_too_few_are_not_held_out_is_left_out(set_up: Federation, tmp_path: Path) -> None:
     site = site_with(set_up, tmp_path, "min_class_count = 12\n")
-    trained = prepare(site, job_of(site, holdout=0.2), 1)
-    vector = np.concatenate(list(kept_vector(site, job_of(site, holdout=0.2), 1)))
-    assert 12 <= trained.weight < 20
-    assert vector.any()
+    job = job_of(site, holdout=0.2)
+    weight = prepare(site, job, 1).weight
+    assert 12 <= weight < 20  # of 20 and 12 of two classes, a fifth held out
+    decoded = job.quantizer.decode(np.concatenate(list(kept_vector(site, job, 1))).astype(np.uint32), 1)
+    _, products = unpack(decoded.mean, head_of(job.plan), job.plan.round.clip)
+    np.testing.assert_allclose(products[-1] * weight, (weight, 0, 0), atol=1e-3)
 
 
 def test_a_site_without_a_minimum_of_its_own_takes_no_such_plan(set_up: Federation, tmp_path: Path) -> None:
