@@ -153,10 +153,11 @@ def evaluate(
         return
     for name, result in found.items():
         if result["of"] == "numbers":
+            within = f", {result['within_tolerance']} within the tolerance" if "within_tolerance" in result else ""
             r2 = "undefined" if result["r2"] is None else f"{result['r2']:.4f}"
             typer.echo(
                 f"{name}: mean squared error {result['mean_squared_error']:.6g}, "
-                f"mean absolute error {result['mean_absolute_error']:.6g}, R2 {r2} ({result['total']} numbers)"
+                f"mean absolute error {result['mean_absolute_error']:.6g}, R2 {r2} ({result['total']} numbers{within})"
             )
             continue
         counts = f"accuracy {result['accuracy']:.4f} ({result['correct']} of {result['total']}"

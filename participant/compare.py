@@ -62,6 +62,7 @@ def _shown(result: Evaluation, plan: Plan) -> dict[str, Any]:
             "mean_absolute_error": result.mean_absolute,
             "r2": result.r2,
             "total": result.total,
+            **({} if plan.evaluation is None else {"within_tolerance": result.correct}),
             "of": "numbers",
         }
     return {

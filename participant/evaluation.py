@@ -15,14 +15,13 @@ from torch.nn.functional import cross_entropy
 from participant.data import Examples
 from participant.generation import encoded, foretell
 from participant.measured import Measured
-from participant.regression import squared_errors, targets_of
 from participant.task_data import TaskData
 from participant.text_data import Records
 from participant.training import Device, Loaded, autocast, load_model, logits_of, tokenise
 from privacy.adapter import start_adapter
 from privacy.errors import UserError
 from privacy.plan import Plan
-from privacy.target import unscaled
+from privacy.target import half_width, scaled, unscaled
 
 #: Texts per forward pass; without gradients memory is no concern.
 BATCH = 64
@@ -118,22 +117,25 @@ def _classify(loaded: Loaded, plan: Plan, examples: Examples) -> Evaluation:
 
 
 def _foretell_numbers(loaded: Loaded, plan: Plan, examples: Measured) -> Fit:
-    count, target, loss = len(examples), plan.data.target, 0.0
+    count, target = len(examples), plan.data.target
     assert target is not None
-    tolerance = None if plan.evaluation is None else plan.evaluation.tolerance
-    wanted, errors = targets_of(plan, examples, loaded.device), []
+    tolerance, unit = None if plan.evaluation is None else plan.evaluation.tolerance, half_width(target)
+    said = [0.0] * count
     for chosen, logits in _logits(loaded, plan, examples.texts):
-        loss += float(squared_errors(logits, wanted[chosen]).double().sum())
-        said = [unscaled(number, target) for number in logits[:, 0].tolist()]
-        errors += [one - examples.targets[i] for i, one in zip(chosen, said, strict=True)]
-    middle = math.fsum(examples.targets) / count
-    spread = math.fsum((value - middle) ** 2 for value in examples.targets)
-    squares = math.fsum(error * error for error in errors)
+        for i, number in zip(chosen, logits[:, 0].tolist(), strict=True):
+            said[i] = number
+    wanted = [scaled(value, target) for value in examples.targets]
+    off = [number - one for number, one in zip(said, wanted, strict=True)]
+    middle = math.fsum(wanted) / count
+    spread = math.fsum((one - middle) ** 2 for one in wanted) / count
+    loss = math.fsum(one * one for one in off) / count
+    # In the target's own unit: an error of just the tolerance is within it, and scaling would round it up or down.
+    misses = [abs(unscaled(number, target) - value) for number, value in zip(said, examples.targets, strict=True)]
     return Fit(
-        correct=0 if tolerance is None else sum(abs(error) <= tolerance for error in errors),
+        correct=0 if tolerance is None else sum(miss <= tolerance for miss in misses),
         total=count,
-        loss=loss / count,
-        mean_squared=squares / count,
-        mean_absolute=math.fsum(map(abs, errors)) / count,
-        r2=1 - squares / spread if spread > 0 else None,
+        loss=loss,
+        mean_squared=loss * unit * unit,
+        mean_absolute=math.fsum(map(abs, off)) / count * unit,
+        r2=1 - loss / spread if spread > 0 else None,
     )

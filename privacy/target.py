@@ -1,7 +1,7 @@
 """The target of a regression: a number with a public range, which models see as one from -1 to 1.
 
 The range is the plan's and the same for all sites, so it says nothing of any record, and errors of all sites are in one
-unit. A release says the scaled number: who uses it takes the range from plan or manifest and calls :func:`unscaled`.
+unit. A release says the scaled number: who uses it takes the range from plan or manifest, as :func:`unscaled` does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def _is_range(found: tuple[float, float]) -> tuple[float, float]:
     """``found``, or ValueError unless it has a middle and a half width that float64 can say."""
-    if not 0 < _half(found) < math.inf:
+    if not 0 < half_width(found) < math.inf:
         raise ValueError("expected [low, high] with low < high")
     return found
 
@@ -27,18 +27,19 @@ def _is_range(found: tuple[float, float]) -> tuple[float, float]:
 Target = Annotated[tuple[float, float], AfterValidator(_is_range)]
 
 
-def _half(target: Target) -> float:
+def half_width(target: Target) -> float:
+    """How much of the target's own unit the number 1 of a model is."""
     return (target[1] - target[0]) / 2
 
 
 def scaled(value: float, target: Target) -> float:
     """A value of the range as a number from -1 to 1; rounding takes none beyond."""
-    return min(1.0, max(-1.0, (value - target[0]) / _half(target) - 1.0))
+    return min(1.0, max(-1.0, (value - target[0]) / half_width(target) - 1.0))
 
 
 def unscaled(number: float, target: Target) -> float:
     """What a model said, in the target's own unit; it may lie outside the range."""
-    return target[0] + (number + 1.0) * _half(target)
+    return target[0] + (number + 1.0) * half_width(target)
 
 
 def misfit(plan: Plan) -> str:

@@ -138,7 +138,7 @@ def test_the_ends_of_the_range_are_minus_one_and_one() -> None:
     st.floats(1e-300, 1e300),
     st.floats(0, 1),
 )
-def test_what_is_scaled_stays_within_one_and_comes_back(low: float, width: float, share: float) -> None:
+def test_what_is_scaled_stays_within_one_and_leads_back(low: float, width: float, share: float) -> None:
     high = low + width
     if not (high - low) / 2 > 0:
         return

@@ -106,8 +106,17 @@ def test_the_errors_are_those_of_one_text_at_a_time_in_the_targets_unit(base: Pa
 def test_of_equal_numbers_there_is_no_r2(base: Path) -> None:
     found = errors(regression_plan(base), base, None, Measured(("the apple", "the pear"), (31.0, 31.0)))
     assert found.r2 is None
+    assert found.correct == 0  # there is no tolerance
     assert found.mean_squared == pytest.approx(1)
     assert found.mean_absolute == pytest.approx(1)
+
+
+def test_a_range_as_wide_as_floats_has_errors(base: Path) -> None:
+    plan = regression_plan(base, target=(0.0, 1.7e308))
+    found = errors(plan, base, None, Measured(("the apple", "the pear"), (0.0, 1.7e308)))
+    assert (found.loss, found.r2) == (1.0, 0.0)
+    assert found.mean_absolute == 8.5e307
+    assert found.mean_squared == math.inf
 
 
 @pytest.mark.parametrize("method", ["both", "regmean", "fisher"])
@@ -209,6 +218,7 @@ def test_a_site_trains_and_tells_its_errors(set_up: Federation, tmp_path: Path) 
     assert found["local"]["r2"] > found["base"]["r2"]
     assert (found["local"]["total"], found["local"]["of"]) == (len(EXAMPLES), "numbers")
     json.dumps(found, allow_nan=False)
+    assert "within_tolerance" not in found["local"]
     (tmp_path / "plan.toml").write_bytes(job.plan_file.raw)
     command = ["evaluate", str(tmp_path / "plan.toml"), "--data", str(tmp_path / "words.jsonl"), "--dir", str(tmp_path)]
     shown = CliRunner().invoke(cli.app, [*command, "--adapter", "base"])
@@ -216,6 +226,20 @@ def test_a_site_trains_and_tells_its_errors(set_up: Federation, tmp_path: Path) 
     assert shown.output == (
         f"base: mean squared error {base['mean_squared_error']:.6g}, mean absolute error "
         f"{base['mean_absolute_error']:.6g}, R2 {base['r2']:.4f} (72 numbers)\n"
+    )
+
+
+def test_a_plan_with_a_tolerance_is_told_how_many_answers_are_right(set_up: Federation, tmp_path: Path) -> None:
+    site = site_with(set_up, tmp_path)
+    job = job_of(site, holdout=0.2, tolerance=6.0)
+    within = sum(abs(value - 30) <= 6 for value in EXAMPLES.targets)
+    found = compare(site, job.plan, tmp_path / "words.jsonl", ["base"])
+    assert 0 < found["base"]["within_tolerance"] == within < len(EXAMPLES)
+    (tmp_path / "plan.toml").write_bytes(job.plan_file.raw)
+    command = ["evaluate", str(tmp_path / "plan.toml"), "--data", str(tmp_path / "words.jsonl"), "--dir", str(tmp_path)]
+    assert (
+        f"(72 numbers, {within} within the tolerance)"
+        in CliRunner().invoke(cli.app, [*command, "--adapter", "base"]).output
     )
 
 
