@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from torch import Tensor
 
 from participant.data import Examples
 from participant.features import inputs_of, trained_head
+from participant.measured import Measured
 from participant.training import Device, Loaded, Progress, TrainingResult, load_model, tokenise
 from privacy.adapter import Matrix
 from privacy.analytic import head_of, pack
 from privacy.errors import UserError
 from privacy.plan import Plan
+from privacy.target import scaled
 
 log = structlog.get_logger()
 
@@ -39,6 +41,7 @@ def frequent(examples: Examples, plan: Plan, own_minimum: int) -> Examples:
     """
     settings = plan.aggregation.analytic
     assert settings is not None
+    assert settings.min_class_count is not None
     least = max(settings.min_class_count, own_minimum)
     counts = Counter(label for _, label in set(zip(examples.texts, examples.labels, strict=True)))
     rare = sorted(label for label, count in counts.items() if count < least)
@@ -51,6 +54,21 @@ def frequent(examples: Examples, plan: Plan, own_minimum: int) -> Examples:
             hint="sit this plan out, or agree on a smaller minimum",
         )
     return Examples(tuple(examples.texts[i] for i in kept), tuple(examples.labels[i] for i in kept))
+
+
+def check_spread(examples: Measured, least: int) -> None:
+    """Raise UserError where nearly all records have one number c and few another.
+
+    Everybody learns the sums of z y and of z, hence that of z (y - c): the features of the few alone.
+    """
+    common, _ = Counter(examples.targets).most_common(1)[0]
+    others = {text for text, number in zip(examples.texts, examples.targets, strict=True) if number != common}
+    if 0 < len(others) < least:
+        raise UserError(
+            f"data: expected at least {least} different texts (min_texts) with another number than {common!r}, "
+            f"which is the most frequent, or none, found {len(others)}",
+            hint="sit this plan out, or agree on a smaller minimum",
+        )
 
 
 def features_of(loaded: Loaded, texts: list[Tensor], progress: Progress | None = None) -> Tensor:
@@ -74,19 +92,27 @@ def features_of(loaded: Loaded, texts: list[Tensor], progress: Progress | None =
     return torch.cat(found)
 
 
-def means_of(features: Matrix, labels: tuple[int, ...], plan: Plan) -> tuple[Matrix, Matrix]:
+def means_of(features: Matrix, answers: Sequence[float], plan: Plan) -> tuple[Matrix, Matrix]:
     """Means over the records of z z^T, (inputs, inputs), and of z y^T, (inputs, classes), in float64.
 
     Args:
         features: (count, features), as they come out of the model; clipped and scaled here.
+        answers: of each record the number of its label, or its target.
     """
     settings, head = plan.aggregation.analytic, head_of(plan)
     assert settings is not None
     z = np.clip(features / settings.feature_clip, -1.0, 1.0)
     if head.bias:
         z = np.concatenate([z, np.ones((len(z), 1))], axis=1)
-    targets = np.eye(head.classes)[list(labels)]
-    return z.T @ z / len(z), z.T @ targets / len(z)
+    y = _answers(answers, plan)
+    return z.T @ z / len(z), z.T @ y / len(z)
+
+
+def _answers(answers: Sequence[float], plan: Plan) -> Matrix:
+    """(count, classes): one-hot, or the scaled target."""
+    if plan.data.target is None:
+        return np.eye(plan.outputs)[[int(label) for label in answers]]
+    return np.array([[scaled(value, plan.data.target)] for value in answers])
 
 
 def collect(
@@ -94,7 +120,7 @@ def collect(
     plan: Plan,
     base: Path,
     start: Mapping[str, Any],
-    examples: Examples,
+    examples: Examples | Measured,
     device: Device = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
@@ -115,5 +141,6 @@ def collect(
     assert settings is not None
     if share := float(np.mean(np.abs(features) > settings.feature_clip)):
         log.warning("clipping", plan=plan.name, share=round(share, 6), feature_clip=settings.feature_clip)
-    vector = pack(*means_of(features, examples.labels, plan), plan.round.clip)
+    answers = examples.targets if isinstance(examples, Measured) else examples.labels
+    vector = pack(*means_of(features, answers, plan), plan.round.clip)
     return TrainingResult(vector, len(examples), 0.0, time.monotonic() - began)

@@ -6,8 +6,9 @@ from collections import Counter
 from pathlib import Path
 
 from participant.base_model import check_base, find_base
-from participant.data import load_examples
+from participant.measured import Measured
 from participant.site import Site
+from participant.task_data import load_for
 from participant.text_data import Records, load_records
 from privacy.errors import UserError
 from privacy.plan import Plan
@@ -17,8 +18,8 @@ UNCUT = 1 << 40
 
 
 def check_data(site: Site, name: str, plan: Plan | None) -> dict[str, int]:
-    """Counts of a data set's records: by kind, with a plan for classification by label, with one for text generation
-    of tokens too.
+    """Counts of a data set's records: by kind, with a plan for classification by label, with one for regression of
+    different texts, with one for text generation of tokens too.
 
     Raises:
         UserError: a record is wrong (the error names it), the plan is of another data set, or its base model is not
@@ -28,13 +29,15 @@ def check_data(site: Site, name: str, plan: Plan | None) -> dict[str, int]:
     path = site.home.path(data.path)
     if plan is not None and plan.data.dataset != name:
         raise UserError(f"plan '{plan.name}': expected one of data set '{name}', found '{plan.data.dataset}'")
-    if plan is not None and plan.task == "classification":
-        examples = load_examples(path, data.format, data.text, data.label, plan.data.labels)
-        counts = Counter(examples.labels)
-        return {"records": len(examples)} | {label: counts[i] for i, label in enumerate(plan.data.labels)}
-    records = load_records(path, data)
-    found = {"records": len(records)} | records.kinds()
-    return found if plan is None else found | _tokens(site, plan, records)
+    records = load_records(path, data) if plan is None else load_for(plan, path, data)
+    found = {"records": len(records)}
+    if isinstance(records, Measured):
+        return found | {"different texts": len(set(records.texts))}
+    if isinstance(records, Records):
+        return found | records.kinds() | ({} if plan is None else _tokens(site, plan, records))
+    assert plan is not None
+    counts = Counter(records.labels)
+    return found | {label: counts[i] for i, label in enumerate(plan.data.labels)}
 
 
 def _tokens(site: Site, plan: Plan, records: Records) -> dict[str, int]:

@@ -139,7 +139,7 @@ def evaluate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure accuracy, and of a language model the loss, of adapters on this machine; nothing leaves it.
+    """Measure accuracy, of a language model the loss, of a regression the errors, on this machine; nothing leaves it.
 
     Example: veilsum-participant evaluate plan.toml --data test.jsonl --adapter local --adapter release
     """
@@ -152,6 +152,14 @@ def evaluate(
         typer.echo(json.dumps(found))
         return
     for name, result in found.items():
+        if result["of"] == "numbers":
+            within = f", {result['within_tolerance']} within the tolerance" if "within_tolerance" in result else ""
+            r2 = "undefined" if result["r2"] is None else f"{result['r2']:.4f}"
+            typer.echo(
+                f"{name}: mean squared error {result['mean_squared_error']:.6g}, "
+                f"mean absolute error {result['mean_absolute_error']:.6g}, R2 {r2} ({result['total']} numbers{within})"
+            )
+            continue
         counts = f"accuracy {result['accuracy']:.4f} ({result['correct']} of {result['total']}"
         if result["of"] == "tokens":
             typer.echo(f"{name}: loss {result['loss']:.4f} nats a token, {counts} tokens)")
@@ -168,9 +176,16 @@ def draft(
     base_name: Annotated[str, typer.Option(help="Name of the base model, as sites list it.")],
     dataset: Annotated[str, typer.Option(help="Name of the data set, as sites list it.")],
     task: Annotated[
-        str, typer.Option(help="What is learnt: classification, or generation of text.")
+        str, typer.Option(help="What is learnt: classification, regression (a number), or generation of text.")
     ] = "classification",
     label: Annotated[list[str] | None, typer.Option(help="A label; repeat for each, in order.")] = None,
+    number: Annotated[
+        tuple[float, float] | None,
+        typer.Option("--range", metavar="LOW HIGH", help="Public range of the number. For regression."),
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="How far off a right answer may be. For regression, with --holdout.")
+    ] = None,
     target: Annotated[
         list[str] | None, typer.Option(help="A linear module to adapt, by the last part of its name; may be repeated.")
     ] = None,
@@ -222,7 +237,7 @@ def draft(
     from privacy.aggregation import HEADS, METHODS, Head, Method
     from privacy.budget.presets import draft_privacy
     from privacy.budget.terms import noise_warning
-    from privacy.plan import parse_plan
+    from privacy.plan import TASKS, Task, parse_plan
 
     if (epsilon is None) != (size is None):
         raise UserError("draft: expected --epsilon and --size together, or neither")
@@ -236,13 +251,17 @@ def draft(
         raise UserError(f"draft: expected --head trained, counted or analytic, found '{head}'")
     if method not in METHODS:
         raise UserError(f"draft: expected --method {', '.join(METHODS[:-1])} or {METHODS[-1]}, found '{method}'")
-    if task not in ("classification", "generation"):
-        raise UserError(f"draft: expected --task classification or generation, found '{task}'")
+    if task not in TASKS:
+        raise UserError(f"draft: expected --task {', '.join(TASKS[:-1])} or {TASKS[-1]}, found '{task}'")
     if template not in ("model", "chatml", "none"):
         raise UserError(f"draft: expected --template model, chatml or none, found '{template}'")
-    if task == "generation" and label:
-        raise UserError("draft: expected no --label with --task generation, which has no labels")
-    if task == "classification" and (packing or template != "model"):
+    if task != "classification" and label:
+        raise UserError(f"draft: expected no --label with --task {task}, which has no labels")
+    if (task == "regression") != (number is not None):
+        raise UserError("draft: expected --range LOW HIGH with --task regression, and only with it")
+    if (task == "regression" and holdout is not None) != (tolerance is not None):
+        raise UserError("draft: expected --tolerance with --task regression and --holdout, and only with both")
+    if task != "generation" and (packing or template != "model"):
         raise UserError("draft: expected --template and --packing with --task generation only")
     section = ""
     if epsilon is not None and size is not None:
@@ -256,7 +275,8 @@ def draft(
         name=name,
         dataset=dataset,
         labels=label or (),
-        task="generation" if task == "generation" else "classification",
+        target=number,
+        task=cast(Task, task),
         template="chatml" if template == "chatml" else "none" if template == "none" else "model",
         packing=packing,
         targets=target,
@@ -270,6 +290,7 @@ def draft(
         stages=stages,
         holdout=holdout,
         rates=server_lr or (),
+        tolerance=tolerance,
         # Under [privacy] each site counts nominal_size, the same everywhere: uniform weights say so, and round finer.
         weights="uniform" if section else "examples",
         max_weight=1 if section else 65536,

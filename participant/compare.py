@@ -4,28 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from participant.base_model import find_base
-from participant.config import DataSet
-from participant.data import Examples, load_examples
 from participant.site import Site
-from participant.text_data import Records, load_records
+from participant.task_data import load_for
 from privacy.adapter import load_peft
 from privacy.errors import UserError
 from privacy.plan import Plan
 
-
-def _examples(plan: Plan, data: Path, columns: DataSet) -> Examples | Records:
-    if plan.task == "generation":
-        return load_records(data, columns)
-    return load_examples(data, columns.format, columns.text, columns.label, plan.data.labels)
+if TYPE_CHECKING:
+    from participant.evaluation import Evaluation
 
 
 def compare(
     site: Site, plan: Plan, data: Path, adapters: Sequence[str], stage: int | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Name -> accuracy, correct, total and loss on the records in ``data``, and whether texts or tokens were counted.
+    """Name -> accuracy, correct, total and loss on the records in ``data``, and whether texts or tokens were counted;
+    of a regression its errors, in the target's own unit.
 
     Args:
         stage: that ``local`` and ``release`` are of; the last one of each that lies here if left out.
@@ -41,7 +37,7 @@ def compare(
             f"expected data set '{plan.data.dataset}' and base model '{plan.base.name}' in participant.toml",
             hint="name them under [datasets] and [models]",
         )
-    examples = _examples(plan, data, settings.datasets[plan.data.dataset])
+    examples = load_for(plan, data, settings.datasets[plan.data.dataset])
     base = find_base(site.home, plan.base.name)
     found = {}
     for name in adapters:
@@ -53,14 +49,29 @@ def compare(
             device=settings.device,
             threads=settings.threads,
         )
-        found[name] = {
-            "accuracy": result.accuracy,
-            "correct": result.correct,
-            "total": result.total,
-            "loss": result.loss,
-            "of": "tokens" if plan.task == "generation" else "texts",
-        }
+        found[name] = _shown(result, plan)
     return found
+
+
+def _shown(result: Evaluation, plan: Plan) -> dict[str, Any]:
+    from participant.evaluation import Fit
+
+    if isinstance(result, Fit):
+        return {
+            "mean_squared_error": result.mean_squared,
+            "mean_absolute_error": result.mean_absolute,
+            "r2": result.r2,
+            "total": result.total,
+            **({} if plan.evaluation is None else {"within_tolerance": result.correct}),
+            "of": "numbers",
+        }
+    return {
+        "accuracy": result.accuracy,
+        "correct": result.correct,
+        "total": result.total,
+        "loss": result.loss,
+        "of": "tokens" if plan.task == "generation" else "texts",
+    }
 
 
 def _directory(site: Site, plan: Plan, name: str, stage: int | None) -> Path:

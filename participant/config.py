@@ -49,6 +49,8 @@ class DataSet(Section):
     format: Format
     text: str = "text"
     label: str = "label"
+    #: Column of the number that a plan for regression learns.
+    target: str = "target"
     #: Columns of a record for text generation: a conversation, or a prompt and its response; else it is a plain text.
     messages: str = "messages"
     prompt: str = "prompt"

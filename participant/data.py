@@ -7,13 +7,16 @@ a record. Which file, format and columns a data set has is the site's own settin
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from participant.rows import TREE_LABEL, TREE_TEXT, Columns, read_rows, text_fault
 from participant.rows import Format as Format  # the name others look for here
 from privacy.errors import UserError
+
+T = TypeVar("T")
 
 #: An unknown label is shown no longer than this: where the wrong column is named, it is a text.
 MAX_SHOWN_CHARS = 40
@@ -35,11 +38,12 @@ class Examples:
 
 
 @dataclass(frozen=True)
-class _Record:
+class Record:
     """One record as read; ``where`` names it in errors, and its text is in no error."""
 
     where: str
     text: object = field(repr=False)
+    #: Or the number, where a plan asks for one.
     label: object
     #: Whose record it is; asked for only where a plan protects users.
     unit: object = field(default=None, repr=False)
@@ -57,10 +61,6 @@ def load_examples(
 ) -> Examples:
     """Read a data set.
 
-    With ``max_records_per_unit`` = k only the first k records of each unit are kept, in the order of the file: what a
-    user-level guarantee is computed for must hold whatever the file has. Which records a unit keeps depends on that
-    unit's records alone, so adding or removing another unit changes nothing else.
-
     Args:
         path: where the data set lies, see :func:`participant.rows.read_rows`; a tree of text files has directories
             that are named after the labels.
@@ -68,51 +68,88 @@ def load_examples(
         text_column: column or key of the text; not used for ``folder``.
         label_column: column or key of the label; not used for ``folder``.
         labels: the plan's labels, in its order.
+        unit_column: as of :func:`read_labelled`.
+        max_records_per_unit: as of :func:`read_labelled`.
+
+    Raises:
+        UserError: as ``read_labelled``, and for a label that the plan does not have.
+    """
+    index = {label: number for number, label in enumerate(labels)}
+    texts, numbers = read_labelled(
+        path,
+        fmt,
+        (text_column, label_column),
+        lambda record: _number_of(record, index),
+        unit_column=unit_column,
+        max_records_per_unit=max_records_per_unit,
+    )
+    return Examples(texts, numbers)
+
+
+def read_labelled(
+    path: Path,
+    fmt: Format,
+    names: tuple[str, str],
+    value_of: Callable[[Record], T],
+    *,
+    unit_column: str | None,
+    max_records_per_unit: int | None,
+) -> tuple[tuple[str, ...], tuple[T, ...]]:
+    """The texts of a data set, and of each what ``value_of`` says of its record, or raises.
+
+    With ``max_records_per_unit`` = k only the first k records of each unit are kept, in the order of the file: what a
+    user-level guarantee is computed for must hold whatever the file has. Which records a unit keeps depends on that
+    unit's records alone, so adding or removing another unit changes nothing else.
+
+    Args:
+        path: where it lies.
+        fmt: its format.
+        names: columns of text and label; not used for ``folder``.
+        value_of: reads the label.
         unit_column: column or key of whom a record belongs to; needed with ``max_records_per_unit``.
         max_records_per_unit: most records of one unit.
 
     Raises:
-        UserError: no such file, not the format, a missing column, undecodable bytes, an empty text, a label that the
-            plan does not have, a record of nobody where units count, or no record at all.
+        UserError: no such file, not the format, a missing column, undecodable bytes, an empty text, a record of
+            nobody where units count, or no record at all.
     """
     if max_records_per_unit is not None and (unit_column is None or fmt == "folder"):
         raise UserError(
             f"{path}: expected to know whose record each is, since the plan protects users; found no column for it",
             hint='name the column as unit = "..." beside the data set\'s path; a tree of text files has none',
         )
-    index = {label: number for number, label in enumerate(labels)}
-    columns = (text_column, label_column, *([unit_column] if unit_column and max_records_per_unit else []))
+    columns = (*names, *([unit_column] if unit_column and max_records_per_unit else []))
     kept: Counter[str] = Counter()
     texts: list[str] = []
-    numbers: list[int] = []
+    values: list[T] = []
     for record in _records(path, fmt, columns):
-        text, number = _text_of(record), _number_of(record, index)
+        text, value = _text_of(record), value_of(record)
         if max_records_per_unit is not None:
             unit = _unit_of(record)
             kept[unit] += 1
             if kept[unit] > max_records_per_unit:
                 continue
         texts.append(text)
-        numbers.append(number)
+        values.append(value)
     if not texts:
         raise UserError(f"{path}: expected at least one record, found none", hint="check path and format of the data")
-    return Examples(tuple(texts), tuple(numbers))
+    return tuple(texts), tuple(values)
 
 
-def _records(path: Path, fmt: Format, columns: tuple[str, ...]) -> Iterator[_Record]:
+def _records(path: Path, fmt: Format, columns: tuple[str, ...]) -> Iterator[Record]:
     """``columns``: of text and label, and of the unit where it is asked for."""
     columns = (TREE_TEXT, TREE_LABEL) if fmt == "folder" else columns
     for row in read_rows(path, fmt, Columns(columns)):
-        yield _Record(row.where, *(row.values[column] for column in columns))
+        yield Record(row.where, *(row.values[column] for column in columns))
 
 
-def _text_of(record: _Record) -> str:
+def _text_of(record: Record) -> str:
     if fault := text_fault(record.text):
         raise UserError(f"{record.where}: expected a text, found {fault}", hint="correct or remove the record")
     return str(record.text)
 
 
-def _unit_of(record: _Record) -> str:
+def _unit_of(record: Record) -> str:
     """Whose record it is, as text; whole numbers are compared as text, as labels are."""
     is_number = isinstance(record.unit, int) and not isinstance(record.unit, bool)
     unit = str(record.unit) if is_number else record.unit
@@ -122,7 +159,7 @@ def _unit_of(record: _Record) -> str:
     return unit.strip()
 
 
-def _number_of(record: _Record, index: dict[str, int]) -> int:
+def _number_of(record: Record, index: dict[str, int]) -> int:
     """The label's number; whole numbers are compared as text, so that label 3 of a file is label "3" of a plan."""
     is_number = isinstance(record.label, int) and not isinstance(record.label, bool)
     label = str(record.label) if is_number else record.label

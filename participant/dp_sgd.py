@@ -19,11 +19,12 @@ import structlog
 import torch
 from opacus.grad_sample import GradSampleHooks
 
-from participant import dp_step, generation
-from participant.data import Examples
+from participant import dp_step, generation, regression
 from participant.features import Standard, enter, leave, standard_of
+from participant.measured import Measured
 from participant.noise import SecretRandom
 from participant.self_test import SelfTest, run_self_test
+from participant.task_data import TaskData
 from participant.text_data import Records
 from participant.training import (
     Device,
@@ -49,7 +50,7 @@ def train_private(
     plan: Plan,
     base: Path,
     start: Mapping[str, Any],
-    examples: Examples | Records,
+    examples: TaskData,
     device: Device = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
@@ -108,9 +109,12 @@ def train_private(
     return TrainingResult(delta, len(examples), 0.0, time.monotonic() - began)
 
 
-def _losses(loaded: Loaded, plan: Plan, examples: Examples | Records, standard: Standard | None) -> dp_step.Losses:
+def _losses(loaded: Loaded, plan: Plan, examples: TaskData, standard: Standard | None) -> dp_step.Losses:
     if isinstance(examples, Records):
         return generation.private_losses(loaded, generation.private_tokens(loaded, plan, examples))
     texts = tokenise(loaded.tokenizer, examples.texts, plan.data.max_length)
+    if isinstance(examples, Measured):
+        targets = regression.targets_of(plan, examples, loaded.device)
+        return regression.private_losses(loaded, texts, targets, standard)
     labels = torch.tensor(examples.labels, device=loaded.device)
     return dp_step.losses_on(loaded, texts, labels, dp_step.log_prior_of(plan).to(loaded.device), standard)

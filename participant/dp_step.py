@@ -71,7 +71,7 @@ def make_step(
 
 def most_at_a_time(plan: Plan) -> int:
     """Examples that may go through the model at a time: a language model has a number for each token and each word."""
-    return CHUNK if plan.task == "classification" else max(1, min(CHUNK, CHUNK_TOKENS // plan.data.max_length))
+    return CHUNK if plan.task != "generation" else max(1, min(CHUNK, CHUNK_TOKENS // plan.data.max_length))
 
 
 def trainable(model: Any) -> list[Parameter]:
@@ -125,7 +125,19 @@ def log_prior_of(plan: Plan) -> Tensor:
 def losses_on(
     loaded: Loaded, texts: Sequence[Tensor], labels: Tensor, prior: Tensor, standard: Standard | None = None
 ) -> Losses:
-    """Losses of tokenised texts (each (length,) int64) with their labels (count,) int64, on the model's device.
+    """Losses of tokenised texts (each (length,) int64) with their labels (count,) int64, on the model's device."""
+    return losses_by(
+        loaded, texts, lambda logits, chosen: example_losses(logits + prior, labels[list(chosen)]), standard
+    )
+
+
+def losses_by(
+    loaded: Loaded,
+    texts: Sequence[Tensor],
+    loss: Callable[[Tensor, Sequence[int]], Tensor],
+    standard: Standard | None = None,
+) -> Losses:
+    """Losses of tokenised texts; ``loss`` says (B,) of the logits of the chosen, of each by itself.
 
     With a ``standard`` the frozen model sees each text once, now, and a step only the head.
     """
@@ -136,7 +148,7 @@ def losses_on(
             logits = logits_of(loaded, [texts[i] for i in chosen])
         else:
             logits = standard.head(features[list(chosen)]).float()
-        return example_losses(logits + prior, labels[list(chosen)])
+        return loss(logits, chosen)
 
     return losses
 

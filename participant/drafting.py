@@ -22,12 +22,16 @@ from privacy.analytic import Head
 from privacy.errors import UserError
 from privacy.factors import first_start, keep_factors
 from privacy.methods import parts_of
-from privacy.plan import Adapter, linear_head, parse_plan
+from privacy.plan import Adapter, Task, linear_head, parse_plan
 from privacy.settings import explain
 
 _UNSET_DIGEST = "0" * 64
 #: Names of the query and value projections, as most models of each kind have them.
-TARGETS = {"classification": ("query", "value"), "generation": ("q_proj", "v_proj")}
+TARGETS = {
+    "classification": ("query", "value"),
+    "generation": ("q_proj", "v_proj"),
+    "regression": ("query", "value"),
+}
 
 _TEMPLATE = """\
 # What to train and how to aggregate it. Every site has this very file: its digest is over the bytes, comments included.
@@ -42,7 +46,7 @@ digest = {base_digest}
 
 [data]
 dataset = {dataset}  # the name under which each site has registered its own data
-{labels}max_length = {max_length}  # tokens; what is longer is cut
+{answers}max_length = {max_length}  # tokens; what is longer is cut
 
 {generation}[training]
 {loss_comment}loss = {loss}
@@ -91,6 +95,14 @@ _LOSS_COMMENT = """\
 # Adds the log of a {prior} class prior to the logits in training only (Menon et al. 2021): sites with different
 # label mixes can then be averaged. The alternative is "cross_entropy".
 """
+#: What only a plan for regression has.
+_TARGET = """\
+# Public range of a record's number, in its own unit; a number beyond it is refused. Models see the range as -1 to 1.
+target = [{low!r}, {high!r}]
+"""
+_SQUARED = "# The squared error on the target as models see it, from -1 to 1.\n"
+
+#: What a plan with a head of its own has.
 _HEAD = """
 [adapter.head]  # trained beside the adapter, starting at zero
 {head}
@@ -168,6 +180,7 @@ _EVALUATION = """\
 holdout = {holdout}  # share of each site's records
 server_lr = {rates}  # candidates to vote on; aggregation.server_lr alone where empty
 """
+_TOLERANCE = "tolerance = {tolerance}  # an answer that is off by no more is right; in the target's own unit\n"
 
 _ANALYTIC = """\
 # The head is not trained: each site sends sums of products of the model's features, and the head is the ridge solution
@@ -179,8 +192,12 @@ ridge = 0.0001  # added to the diagonal of the mean Gram matrix, whose entries a
 # Features are clipped to this range, coordinate by coordinate. A pooler with tanh gives at most 1; a site logs the
 # share of its features that was beyond.
 feature_clip = 1.0
-min_class_count = 5  # a class with fewer different texts at a site is left out there
+{least}
 """
+_LEAST = {
+    "classification": "min_class_count = 5  # a class with fewer different texts at a site is left out there",
+    "regression": "min_texts = 20  # a site with fewer different texts sits out",
+}
 
 
 def draft_plan(
@@ -190,7 +207,8 @@ def draft_plan(
     name: str,
     dataset: str,
     labels: Sequence[str] = (),
-    task: Literal["classification", "generation"] = "classification",
+    target: tuple[float, float] | None = None,
+    task: Task = "classification",
     template: Literal["model", "chatml", "none"] = "model",
     packing: bool = False,
     targets: Sequence[str] | None = None,
@@ -202,7 +220,7 @@ def draft_plan(
     method: Method = "freeze_a",
     factors_to: Path | None = None,
     privacy: str = "",
-    loss: Literal["logit_adjusted", "cross_entropy"] = "logit_adjusted",
+    loss: Literal["logit_adjusted", "cross_entropy", "squared"] = "logit_adjusted",
     epochs: int = 2,
     learning_rate: float | None = None,
     batch_size: int = 16,
@@ -217,6 +235,7 @@ def draft_plan(
     stages: int = 1,
     holdout: float | None = None,
     rates: Sequence[float] = (),
+    tolerance: float | None = None,
     seed: bytes | None = None,
 ) -> str:
     """The text of a complete plan file that :func:`privacy.plan.parse_plan` accepts.
@@ -226,8 +245,10 @@ def draft_plan(
         base_name: what people call it.
         name: the plan's name.
         dataset: name under which the sites registered their data.
-        labels: the classes; their order numbers the rows of the head. Text generation has none.
-        task: "generation" for a causal language model; ``template`` and ``packing`` are for it alone, ``loss`` is not.
+        labels: the classes; their order numbers the rows of the head. Other tasks have none.
+        target: range of the number that a regression learns, and only that.
+        task: "generation" for a causal language model; ``template`` and ``packing`` are for it alone. ``loss`` is for
+            classification alone.
         targets: linear modules to adapt, by the last part of their names; None: see :data:`TARGETS`.
         rank: of each LoRA pair.
         alpha: LoRA's scale, the adapter acts with alpha / rank; 2 * rank where None.
@@ -242,6 +263,7 @@ def draft_plan(
             and ``training_seed`` have no place beside it and are left out.
         holdout: share of each site's records kept for a section ``[evaluation]``; None: no such section.
         rates: candidates for ``server_lr`` in it.
+        tolerance: of a regression's answers in it.
 
     The other arguments are the plan's keys of the same name.
 
@@ -251,9 +273,10 @@ def draft_plan(
     if head == "analytic":
         train = "head"
     trained: Literal["all", "both", "head"] = "both" if method in TRAINS_A else train
-    modules, layer = _inspect(base, task, len(labels), TARGETS[task] if targets is None else targets)
-    if task == "generation":
-        loss = "cross_entropy"
+    outputs = 1 if task == "regression" else len(labels)
+    modules, layer = _inspect(base, task, outputs, TARGETS[task] if targets is None else targets)
+    if task != "classification":
+        loss = "squared" if task == "regression" else "cross_entropy"
     try:
         adapter = Adapter(
             rank=rank,
@@ -270,14 +293,15 @@ def draft_plan(
     if method == "core":
         if factors_to is None:
             raise UserError('draft: expected a directory for the factors of method "core", found none')
-        factors = of_base(base, len(labels), tuple(modules), rank, adapter.seed)
+        factors = of_base(base, outputs, tuple(modules), rank, adapter.seed)
         core = _CORE.format(factors=_toml(keep_factors(factors_to, factors, private=False)))
     digest = start_digest(first_start(adapter, factors)).hex()
     # The head's comes first: it begins with a key, and the other is a table.
-    section = {"analytic": _ANALYTIC, "counted": _COUNTED}.get(head, "")
+    section = {"analytic": _ANALYTIC.format(least=_LEAST.get(task, "")), "counted": _COUNTED}.get(head, "")
     section += {"regmean": _REGMEAN, "fisher": _FISHER, "core": core}.get(method, "")
     if holdout is not None:
         section += _EVALUATION.format(holdout=holdout, rates=_toml(list(map(float, rates))))
+        section += "" if tolerance is None else _TOLERANCE.format(tolerance=float(tolerance))
     rate, reach = (5e-2, 4.0) if method == "core" else (2e-3, 0.5)
     text = _TEMPLATE.format(
         name=_toml(name),
@@ -285,15 +309,16 @@ def draft_plan(
         base_digest=_toml(base_digest(base)),
         dataset=_toml(dataset),
         task=_toml(task),
-        labels=f"labels = {_toml(list(labels))}\n" if task == "classification" else "",
+        answers=_answers(task, labels, target),
         generation=_GENERATION.format(template=_toml(template), packing=str(packing).lower())
         if task == "generation"
         else "",
         max_length=max_length,
         loss=_toml(loss),
-        loss_comment=_LOSS_COMMENT.format(prior="public" if privacy else "site's own")
-        if task == "classification"
-        else "",
+        loss_comment={
+            "classification": _LOSS_COMMENT.format(prior="public" if privacy else "site's own"),
+            "regression": _SQUARED,
+        }.get(task, ""),
         learning_rate=float(rate if learning_rate is None else learning_rate),
         schedule="\n" + privacy
         if privacy
@@ -305,7 +330,7 @@ def draft_plan(
         max_colluders=max_colluders,
         clip=float(reach if clip is None else clip),
         max_weight=max_weight,
-        coordinates=f"{_coordinates(adapter, len(labels), head, method):,}",
+        coordinates=f"{_coordinates(adapter, outputs, head, method):,}",
         rank=rank,
         alpha=adapter.alpha,
         train=_toml(trained),
@@ -325,22 +350,28 @@ def draft_plan(
     return text
 
 
+def _answers(task: str, labels: Sequence[str], target: tuple[float, float] | None) -> str:
+    """What of [data] says which answers there are."""
+    if target is not None:
+        return _TARGET.format(low=float(target[0]), high=float(target[1]))
+    return f"labels = {_toml(list(labels))}\n" if task == "classification" else ""
+
+
 def _inspect(
-    base: Path, task: str, labels: int, targets: Sequence[str]
+    base: Path, task: str, outputs: int, targets: Sequence[str]
 ) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, ...]]]:
     """(linear modules, head tensors) of the base model, with shapes."""
     from participant.loading import inspect_causal, inspect_model  # imports torch
 
     if task == "generation":
         return inspect_causal(base, targets), {}
-    return inspect_model(base, labels, targets)
+    return inspect_model(base, outputs, targets)
 
 
-def _coordinates(adapter: Adapter, labels: int, head: str, method: Method) -> int:
+def _coordinates(adapter: Adapter, outputs: int, head: str, method: Method) -> int:
     if head != "analytic":
-        return parts_of(adapter, method, labels if head == "counted" else 0).size
-    module, bias, features = linear_head(adapter, labels)
-    return Head(module, bias, features, labels).size
+        return parts_of(adapter, method, outputs if head == "counted" else 0).size
+    return Head(*linear_head(adapter, outputs), outputs).size
 
 
 def _toml(value: str | Sequence[str] | Sequence[float]) -> str:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from participant.data import Examples
 from participant.generation import encoded, foretell
+from participant.measured import Measured
+from participant.task_data import TaskData
 from participant.text_data import Records
 from participant.training import Device, Loaded, autocast, load_model, logits_of, tokenise
 from privacy.adapter import start_adapter
 from privacy.errors import UserError
 from privacy.plan import Plan
+from privacy.target import half_width, scaled, unscaled
 
 #: Texts per forward pass; without gradients memory is no concern.
 BATCH = 64
@@ -37,16 +42,29 @@ class Evaluation:
         return self.correct / self.total
 
 
+@dataclass(frozen=True)
+class Fit(Evaluation):
+    """Of a regression: ``loss`` is the mean squared error on the scaled target, and right is what is off by no more
+    than the plan's tolerance, if it has one."""
+
+    #: In the target's own unit, squared.
+    mean_squared: float
+    #: In the target's own unit.
+    mean_absolute: float
+    #: Share of the targets' variance that the answers explain; None where the targets are all the same.
+    r2: float | None
+
+
 def accuracy(
     *,
     plan: Plan,
     base: Path,
     adapter: Mapping[str, Any] | None,
-    examples: Examples | Records,
+    examples: TaskData,
     device: Device = "auto",
     threads: int | None = None,
 ) -> Evaluation:
-    """Classify ``examples``, or foretell the tokens of records, with the plan's base model and an adapter.
+    """Classify ``examples``, foretell their numbers or the tokens of records, with the plan's model and an adapter.
 
     Args:
         plan: names base, adapter and labels.
@@ -70,20 +88,54 @@ def accuracy(
     if isinstance(examples, Records):
         found = foretell(loaded, encoded(loaded, plan, examples))
         return Evaluation(found.right, found.tokens, found.nats / found.tokens)
+    if isinstance(examples, Measured):
+        return _foretell_numbers(loaded, plan, examples)
     return _classify(loaded, plan, examples)
 
 
+def _logits(loaded: Loaded, plan: Plan, texts: tuple[str, ...]) -> Iterator[tuple[list[int], Tensor]]:
+    """(positions, what the model says of them), until all texts were seen.
+
+    Texts of like length share a batch: less padding, and no order to keep, since only sums are taken.
+    """
+    tokens = tokenise(loaded.tokenizer, texts, plan.data.max_length)
+    order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+    for first in range(0, len(order), BATCH):
+        chosen = order[first : first + BATCH]
+        with torch.inference_mode(), autocast(loaded.device):
+            logits = logits_of(loaded, [tokens[i] for i in chosen])
+        yield chosen, logits
+
+
 def _classify(loaded: Loaded, plan: Plan, examples: Examples) -> Evaluation:
-    texts = tokenise(loaded.tokenizer, examples.texts, plan.data.max_length)
     labels = torch.tensor(examples.labels, device=loaded.device)
-    # Texts of like length share a batch: less padding, and no order to keep, since only sums are taken.
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     correct, loss = 0, 0.0
-    with torch.inference_mode():
-        for first in range(0, len(order), BATCH):
-            chosen = order[first : first + BATCH]
-            with autocast(loaded.device):
-                logits = logits_of(loaded, [texts[i] for i in chosen])
-            correct += int((logits.argmax(dim=1) == labels[chosen]).sum())
-            loss += float(cross_entropy(logits, labels[chosen], reduction="sum"))
-    return Evaluation(correct, len(texts), loss / len(texts))
+    for chosen, logits in _logits(loaded, plan, examples.texts):
+        correct += int((logits.argmax(dim=1) == labels[chosen]).sum())
+        loss += float(cross_entropy(logits, labels[chosen], reduction="sum"))
+    return Evaluation(correct, len(examples), loss / len(examples))
+
+
+def _foretell_numbers(loaded: Loaded, plan: Plan, examples: Measured) -> Fit:
+    count, target = len(examples), plan.data.target
+    assert target is not None
+    tolerance, unit = None if plan.evaluation is None else plan.evaluation.tolerance, half_width(target)
+    said = [0.0] * count
+    for chosen, logits in _logits(loaded, plan, examples.texts):
+        for i, number in zip(chosen, logits[:, 0].tolist(), strict=True):
+            said[i] = number
+    wanted = [scaled(value, target) for value in examples.targets]
+    off = [number - one for number, one in zip(said, wanted, strict=True)]
+    middle = math.fsum(wanted) / count
+    spread = math.fsum((one - middle) ** 2 for one in wanted) / count
+    loss = math.fsum(one * one for one in off) / count
+    # In the target's own unit: an error of just the tolerance is within it, and scaling would round it up or down.
+    misses = [abs(unscaled(number, target) - value) for number, value in zip(said, examples.targets, strict=True)]
+    return Fit(
+        correct=0 if tolerance is None else sum(miss <= tolerance for miss in misses),
+        total=count,
+        loss=loss,
+        mean_squared=loss * unit * unit,
+        mean_absolute=math.fsum(map(abs, off)) / count * unit,
+        r2=1 - loss / spread if spread > 0 else None,
+    )

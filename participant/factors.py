@@ -37,7 +37,7 @@ def ensure_factors(site: Site, job: Job) -> None:
     base = find_base(site.home, job.plan.base.name)
     check_base(job.plan, base)
     adapter = job.plan.adapter
-    found = of_base(base, len(job.plan.data.labels), tuple(adapter.modules), adapter.rank, adapter.seed)
+    found = of_base(base, job.plan.outputs, tuple(adapter.modules), adapter.rank, adapter.seed)
     digest = start_digest(found).hex()
     if digest != settings.factors:
         raise UserError(

@@ -58,7 +58,7 @@ def standard_of(loaded: Loaded, plan: Plan) -> Standard | None:
     if head is None or head.bias is None:
         return None
     longest = plan.data.max_length
-    texts = tokenise(loaded.tokenizer, plan.data.labels, longest)
+    texts = tokenise(loaded.tokenizer, plan.data.labels, longest) if plan.data.labels else []
     texts += random_texts(loaded, RANDOM_TEXTS, [RANDOM_WORDS] * RANDOM_TEXTS, longest)
     seen = inputs_of(head, loaded, texts)
     if seen is None:

@@ -9,11 +9,10 @@ import numpy as np
 import structlog
 
 from participant.base_model import find_base
-from participant.data import Examples
 from participant.patience import patiently
 from participant.site import Site
 from participant.store import Trained
-from participant.text_data import Records
+from participant.task_data import TaskData
 from privacy.errors import UserError
 from privacy.evaluation import Counts, candidates_of, encode_counts
 from privacy.job import Job
@@ -27,10 +26,10 @@ def judge(
     job: Job,
     stage: int,
     start: Start,
-    held_out: Examples | Records,
+    held_out: TaskData,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Trained:
-    """Classify the held-out records with each candidate and keep the counts as the vector of the stage.
+    """See the held-out records with each candidate and keep the counts as the vector of the stage.
 
     Raises:
         UserError: another base model than the plan's, or more records than may be counted.
@@ -53,7 +52,7 @@ def judge(
         log.info("evaluated", plan=plan.name, candidate=name, correct=one.correct, of=one.total)
         if progress is not None:
             progress(number + 1, total, one.loss)
-    counted = found[0].total  # texts, or the tokens of a language model that count
+    counted = found[0].total  # texts, numbers, or the tokens of a language model that count
     trained = Trained(
         *(job.plan_file.digest.hex(), counted, 0.0, time.monotonic() - begun, len(held_out)),
         start.digest.hex(),

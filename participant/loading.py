@@ -43,7 +43,7 @@ def finish(model: Any, tokenizer: Any) -> None:
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def load_classifier(base: Path, labels: int) -> tuple[Any, Any, set[str]]:
+def load_classifier(base: Path, outputs: int) -> tuple[Any, Any, set[str]]:
     """(model in float32, tokenizer, names of the tensors that the files do not hold) of a local base model.
 
     Nothing is fetched, no code of the model directory is run, and no pickle is read.
@@ -60,7 +60,7 @@ def load_classifier(base: Path, labels: int) -> tuple[Any, Any, set[str]]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(base), local_files_only=True)
         model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
             str(base),
-            num_labels=labels,
+            num_labels=outputs,
             dtype=torch.float32,
             local_files_only=True,
             use_safetensors=True,
@@ -154,9 +154,9 @@ def _matching(base: Path, linear: Mapping[str, torch.nn.Linear], targets: Sequen
     return modules
 
 
-def load_base(base: Path, labels: int) -> tuple[Any, Any, set[str]]:
-    """What :func:`load_classifier` gives; without labels the base model is a causal language model."""
-    return load_classifier(base, labels) if labels else load_causal(base)
+def load_base(base: Path, outputs: int) -> tuple[Any, Any, set[str]]:
+    """What :func:`load_classifier` gives; without outputs the base model is a causal language model."""
+    return load_classifier(base, outputs) if outputs else load_causal(base)
 
 
 def check_model(model: Any, missing: set[str], adapter: Adapter, base: Path) -> None:
@@ -186,7 +186,7 @@ def check_model(model: Any, missing: set[str], adapter: Adapter, base: Path) -> 
 
 
 def inspect_model(
-    base: Path, labels: int, targets: Sequence[str]
+    base: Path, outputs: int, targets: Sequence[str]
 ) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, ...]]]:
     """(linear modules whose names end in one of ``targets``, head tensors), with shapes, for drafting a plan.
 
@@ -196,10 +196,10 @@ def inspect_model(
     Raises:
         UserError: not a base model, no module matches a target, or another head.
     """
-    model, _, missing = load_classifier(base, labels)
+    model, _, missing = load_classifier(base, outputs)
     linear = _linear(model)
     heads = {name.rpartition(".")[0] for name in missing}
-    if len(heads) != 1 or not heads <= linear.keys() or linear[min(heads)].out_features != labels:
+    if len(heads) != 1 or not heads <= linear.keys() or linear[min(heads)].out_features != outputs:
         found = ", ".join(sorted(missing)) or "no tensor"
         raise UserError(
             f"{base}: expected weights for all but one linear head, found without weights: {found}",

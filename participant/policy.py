@@ -50,9 +50,10 @@ def admit(job: Job, settings: Settings, standing: Standing | None = None, stage:
         raise Refusal(f"{name} allows sums of two members; this site has not opted in (allow_two_members)")
     if AUDITS.index(plan.round.audit) < AUDITS.index(own.audit):
         raise Refusal(f"{name} has audit '{plan.round.audit}'; this site demands '{own.audit}'")
-    if plan.aggregation.head != "trained" and own.min_class_count is None:
+    by_class = plan.aggregation.head != "trained" and plan.task == "classification"
+    if by_class and own.min_class_count is None:
         raise Refusal(f"{name} sums statistics of the records; this site has not opted in (min_class_count)")
-    if plan.aggregation.method in ("regmean", "fisher") and own.min_texts is None:
+    if plan.aggregation.min_texts is not None and own.min_texts is None:
         raise Refusal(f"{name} sums statistics of the records; this site has not opted in (min_texts)")
     narrow = settings.max_rank is not None and settings.max_rank < plan.adapter.rank
     if narrow and plan.adapter.train != "head" and plan.aggregation.method != "dense":

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from participant import charging
 from participant.base_model import find_base
-from participant.config import DataSet
-from participant.data import Examples, load_examples
+from participant.data import Examples
 from participant.factors import ensure_factors
 from participant.holdout import split
 from participant.judging import judge
@@ -21,7 +20,8 @@ from participant.patience import patiently
 from participant.registry import Registry
 from participant.site import Site
 from participant.store import Quantised, Trained
-from participant.text_data import Records, load_records
+from participant.task_data import TaskData, load_for
+from participant.text_data import Records
 from privacy.adapter import Tensors, check_start, save_peft
 from privacy.errors import Refusal, UserError
 from privacy.job import Job
@@ -65,8 +65,9 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None, 
             f"the delta of plan '{name}' {_whose(kept, digest)}; it takes a plan of another name to train again"
         )
     data = site.home.settings.datasets[job.plan.data.dataset]
-    everything = _examples(site, job, data)
+    everything = load_for(job.plan, site.home.path(data.path), data, to_train=True)
     examples, held_out = split(everything, job.plan)
+    examples = _used(site, job, examples)
     weight = _weight(job, len(examples))
     patiently(lambda: Registry(site.home).take(job.plan.data.dataset, everything.texts))
     identity = charging.reserve(site, job, stage)
@@ -110,31 +111,23 @@ def _local(job: Job, start: Tensors, vector: NDArray[np.float32]) -> Tensors:
     return merged(start, vector.copy(), job.plan.with_server_lr(1.0), factors=job.factors()).tensors
 
 
-def _examples(site: Site, job: Job, data: DataSet) -> Examples | Records:
-    if job.plan.task == "generation":
-        return load_records(site.home.path(data.path), data)
-    privacy = job.plan.privacy
-    users = privacy is not None and privacy.unit == "user"
-    examples = load_examples(
-        site.home.path(data.path),
-        data.format,
-        data.text,
-        data.label,
-        job.plan.data.labels,
-        unit_column=data.unit if users else None,
-        max_records_per_unit=privacy.max_records_per_unit if privacy is not None and users else None,
-    )
+def _used(site: Site, job: Job, examples: TaskData) -> TaskData:
+    """What of the records that are not held out has a part in the vector; UserError where these are too few."""
     aggregation, own = job.plan.aggregation, site.home.settings.policy
-    if settings := aggregation.regmean or aggregation.fisher:
-        _enough_texts(examples, max(settings.min_texts, own.min_texts or 1))
-    if aggregation.analytic is None:
+    least = max(aggregation.min_texts or 1, own.min_texts or 1)
+    if aggregation.min_texts is not None:
+        _enough_texts(examples, least)
+    if aggregation.analytic is None or isinstance(examples, Records):
         return examples
-    from participant.analytic import frequent
+    from participant.analytic import check_spread, frequent
 
-    return frequent(examples, job.plan, own.min_class_count or 1)
+    if isinstance(examples, Examples):
+        return frequent(examples, job.plan, own.min_class_count or 1)
+    check_spread(examples, least)
+    return examples
 
 
-def _enough_texts(examples: Examples, least: int) -> None:
+def _enough_texts(examples: TaskData, least: int) -> None:
     """Raise UserError unless the site has as many different texts as the plan and its own file ask for."""
     if (found := len(set(examples.texts))) < least:
         raise UserError(
@@ -144,7 +137,7 @@ def _enough_texts(examples: Examples, least: int) -> None:
 
 
 def _train(
-    site: Site, job: Job, identity: str, start: Tensors, examples: Examples | Records, progress: Progress | None
+    site: Site, job: Job, identity: str, start: Tensors, examples: TaskData, progress: Progress | None
 ) -> TrainingResult:
     """Train the charged job: START is durable before the first batch, after the self-test of a private one."""
     # torch takes seconds to import, and only this needs it.

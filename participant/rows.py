@@ -25,7 +25,7 @@ TREE_TEXT, TREE_LABEL = "text", "label"
 #: What ``Dataset.save_to_disk`` and ``DatasetDict.save_to_disk`` leave beside the data.
 STATE_FILE, DICT_FILE = "state.json", "dataset_dict.json"
 
-HINT = "name the columns in participant.toml: text, label, and unit where users count"
+HINT = "name the columns in participant.toml: text, label or target, and unit where users count"
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
-from participant import dp_step, generation
+from participant import dp_step, generation, regression
 from participant.dp_step import Step
 from participant.features import Standard, random_texts
 from participant.noise import SecretRandom
@@ -145,6 +145,9 @@ def _losses(loaded: Loaded, plan: Plan, standard: Standard | None) -> dp_step.Lo
     if plan.task == "generation":
         return generation.private_losses(loaded, generation.synthetic(loaded, [max(2, length) for length in lengths]))
     texts = random_texts(loaded, EXAMPLES, lengths, longest)
+    if plan.task == "regression":
+        targets = torch.linspace(-1, 1, EXAMPLES, device=loaded.device)
+        return regression.private_losses(loaded, texts, targets, standard)
     labels = torch.arange(EXAMPLES, device=loaded.device) % len(plan.data.labels)
     return dp_step.losses_on(loaded, texts, labels, dp_step.log_prior_of(plan).to(loaded.device), standard)
 

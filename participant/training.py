@@ -27,7 +27,9 @@ from participant.cores import Cores
 from participant.data import Examples
 from participant.loading import check_model, load_base
 from participant.loading import load_classifier as load_classifier
+from participant.measured import Measured
 from participant.sending import class_shares, narrowed, squared_gradients, vector_of
+from participant.task_data import TaskData
 from participant.text_data import Records
 from privacy.adapter import Tensors, Vector, check_tensors, flatten, layout_of, peft_config, trained_part
 from privacy.errors import UserError
@@ -107,7 +109,7 @@ def load_model(plan: Plan, base: Path, adapter: Mapping[str, Any], device: Devic
     check_tensors(adapter, layout_of(plan.adapter))
     check_base(plan, base)
     where = pick_device(device)
-    model, tokenizer, missing = load_base(base, len(plan.data.labels))
+    model, tokenizer, missing = load_base(base, plan.outputs)
     check_model(model, missing, plan.adapter, base)
     limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 1 << 30)
     if plan.data.max_length > limit:
@@ -150,7 +152,7 @@ def tokenise(tokenizer: Any, texts: tuple[str, ...], max_length: int) -> list[Te
 
 
 def logits_of(loaded: Loaded, batch: list[Tensor]) -> Tensor:
-    """(batch, labels) float32 logits; the batch is padded on the right to its own longest text."""
+    """(batch, outputs) float32 logits; the batch is padded on the right to its own longest text."""
     ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=loaded.tokenizer.pad_token_id)
     lengths = torch.tensor([len(one) for one in batch])
     mask = (torch.arange(ids.shape[1])[None, :] < lengths[:, None]).to(torch.int64)  # (batch, longest)
@@ -196,7 +198,7 @@ def train(
     plan: Plan,
     base: Path,
     start: Mapping[str, Any],
-    examples: Examples | Records,
+    examples: TaskData,
     device: Device = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
@@ -206,7 +208,8 @@ def train(
 ) -> TrainingResult:
     """Fine-tune B and the head from ``start`` on the site's examples, as the plan says, and return the delta.
 
-    A language model's loss is told in ``participant/generation.py``. A classifier's is cross-entropy per example; with
+    A language model's loss is told in ``participant/generation.py``, that of a regression is the mean squared error on
+    the scaled target. A classifier's is cross-entropy per example; with
     ``logit_adjusted`` the log of the site's own class prior is added to the logits in training only (Menon et al. 2021,
     arXiv 2007.07314; for federated learning Zhang et al. 2022, "FedLC"). The trained logits then stand for a uniform
     prior at every site, so their average is not torn between the sites' label skews.
@@ -215,7 +218,7 @@ def train(
         plan: what to train; base, adapter, data and training are read.
         base: directory of the base model.
         start: the whole start adapter of this stage, under PEFT's names.
-        examples: the site's records, labels numbered as in the plan; or records for text generation.
+        examples: the site's records, labels numbered as in the plan; or with numbers, or for text generation.
         device: ``auto`` is CUDA, then CPU; bf16 autocast where CUDA has it.
         threads: CPU threads for torch in this process; None leaves torch's own choice.
         progress: called after each step.
@@ -282,12 +285,16 @@ def train(
     return TrainingResult(vector, len(examples), epoch_loss / len(examples), time.monotonic() - began)
 
 
-def _seen(loaded: Loaded, plan: Plan, examples: Examples | Records) -> Seen:
+def _seen(loaded: Loaded, plan: Plan, examples: TaskData) -> Seen:
     """What the plan's task makes of a site's records."""
     if isinstance(examples, Records):
         from participant.generation import seen_by  # which builds on this module
 
         return seen_by(loaded, plan, examples)
+    if isinstance(examples, Measured):
+        from participant import regression
+
+        return regression.seen_by(loaded, plan, examples)
     texts = tokenise(loaded.tokenizer, examples.texts, plan.data.max_length)
     labels = torch.tensor(examples.labels, device=loaded.device)
     prior = torch.zeros(len(plan.data.labels))
@@ -303,11 +310,11 @@ def _seen(loaded: Loaded, plan: Plan, examples: Examples | Records) -> Seen:
     return Seen(texts, loss_of, lambda batch: logits_of(loaded, batch))
 
 
-def _check_examples(examples: Examples | Records, plan: Plan) -> None:
+def _check_examples(examples: TaskData, plan: Plan) -> None:
     """Raise UserError unless there is something to learn from."""
     if not len(examples):
         raise UserError("data: expected at least one example, found none", hint="check the data set")
-    if isinstance(examples, Records):
+    if not isinstance(examples, Examples):
         return
     if plan.training.loss == "logit_adjusted" and len(set(examples.labels)) == 1:
         raise UserError(

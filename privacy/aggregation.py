@@ -16,8 +16,10 @@ class Analytic(Section):
     ridge: Annotated[float, Field(ge=1e-9, le=1.0)]
     #: Features are clipped to +-feature_clip, coordinate by coordinate, and divided by it.
     feature_clip: Annotated[float, Field(gt=0, le=1e6)]
-    #: A class with fewer different texts at a site is left out of that site's statistics.
-    min_class_count: Positive
+    #: A class with fewer different texts at a site is left out of that site's statistics; for classification.
+    min_class_count: Positive | None = None
+    #: A site with fewer different texts sits out; for regression, which has no classes.
+    min_texts: Positive | None = None
 
 
 class Counted(Section):
@@ -80,6 +82,12 @@ class Aggregation(Section):
     fisher: Fisher | None = None
     core: Core | None = None
 
+    @property
+    def min_texts(self) -> int | None:
+        """Different texts that a site must have, where statistics of all its records are summed."""
+        asked = [section.min_texts for section in (self.analytic, self.regmean, self.fisher) if section is not None]
+        return max((least for least in asked if least is not None), default=None)
+
     @model_validator(mode="after")
     def _sections_are_the_methods(self) -> Aggregation:
         for name, section in (("regmean", self.regmean), ("fisher", self.fisher), ("core", self.core)):
@@ -109,6 +117,8 @@ class Evaluation(Section):
     holdout: Annotated[float, Field(ge=0.01, le=0.5)]
     #: How far the mean is applied, to be voted on; ``aggregation.server_lr`` alone where empty.
     server_lr: Annotated[tuple[Annotated[float, Field(gt=0, le=10)], ...], Field(max_length=16)] = ()
+    #: Of a regression, in the target's own unit: an answer that is off by no more is right.
+    tolerance: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _rates_are_distinct(self) -> Evaluation:

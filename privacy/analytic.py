@@ -1,8 +1,9 @@
 """The analytic head: the ridge solution of all sites' records together, from sums of statistics, whatever the split.
 
 Of its features z, clipped to a public range and divided by it, with a constant 1 behind them where the head has a bias,
-and its one-hot labels y a site sends the means of z z^T (upper triangle) and of z y^T as the coordinates of its vector,
-weighted by its number of records. The mean over sites is that over all records, and the head is the solution W of
+and of y, one-hot labels or the scaled target, a site sends the means of z z^T (upper triangle) and of z y^T as the
+coordinates of its vector, weighted by its number of records. The mean over sites is that over all records, and the head
+is the solution W of
 
     (mean z z^T + ridge I) W = mean z y^T
 
@@ -35,6 +36,7 @@ class Head:
     module: str
     bias: bool
     features: int
+    #: One for each label, or the one number of a regression.
     classes: int
 
     @property
@@ -50,8 +52,7 @@ class Head:
 
 def head_of(plan: Plan) -> Head:
     """The head of a plan with ``aggregation.head = "analytic"``; every other plan may raise ValueError."""
-    labels = len(plan.data.labels)
-    return Head(*linear_head(plan.adapter, labels), labels)
+    return Head(*linear_head(plan.adapter, plan.outputs), plan.outputs)
 
 
 def pack(gram: Matrix, products: Matrix, clip: float) -> Vector:

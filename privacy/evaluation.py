@@ -1,9 +1,9 @@
 """Federated evaluation: one more stage whose vector is counts, and the vote on how far the mean is applied.
 
-Each site classifies records that it kept out of training with every candidate: the base model, where the last stage
-started, and its release at each ``server_lr`` that the plan names. It sends how many records it looked at, and for
-each candidate the number of right answers and the sum of losses; the round adds them up like any vector, so that totals
-are all anybody learns (protocol section 6). Right answers and not choices: a unanimous vote would tell each site's.
+Each site puts records that it kept out of training to every candidate: the base model, where the last stage started,
+and its release at each ``server_lr`` that the plan names. It sends how many records it looked at, and for each
+candidate the number of right answers and the sum of losses; the round adds them up like any vector, so that totals are
+all anybody learns (protocol section 6). Right answers and not choices: a unanimous vote would tell each site's.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ def counts_quantizer(plan: Plan) -> Quantizer:
 class Counts:
     """What one candidate did on held-out records."""
 
+    #: Of a regression: off by no more than the tolerance.
     correct: int
-    #: Sum of the cross-entropies in nats.
+    #: Sum of the cross-entropies in nats; of a regression of the squared errors on the scaled target.
     loss: float
 
 
@@ -88,7 +89,7 @@ class Result:
     candidate: Candidate
     records: int
     correct: int
-    #: Mean cross-entropy, nats.
+    #: Mean cross-entropy, nats, or mean squared error on the scaled target.
     loss: float
 
     @property

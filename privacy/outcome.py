@@ -219,6 +219,7 @@ def manifest(
         "adapter_digest": start_digest(combined.tensors).hex(),
         "coordinates": job.quantizer.size,
         "total_weight": combined.weight,
+        **({} if job.plan.data.target is None else {"target": list(job.plan.data.target)}),
         **combined.facts,
         **({} if job.judging else _training(job, combined.loss)),
         "cohorts": [_cohort(job, cohort) for cohort in cohorts],

@@ -11,7 +11,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -19,6 +19,7 @@ from privacy.aggregation import TRAINS_A, Aggregation, Evaluation
 from privacy.errors import UserError
 from privacy.guarantee import Privacy, unsuitable
 from privacy.settings import HexDigest, Positive, Section, parse_toml
+from privacy.target import Target, misfit
 
 MAX_PLAN_BYTES = 1 << 20
 #: Numbers in all tensors of an adapter, 4 GiB as float32: no plan can make a site ask for more memory than that.
@@ -31,6 +32,10 @@ PLAN_LABEL = b"veilsum/1/plan\0"
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Text = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+Task = Literal["classification", "generation", "regression"]
+TASKS: tuple[str, ...] = get_args(Task)
 
 
 class Base(Section):
@@ -79,8 +84,8 @@ class Adapter(Section):
         return self
 
 
-def linear_head(adapter: Adapter, labels: int) -> tuple[str, bool, int]:
-    """(module, has it a bias, features) of an adapter's head if that is one linear layer over all labels.
+def linear_head(adapter: Adapter, outputs: int) -> tuple[str, bool, int]:
+    """(module, has it a bias, features) of an adapter's head if that is one linear layer of so many outputs.
 
     Raises:
         ValueError: the head is another, or too wide for a Gram matrix.
@@ -88,8 +93,8 @@ def linear_head(adapter: Adapter, labels: int) -> tuple[str, bool, int]:
     shapes = dict(adapter.head)
     module = next((name.removesuffix(".weight") for name in shapes if name.endswith(".weight")), "")
     weight, bias = shapes.pop(f"{module}.weight", ()), shapes.pop(f"{module}.bias", None)
-    if shapes or len(weight) != 2 or weight[0] != labels or bias not in (None, (labels,)):
-        raise ValueError(f"adapter.head: expected one linear layer over {labels} labels, found {adapter.head}")
+    if shapes or len(weight) != 2 or weight[0] != outputs or bias not in (None, (outputs,)):
+        raise ValueError(f"adapter.head: expected one linear layer of {outputs} outputs, found {adapter.head}")
     if weight[1] > MAX_FEATURES:
         raise ValueError(f"adapter.head: expected at most {MAX_FEATURES} features, found {weight[1]}")
     return module, bias is not None, weight[1]
@@ -100,6 +105,8 @@ class Data(Section):
 
     dataset: Name
     labels: tuple[Text, ...] = ()
+    #: Public range [low, high] of the number that a regression learns; models see it as one from -1 to 1.
+    target: Target | None = None
     max_length: Annotated[int, Field(ge=1, le=1 << 20)] = 128
 
     @model_validator(mode="after")
@@ -112,7 +119,7 @@ class Data(Section):
 class Training(Section):
     """Local fine-tuning, the same at every site."""
 
-    loss: Literal["logit_adjusted", "cross_entropy"] = "logit_adjusted"
+    loss: Literal["logit_adjusted", "cross_entropy", "squared"] = "logit_adjusted"
     learning_rate: Annotated[float, Field(gt=0, le=1)]
     optimizer: Literal["adamw", "sgd"] = "adamw"
     #: These three not under [privacy], which counts steps and takes its batches by secret chance.
@@ -163,8 +170,8 @@ class Plan(Section):
     """A whole plan file."""
 
     name: Name
-    #: "generation": the next token of a causal language model, PEFT's CAUSAL_LM.
-    task: Literal["classification", "generation"]
+    #: "generation": the next token of a causal language model, PEFT's CAUSAL_LM. "regression": a number.
+    task: Task
     #: Passes from a start adapter to a release, one upload of each site in each; the next starts from the release.
     stages: Annotated[int, Field(ge=1, le=16)] = 1
     base: Base
@@ -180,6 +187,11 @@ class Plan(Section):
     evaluation: Evaluation | None = None
     round: Round
     deadlines: Deadlines = Deadlines()
+
+    @property
+    def outputs(self) -> int:
+        """Width of the head: one for each label, one number of a regression, none of a language model."""
+        return 1 if self.task == "regression" else len(self.data.labels)
 
     @property
     def last(self) -> int:
@@ -202,8 +214,8 @@ class Plan(Section):
     def _task_fits_labels(self) -> Plan:
         if self.task == "classification" and len(self.data.labels) < 2:
             raise ValueError("data.labels: a classification task needs at least two labels")
-        if self.task == "classification" and not self.adapter.head:
-            raise ValueError("adapter.head: a classification task needs a head, found none")
+        if self.task != "generation" and not self.adapter.head:
+            raise ValueError(f"adapter.head: a {self.task} task needs a head, found none")
         return self
 
     @model_validator(mode="after")
@@ -226,6 +238,12 @@ class Plan(Section):
             )
         if self.privacy is not None and self.privacy.unit != "record":
             raise ValueError(f'privacy.unit: expected "record" for task = "generation", found "{self.privacy.unit}"')
+        return self
+
+    @model_validator(mode="after")
+    def _regression_is_whole(self) -> Plan:
+        if fault := misfit(self):
+            raise ValueError(fault)
         return self
 
     @model_validator(mode="after")
@@ -276,7 +294,7 @@ class Plan(Section):
             )
         if self.adapter.train != "head":
             raise ValueError('adapter.train: expected "head" beside an analytic head, found "all"')
-        linear_head(self.adapter, len(self.data.labels))
+        linear_head(self.adapter, self.outputs)
         return self
 
     @model_validator(mode="after")
@@ -311,7 +329,7 @@ class Plan(Section):
                 raise ValueError(
                     'aggregation.head: expected "trained" under [privacy]: counts of records have no noise'
                 )
-            linear_head(self.adapter, len(self.data.labels))
+            linear_head(self.adapter, self.outputs)
         return self
 
     @model_validator(mode="after")

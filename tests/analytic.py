@@ -65,8 +65,8 @@ max_weight = 512
 """
 
 Matrix = NDArray[np.float64]
-Labels = tuple[int, ...]
-Part = tuple[Matrix, Labels]
+#: Features, and of each record the number of its label, or its target.
+Part = tuple[Matrix, tuple[float, ...]]
 
 
 def plan_text(bits: int = 32, ridge: float = 1e-3) -> str:

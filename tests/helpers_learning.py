@@ -11,6 +11,7 @@ import transformers
 
 from participant.data import Examples
 from participant.drafting import draft_plan
+from participant.measured import Measured
 from privacy.plan import Plan, parse_plan
 
 # Tiny tensors gain nothing from threads, which wait for each other on a busy machine.
@@ -22,6 +23,8 @@ WORDS = {
     "metal": ("iron", "zinc", "copper", "nickel"),
     "river": ("rhine", "elbe", "danube", "oder"),
 }
+#: Range of the numbers of a toy regression; neither end, nor zero, is where they lie.
+TARGET = (10.0, 50.0)
 VOCABULARY = (
     "[PAD]",
     "[UNK]",
@@ -100,3 +103,16 @@ def word_examples(counts: tuple[int, ...]) -> Examples:
             texts.append(f"the {words[i % 4]} {'a ' * (i % 3)}{words[(i // 4) % 4]}")
             labels.append(number)
     return Examples(tuple(texts), tuple(labels))
+
+
+def regression_plan(base: Path, **changes: Any) -> Plan:
+    """:func:`tiny_plan` for the numbers of :func:`word_numbers`."""
+    return tiny_plan(base, **{"task": "regression", "labels": (), "target": TARGET} | changes)
+
+
+def word_numbers(counts: tuple[int, ...]) -> Measured:
+    """The texts of :func:`word_examples`, each with a number that its two words decide: 12 to 45."""
+    texts = word_examples(counts).texts
+    order = VOCABULARY[VOCABULARY.index("a") + 1 :]
+    numbers = [12 + 1.5 * sum(order.index(word) for word in text.split() if word in order) for text in texts]
+    return Measured(texts, tuple(numbers))

@@ -45,7 +45,7 @@ def pooled_solution(job: Job, part: Part) -> Matrix:
     scaled = np.clip(part[0] / settings.feature_clip, -1, 1)
     z = np.concatenate([scaled, np.ones((len(scaled), 1))], axis=1)
     targets = np.zeros((len(z), CLASSES))
-    targets[np.arange(len(z)), part[1]] = 1
+    targets[np.arange(len(z)), np.array(part[1], int)] = 1
     gram = z.T @ z / len(z) + settings.ridge * np.eye(FEATURES + 1)
     return np.asarray(np.linalg.solve(gram, z.T @ targets / len(z)))
 

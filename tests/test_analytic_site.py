@@ -157,9 +157,11 @@ def site_with(set_up: Federation, directory: Path, policy: str) -> Site:
     return Site.open(directory)
 
 
-def job_of(site: Site) -> Job:
+def job_of(site: Site, **changes: Any) -> Job:
     about: dict[str, Any] = {"base_name": "tiny", "dataset": "words", "labels": LABELS, "max_length": 8}
-    text = draft_plan(base=site.home.directory / "base", name="sums", head="analytic", max_weight=1024, **about)
+    text = draft_plan(
+        base=site.home.directory / "base", name="sums", head="analytic", max_weight=1024, **about | changes
+    )
     return Job.of(parse_plan(text.encode()), site.roster)
 
 
@@ -178,6 +180,16 @@ def test_a_site_keeps_its_statistics_and_what_they_give_alone(set_up: Federation
     local = load_peft(site.local_directory("sums", 1))
     assert not local["base_model.model.classifier.weight"][2].any()
     assert local["base_model.model.classifier.weight"][:2].any()
+
+
+def test_a_class_of_which_too_few_are_not_held_out_is_left_out(set_up: Federation, tmp_path: Path) -> None:
+    site = site_with(set_up, tmp_path, "min_class_count = 12\n")
+    job = job_of(site, holdout=0.2)
+    weight = prepare(site, job, 1).weight
+    assert 12 <= weight < 20  # of 20 and 12 of two classes, a fifth held out
+    decoded = job.quantizer.decode(np.concatenate(list(kept_vector(site, job, 1))).astype(np.uint32), 1)
+    _, products = unpack(decoded.mean, head_of(job.plan), job.plan.round.clip)
+    np.testing.assert_allclose(products[-1] * weight, (weight, 0, 0), atol=1e-3)
 
 
 def test_a_site_without_a_minimum_of_its_own_takes_no_such_plan(set_up: Federation, tmp_path: Path) -> None:

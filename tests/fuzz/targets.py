@@ -26,6 +26,7 @@ from coordinator.proofs import OfferTable
 from participant import records
 from participant.config import DataSet
 from participant.data import load_examples
+from participant.measured import load_measured
 from participant.store import Store
 from participant.text_data import load_records
 from privacy import audit, vectors
@@ -327,6 +328,10 @@ def _examples(data: bytes) -> None:
         talks = load_records(path, DataSet(path="data", format="jsonl"))
         assert all(text.encode().strip() for text in talks.texts)
         return
+    if data[:1] == b"n":
+        numbers = load_measured(path, "jsonl", "text", "target", (0.0, 5.0)).targets
+        assert all(0 <= number <= 5 for number in numbers)
+        return
     found = load_examples(path, "csv" if data[:1] == b"c" else "jsonl", "text", "label", ("a", "b"))
     assert set(found.labels) <= {0, 1}
     assert all(found.texts)
@@ -335,7 +340,7 @@ def _examples(data: bytes) -> None:
 def _examples_seeds() -> list[bytes]:
     turns = b'[{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]'
     talks = b'r{"messages": ' + turns + b'}\n{"prompt": "x", "response": "y"}\n{"text": "x"}\n'
-    return [b'ctext,label\n"x, y",a\n', b'j{"text": "x", "label": "b"}\n', talks]
+    return [b'ctext,label\n"x, y",a\n', b'j{"text": "x", "label": "b"}\n', talks, b'n{"text": "x", "target": 1e0}\n']
 
 
 @cache
