@@ -27,6 +27,7 @@ from demo.compare import secure_equals_plain
 from demo.federation import BIN, Federation
 from privacy import console
 from privacy.adapter import Matrix, Tensors, load_peft, start_adapter
+from privacy.aligned import plan_at
 from privacy.analytic import head_of, pack, rounding_ridge, solved
 from privacy.errors import VeilsumError
 from privacy.plan import Plan, load_plan
@@ -162,15 +163,16 @@ def demonstrate(out: Path) -> dict[str, Any]:
     finally:
         federation.stop_all()
     with screen.status("solving for everything pooled, for comparison …"):
-        *parts, test = features(plan.plan, out / "data", [*run.NAMES, "test"])
-        exact = pooled_head(parts, plan.plan)
-        released = head_in(load_peft(Path(summary["adapter"])), plan.plan)
+        first = plan_at(plan.plan, 1)
+        *parts, test = features(first, out / "data", [*run.NAMES, "test"])
+        exact = pooled_head(parts, first)
+        released = head_in(load_peft(Path(summary["adapter"])), first)
         summary["accuracy"]["pooled"] = round(right(exact, test), 4)
         summary["analytic"] = {
             "stages": stages,
             "error": float(np.linalg.norm(released - exact) / np.linalg.norm(exact)),
             "largest_feature": float(max(np.abs(x).max() for x, _ in parts)),
-            "quantising": costs_of_quantising(parts, test, plan.plan),
+            "quantising": costs_of_quantising(parts, test, first),
         }
     summary["seconds"]["total"] = round(time.monotonic() - began, 1)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -115,6 +115,23 @@ def test_a_site_with_one_class_trains_too_if_the_loss_lets_it(base: Path) -> Non
     assert np.any(result.delta)
 
 
+def test_one_mean_of_skewed_sites_helps_where_the_base_models_features_do_not(tmp_path: Path) -> None:
+    """Three sites, four fifths of each of one class; of six features alone a head gets two of three right."""
+    base = tiny_base(tmp_path, hidden=6)
+    plan, everything = the_plan(base, rank=2, epochs=12), word_examples((40, 40, 40))
+    start, second = headed(plan, base, everything), plan_at(plan, 2)
+    deltas = [
+        train(plan=second, base=base, start=start, examples=word_examples(own), device="cpu", threads=1).delta
+        for own in ((32, 4, 4), (4, 32, 4), (4, 4, 32))
+    ]
+    released = merged(start, np.mean(deltas, axis=0, dtype=np.float32), second).tensors
+    before, after = (
+        accuracy(plan=plan, base=base, adapter=tensors, examples=everything, device="cpu").accuracy
+        for tensors in (start, released)
+    )
+    assert after > before + 0.08
+
+
 # --- a draft ----------------------------------------------------------------------------------------------------------
 
 
