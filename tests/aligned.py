@@ -82,6 +82,6 @@ def pooled_head(members: tuple[int, ...]) -> NDArray[np.float64]:
     """(classes, features): the ridge solution of these members' records, by LAPACK."""
     parts = [part_of(member) for member in members]
     z = np.clip(np.concatenate([features for features, _ in parts]) / 2.0, -1, 1)
-    targets = np.eye(2)[[label for _, labels in parts for label in labels]]
+    targets = np.eye(2)[[int(label) for _, labels in parts for label in labels]]
     gram = z.T @ z / len(z) + 0.001 * np.eye(FEATURES)
     return np.asarray(np.linalg.solve(gram, z.T @ targets / len(z))).T / 2.0

@@ -85,6 +85,18 @@ def test_statistics_have_no_noise_in_any_stage() -> None:
         parse_plan(aligned_plan(2, 100, *changes))
 
 
+def test_the_head_of_a_regression_is_not_followed_by_an_adapter() -> None:
+    changes = (
+        (b'"classification"', b'"regression"'),
+        (b'labels = ["a", "b"]', b"target = [0.0, 1.0]"),
+        (b"epochs = 1", b'epochs = 1\nloss = "squared"'),
+        (b"min_class_count", b"min_texts"),
+        (b"[2, 8]", b"[1, 8]"),
+    )
+    with pytest.raises(UserError, match='task: expected "classification" with an analytic head and 2 stages, found'):
+        parse_plan(aligned_plan(2, 100, *changes))
+
+
 @pytest.mark.parametrize("stages", [1, 2])
 def test_a_head_is_fixed_only_where_it_was_computed_before(stages: int) -> None:
     if stages == 1:
