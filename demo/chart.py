@@ -18,6 +18,7 @@ BARS = {
     "alone_mean": "alone, mean",
     "alone_best": "alone, best",
     "one_shot": "one round",
+    "with_adapter": "and adapter",
     "without_privacy": "not private",
     "pooled": "pooled data",
 }

@@ -17,7 +17,7 @@ from privacy.vectors import read_total
 
 def secure_equals_plain(federation: Federation, plan: PlanFile, number: int = 1) -> bool:
     """Of a stage: the unmasked total against the plain sum of the survivors' quantised vectors, integer for integer."""
-    job = Job.of(plan, load_roster(federation.coordinator / "roster.toml"))
+    job = Job.of(plan, load_roster(federation.coordinator / "roster.toml")).at(number)
     stage = federation.coordinator / "releases" / plan.plan.name / f"stage-{number}"
     cohort = json.loads((stage / "manifest.json").read_bytes())["cohorts"][0]
     path = stage / "rounds" / str(cohort["round"]) / TOTAL_FILE

@@ -125,13 +125,14 @@ def watch(federation: Federation, status: Status, seconds: float) -> None:
 
 
 def accuracies(federation: Federation, out: Path, path: Path = PLAN) -> dict[str, float]:
-    """Accuracy on the held-out fifth, measured by the sites' own command."""
+    """Accuracy on the held-out fifth after stage 1, measured by the sites' own command."""
 
     def measure(name: str) -> dict[str, Any]:
         adapters = ["local", *(("base", "release") if name == NAMES[0] else ())]
         options = [option for adapter in adapters for option in ("--adapter", adapter)]
         test = out / "data" / "test.jsonl"
-        found = federation.participant(name, "evaluate", str(path), "--data", str(test), "--json", *options)
+        options += ["--data", str(test), "--stage", "1", "--json"]
+        found = federation.participant(name, "evaluate", str(path), *options)
         result: dict[str, Any] = json.loads(found)
         return result
 
@@ -175,6 +176,7 @@ def show_table(summary: Mapping[str, Any], screen: Console) -> None:
         "alone_mean": "sites alone, mean",
         "alone_best": "sites alone, best",
         "one_shot": "one round together",
+        "with_adapter": "and then the adapter behind that head",
         "without_privacy": "one round without differential privacy",
         "pooled": "all data pooled",
     }

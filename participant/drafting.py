@@ -50,7 +50,7 @@ dataset = {dataset}  # the name under which each site has registered its own dat
 
 {generation}[training]
 {loss_comment}loss = {loss}
-learning_rate = {learning_rate}  # {rate_is_for}
+{sharpness}learning_rate = {learning_rate}  # {rate_is_for}
 {schedule}
 [aggregation]
 method = {method}  # {says}
@@ -81,7 +81,7 @@ outcome_s = 3600
 # {coordinates} coordinates are sent.
 rank = {rank}
 alpha = {alpha}  # the adapter acts with alpha / rank
-train = {train}  # B and the head: "all"; A as well: "both"; or the "head" alone, on the base model's features
+train = {train}  # {trains}
 seed = {seed}
 # SHA-256 of the start adapter that every site computes from seed, modules and head.
 digest = {start_digest}
@@ -101,6 +101,12 @@ _TARGET = """\
 target = [{low!r}, {high!r}]
 """
 _SQUARED = "# The squared error on the target as models see it, from -1 to 1.\n"
+
+
+#: What only one has in which the adapter is trained behind an analytic head.
+_SHARPNESS = """\
+sharpness = 10.0  # logits of the loss are so many times the scores of the fixed head, which lie about 0 and 1
+"""
 
 #: What a plan with a head of its own has.
 _HEAD = """
@@ -135,6 +141,10 @@ _SAYS: dict[Method, str] = {
     "dense": "A and B trained, the products B A summed: exact up to the truncation, which the release gives",
     "core": "rank x rank numbers between frozen factors of the base model's weights: exact, and the shortest vector",
 }
+
+#: What it says of what is trained.
+_TRAINS = 'B and the head: "all"; A as well: "both"; or the "head" alone, on the base model\'s features'
+_TRAINS_B = "B alone, behind a head that stage 1 computes and that stays as it is from then on"
 
 #: What a plan says of its learning rate, where A is not frozen or B not trained.
 _RATES = {
@@ -199,6 +209,12 @@ _LEAST = {
     "regression": "min_texts = 20  # a site with fewer different texts sits out",
 }
 
+#: The same where stages follow in which the adapter is trained.
+_ALIGNED = _ANALYTIC.replace(
+    "of all records together. [training] is not read. The sums",
+    "of all records together. That is stage 1; in the later ones [training] applies, to B. The sums",
+)
+
 
 def draft_plan(
     *,
@@ -253,7 +269,8 @@ def draft_plan(
         rank: of each LoRA pair.
         alpha: LoRA's scale, the adapter acts with alpha / rank; 2 * rank where None.
         seed: public 32-byte seed of the frozen A; drawn at random where None.
-        head: "analytic" for a head computed from sums of statistics, see ``privacy/analytic.py``; nothing is trained.
+        head: "analytic" for a head computed from sums of statistics, see ``privacy/analytic.py``; nothing is trained
+            but B, in the ``stages`` after the first.
             "counted" for a trained one whose rows count by the records of their class.
         learning_rate: 0.002 where None, and 0.05 for the method "core", whose few numbers have further to go.
         clip: 0.5 where None, and 4 for the method "core".
@@ -270,9 +287,10 @@ def draft_plan(
     Raises:
         UserError: the base model cannot be loaded or adapted, or a value is out of the plan's range.
     """
+    aligned = head == "analytic" and stages > 1
+    trained: Literal["all", "both", "head", "lora"] = "both" if method in TRAINS_A else train
     if head == "analytic":
-        train = "head"
-    trained: Literal["all", "both", "head"] = "both" if method in TRAINS_A else train
+        trained = "lora" if aligned else "head"
     outputs = 1 if task == "regression" else len(labels)
     modules, layer = _inspect(base, task, outputs, TARGETS[task] if targets is None else targets)
     if task != "classification":
@@ -297,7 +315,8 @@ def draft_plan(
         core = _CORE.format(factors=_toml(keep_factors(factors_to, factors, private=False)))
     digest = start_digest(first_start(adapter, factors)).hex()
     # The head's comes first: it begins with a key, and the other is a table.
-    section = {"analytic": _ANALYTIC.format(least=_LEAST.get(task, "")), "counted": _COUNTED}.get(head, "")
+    solved = (_ALIGNED if aligned else _ANALYTIC).format(least=_LEAST.get(task, ""))
+    section = {"analytic": solved, "counted": _COUNTED}.get(head, "")
     section += {"regmean": _REGMEAN, "fisher": _FISHER, "core": core}.get(method, "")
     if holdout is not None:
         section += _EVALUATION.format(holdout=holdout, rates=_toml(list(map(float, rates))))
@@ -319,6 +338,7 @@ def draft_plan(
             "classification": _LOSS_COMMENT.format(prior="public" if privacy else "site's own"),
             "regression": _SQUARED,
         }.get(task, ""),
+        sharpness=_SHARPNESS if aligned else "",
         learning_rate=float(rate if learning_rate is None else learning_rate),
         schedule="\n" + privacy
         if privacy
@@ -330,10 +350,11 @@ def draft_plan(
         max_colluders=max_colluders,
         clip=float(reach if clip is None else clip),
         max_weight=max_weight,
-        coordinates=f"{_coordinates(adapter, outputs, head, method):,}",
+        coordinates=_coordinates(adapter, outputs, head, method),
         rank=rank,
         alpha=adapter.alpha,
         train=_toml(trained),
+        trains=_TRAINS_B if aligned else _TRAINS,
         seed=_toml(adapter.seed),
         start_digest=_toml(digest),
         modules=_table(modules),
@@ -368,10 +389,12 @@ def _inspect(
     return inspect_model(base, outputs, targets)
 
 
-def _coordinates(adapter: Adapter, outputs: int, head: str, method: Method) -> int:
+def _coordinates(adapter: Adapter, outputs: int, head: str, method: Method) -> str:
+    trained = f"{parts_of(adapter, method, outputs if head == 'counted' else 0).size:,}"
     if head != "analytic":
-        return parts_of(adapter, method, outputs if head == "counted" else 0).size
-    return Head(*linear_head(adapter, outputs), outputs).size
+        return trained
+    first = f"{Head(*linear_head(adapter, outputs), outputs).size:,}"
+    return f"{first} in stage 1, and then {trained}" if adapter.train == "lora" else first
 
 
 def _toml(value: str | Sequence[str] | Sequence[float]) -> str:

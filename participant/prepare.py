@@ -53,6 +53,7 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None, 
         Refusal: this stage's delta is spent, and was trained under another plan file of the same name, or from
             another start adapter.
     """
+    job = job.at(stage)
     name, digest = job.plan.name, job.plan_file.digest.hex()
     ensure_factors(site, job)
     start, origin = _start(site, job, stage, later)
@@ -112,17 +113,20 @@ def _local(job: Job, start: Tensors, vector: NDArray[np.float32]) -> Tensors:
 
 
 def _used(site: Site, job: Job, examples: TaskData) -> TaskData:
-    """What of the records that are not held out has a part in the vector; UserError where these are too few."""
-    aggregation, own = job.plan.aggregation, site.home.settings.policy
-    least = max(aggregation.min_texts or 1, own.min_texts or 1)
-    if aggregation.min_texts is not None:
+    """What of the records that are not held out has a part in the vector; UserError where these are too few.
+
+    The same in all stages: an adapter that follows a head is trained on no record that the site kept out of the head.
+    """
+    plan, own = job.plan_file.plan, site.home.settings.policy
+    least = max(plan.aggregation.min_texts or 1, own.min_texts or 1)
+    if plan.aggregation.min_texts is not None:
         _enough_texts(examples, least)
-    if aggregation.analytic is None or isinstance(examples, Records):
+    if plan.aggregation.analytic is None or isinstance(examples, Records):
         return examples
     from participant.analytic import check_spread, frequent
 
     if isinstance(examples, Examples):
-        return frequent(examples, job.plan, own.min_class_count or 1)
+        return frequent(examples, plan, own.min_class_count or 1)
     check_spread(examples, least)
     return examples
 

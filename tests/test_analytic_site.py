@@ -28,9 +28,11 @@ from participant.prepare import kept_vector, prepare
 from participant.site import Site
 from participant.training import load_model, logits_of, tokenise
 from privacy.adapter import check_start, load_peft, start_adapter
+from privacy.aligned import plan_at
 from privacy.analytic import head_of, solved, unpack
 from privacy.errors import Refusal, UserError
 from privacy.job import Job
+from privacy.methods import vector_size
 from privacy.plan import Plan, load_plan, parse_plan
 from privacy.settings import parse_toml
 from tests.helpers_learning import LABELS, tiny_base, tiny_plan, word_examples
@@ -203,7 +205,8 @@ def test_the_demos_plan_fits_the_demos_model_and_sites() -> None:
     assert plan.base.digest == base_digest(base_model())
     assert plan.data.labels == DESKS
     check_start(start_adapter(plan.adapter), plan.adapter)
-    assert head_of(plan).size == 385 * 386 // 2 + 385 * 5 == 76_230
+    assert head_of(plan).size == 385 * 386 // 2 + 385 * 5 == vector_size(plan_at(plan, 1)) == 76_230
+    assert vector_size(plan_at(plan, 2)) == 12 * 384 * 8 == 36_864
     sites = split(articles()).sites
     assert plan.round.max_weight > max(len(site) for site in sites)
     settings = parse_toml(
