@@ -101,9 +101,6 @@ _TARGET = """\
 target = [{low!r}, {high!r}]
 """
 _SQUARED = "# The squared error on the target as models see it, from -1 to 1.\n"
-
-
-#: What only one has in which the adapter is trained behind an analytic head.
 _SHARPNESS = """\
 sharpness = 10.0  # logits of the loss are so many times the scores of the fixed head, which lie about 0 and 1
 """
@@ -315,8 +312,8 @@ def draft_plan(
         core = _CORE.format(factors=_toml(keep_factors(factors_to, factors, private=False)))
     digest = start_digest(first_start(adapter, factors)).hex()
     # The head's comes first: it begins with a key, and the other is a table.
-    solved = (_ALIGNED if aligned else _ANALYTIC).format(least=_LEAST.get(task, ""))
-    section = {"analytic": solved, "counted": _COUNTED}.get(head, "")
+    statistics = (_ALIGNED if aligned else _ANALYTIC).format(least=_LEAST.get(task, ""))
+    section = {"analytic": statistics, "counted": _COUNTED}.get(head, "")
     section += {"regmean": _REGMEAN, "fisher": _FISHER, "core": core}.get(method, "")
     if holdout is not None:
         section += _EVALUATION.format(holdout=holdout, rates=_toml(list(map(float, rates))))
@@ -338,7 +335,7 @@ def draft_plan(
             "classification": _LOSS_COMMENT.format(prior="public" if privacy else "site's own"),
             "regression": _SQUARED,
         }.get(task, ""),
-        sharpness=_SHARPNESS if aligned else "",
+        sharpness=_SHARPNESS if aligned and task == "classification" else "",
         learning_rate=float(rate if learning_rate is None else learning_rate),
         schedule="\n" + privacy
         if privacy

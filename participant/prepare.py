@@ -113,20 +113,21 @@ def _local(job: Job, start: Tensors, vector: NDArray[np.float32]) -> Tensors:
 
 
 def _used(site: Site, job: Job, examples: TaskData) -> TaskData:
-    """What of the records that are not held out has a part in the vector; UserError where these are too few.
+    """What of the records that are not held out has a part in the vector of the stage.
 
-    The same in all stages: an adapter that follows a head is trained on no record that the site kept out of the head.
+    Raises:
+        UserError: these are too few, for this stage or for a later one: then the site does not begin.
     """
-    plan, own = job.plan_file.plan, site.home.settings.policy
-    least = max(plan.aggregation.min_texts or 1, own.min_texts or 1)
-    if plan.aggregation.min_texts is not None:
+    aggregation, own = job.plan_file.plan.aggregation, site.home.settings.policy
+    least = max(aggregation.min_texts or 1, own.min_texts or 1)
+    if aggregation.min_texts is not None:
         _enough_texts(examples, least)
-    if plan.aggregation.analytic is None or isinstance(examples, Records):
+    if job.plan.aggregation.analytic is None or isinstance(examples, Records):
         return examples
     from participant.analytic import check_spread, frequent
 
     if isinstance(examples, Examples):
-        return frequent(examples, plan, own.min_class_count or 1)
+        return frequent(examples, job.plan, own.min_class_count or 1)
     check_spread(examples, least)
     return examples
 

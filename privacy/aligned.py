@@ -25,9 +25,10 @@ METHODS: tuple[Method, ...] = ("freeze_a", "regmean", "fisher")
 def misfit(plan: Plan) -> str | None:
     """What is wrong in a plan about a head that is fixed while the adapter is trained; None if nothing is."""
     method, train = plan.aggregation.method, plan.adapter.train
-    if (plan.training.sharpness is not None) != plan.aligned:
+    if (plan.training.sharpness is not None) != (plan.aligned and plan.task == "classification"):
         return (
-            'training.sharpness: expected this key with head = "analytic" and stages of 2 or more, and only with both'
+            'training.sharpness: expected this key in a classification with head = "analytic" and stages of 2 or '
+            "more, and only there"
         )
     if not plan.aligned:
         if train == "lora":
@@ -36,8 +37,6 @@ def misfit(plan: Plan) -> str | None:
                 "a fixed head is computed in a stage before, or stays at zero"
             )
         return None
-    if plan.task != "classification":
-        return f'task: expected "classification" with an analytic head and {plan.stages} stages, found "{plan.task}"'
     if train != "lora":
         return f'adapter.train: expected "lora" beside an analytic head and {plan.stages} stages, found "{train}"'
     if method not in METHODS:

@@ -122,7 +122,7 @@ class Training(Section):
 
     loss: Literal["logit_adjusted", "cross_entropy", "squared"] = "logit_adjusted"
     #: Behind a fixed analytic head, and only there: its scores are regressions on 0 and 1, and so many times them are
-    #: the logits of the loss.
+    #: the logits of the loss. A regression has no logits.
     sharpness: Annotated[float, Field(ge=1, le=1000)] | None = None
     learning_rate: Annotated[float, Field(gt=0, le=1)]
     optimizer: Literal["adamw", "sgd"] = "adamw"

@@ -28,7 +28,7 @@ from privacy.job import Job
 from privacy.methods import merged, vector_size
 from privacy.plan import Plan, parse_plan
 from privacy.stages import Start
-from tests.helpers_learning import LABELS, tiny_base, tiny_plan, word_examples
+from tests.helpers_learning import LABELS, regression_plan, tiny_base, tiny_plan, word_examples, word_numbers
 from tests.test_analytic_site import EXAMPLES, site_with
 
 MINIMUM = "min_class_count = 5\nmin_texts = 5\n"
@@ -107,6 +107,21 @@ def _small(start: Tensors) -> Any:
     return np.full_like(start["base_model.model.classifier.weight"], 1e-6)
 
 
+def test_behind_the_head_of_a_regression_the_squared_error_falls(base: Path) -> None:
+    plan = regression_plan(base, head="analytic", stages=2, max_weight=1024, clip=8.0, learning_rate=1e-3)
+    assert (plan.aligned, plan.training.loss, plan.training.sharpness) == (True, "squared", None)
+    examples, second = word_numbers((20, 12, 9)), plan_at(plan, 2)
+    start = headed(plan, base, examples)
+    found = train(plan=second, base=base, start=start, examples=examples, device="cpu", threads=1)
+    released = merged(start, found.delta, second).tensors
+    assert all(is_b(name) != np.array_equal(released[name], start[name]) for name in start)
+    before, after = (
+        accuracy(plan=plan, base=base, adapter=tensors, examples=examples, device="cpu").loss
+        for tensors in (start, released)
+    )
+    assert after < before
+
+
 def test_a_site_with_one_class_trains_too_if_the_loss_lets_it(base: Path) -> None:
     plan = the_plan(base, loss="cross_entropy")
     start = headed(plan, base, word_examples((20, 12, 9)))
@@ -165,7 +180,7 @@ def job_of(site: Site, **changes: Any) -> Job:
     return Job.of(parse_plan(draft_plan(base=site.home.directory / "base", **about).encode()), site.roster)
 
 
-def test_a_site_prepares_each_stage_from_the_same_records(set_up: Federation, tmp_path: Path) -> None:
+def test_a_class_that_is_rare_at_a_site_is_left_out_of_the_statistics_alone(set_up: Federation, tmp_path: Path) -> None:
     site = site_with(set_up, tmp_path, MINIMUM)
     job = job_of(site)
     admit(job, site.home.settings)
@@ -174,7 +189,7 @@ def test_a_site_prepares_each_stage_from_the_same_records(set_up: Federation, tm
     start = Start(one, start_digest(one), ((1, bytes(32)),))
     keep_start(site, job, 2, start)
     second = prepare(site, job, 2, later=start)
-    assert (first.weight, second.weight, first.loss) == (32, 32, 0.0)
+    assert (first.weight, second.weight, first.loss) == (32, 34, 0.0)
     assert second.loss > 0
     assert (second.plan, second.start) == (first.plan, start.digest.hex())
     for stage in (1, 2):
