@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from privacy.settings import Section, load_toml
+from privacy.settings import Listen, Section, load_toml
 
 CONFIG_FILE = "coordinator.toml"
 
@@ -22,6 +22,8 @@ class Settings(Section):
     max_uploads: Annotated[int, Field(ge=1, le=1024)] = 10
     #: Keep masked uploads after the outcome is certified, for an auditor who recomputes sums (``--uploads``).
     keep_uploads: bool = False
+    #: Address of the metrics, a port or host:port; a port alone is for this machine only, empty shows none.
+    metrics_listen: Listen = ""
 
 
 @dataclass(frozen=True)

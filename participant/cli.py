@@ -48,17 +48,21 @@ def run(
     """
     console.set_up_logs(as_json=json_logs)
     signal.signal(signal.SIGTERM, _interrupt)
+    from participant import metrics
     from participant.config import load_home
     from participant.daemon import Daemon
     from participant.progress import training_progress
     from participant.site import Site
+    from privacy.exposition import metrics_page
     from privacy.files import only_one
 
     # The lock comes before the records are read: a second daemon would not see what the first one spends.
     with only_one(load_home(directory).directory, "daemon of this site"):
         site = Site.open(directory)
-        with training_progress(show=not json_logs) as progress:
-            Daemon(site, site.client(), progress).run(once=once)
+        metrics.register(site)
+        page = metrics_page(site.home.settings.metrics_listen, site.counts.registry)
+        with page, training_progress(show=not json_logs) as progress:
+            Daemon(site, site.client(), site.counts.watching(progress)).run(once=once)
 
 
 @app.command()
