@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field
 
+from privacy.errors import UserError
+from privacy.roster import RosterFile
+from privacy.secagg.keys import identity_public
 from privacy.settings import Listen, Section, load_toml
 
 CONFIG_FILE = "coordinator.toml"
@@ -74,6 +78,16 @@ class Home:
     @property
     def socket(self) -> Path:
         return self.directory / "operator.sock"
+
+
+def check_identity(home: Home, roster: RosterFile, identity: Ed25519PrivateKey) -> None:
+    """Is this the coordinator that the roster names? Raises UserError."""
+    if roster.roster.coordinator != identity_public(identity).hex():
+        raise UserError(
+            f"{home.roster}: expected this coordinator's key {identity_public(identity).hex()[:16]}…, "
+            f"found {roster.roster.coordinator[:16]}…",
+            hint="use the roster that was made for this coordinator",
+        )
 
 
 def load_home(directory: Path) -> Home:

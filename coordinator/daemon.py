@@ -18,7 +18,7 @@ import grpc
 import structlog
 
 from coordinator import metrics
-from coordinator.config import Home
+from coordinator.config import Home, check_identity
 from coordinator.counts import Counts
 from coordinator.engine import Engine
 from coordinator.gate import Gate
@@ -35,7 +35,6 @@ from privacy.errors import UserError
 from privacy.exposition import metrics_page
 from privacy.files import DiskError, make_private_directory, read_file, read_private
 from privacy.identity import load_identity
-from privacy.secagg.keys import identity_public
 from privacy.secagg.masking import best_engine
 from privacy.wire.transport import SERVER_OPTIONS
 
@@ -56,12 +55,7 @@ def open_engine(home: Home) -> Engine:
     identity = load_identity(home.directory)
     make_private_directory(home.releases)
     engine = Engine(home, Store(home.database, home.rounds), identity, time.time)
-    if engine.roster.roster.coordinator != identity_public(identity).hex():
-        raise UserError(
-            f"{home.roster}: expected this coordinator's key {identity_public(identity).hex()[:16]}…, "
-            f"found {engine.roster.roster.coordinator[:16]}…",
-            hint="use the roster that was made for this coordinator",
-        )
+    check_identity(home, engine.roster, identity)
     return engine
 
 
@@ -80,7 +74,7 @@ async def _start_operator(home: Home, engine: Engine, wellbeing: Wellbeing) -> g
         )
     home.socket.unlink(missing_ok=True)
     server = grpc.aio.server()
-    add_operator(server, OperatorService(engine, lambda name: report(engine, name)))
+    add_operator(server, OperatorService(engine, lambda name: report(engine, name, wellbeing.fault())))
     add_health(server, wellbeing)
     before = os.umask(0o177)
     try:

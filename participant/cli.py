@@ -9,7 +9,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from participant import cli_audit, cli_data
+from participant import cli_audit, cli_data, cli_doctor
 from privacy import __version__, console
 from privacy.errors import UserError
 
@@ -24,6 +24,7 @@ app.add_typer(cli_data.app, name="dataset")
 app.command()(cli_data.budget)
 app.command()(cli_data.witnesses)
 app.command()(cli_audit.audit_training)
+app.command()(cli_doctor.doctor)
 
 Directory = Annotated[
     Path, typer.Option("--dir", envvar="VEILSUM_PARTICIPANT", help="Directory of this site.", show_default=True)
