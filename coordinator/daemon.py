@@ -35,12 +35,15 @@ from privacy.errors import UserError
 from privacy.exposition import metrics_page
 from privacy.files import DiskError, make_private_directory, read_file, read_private
 from privacy.identity import load_identity
+from privacy.notify import notify, watchdog_s
 from privacy.secagg.masking import best_engine
 from privacy.wire.transport import SERVER_OPTIONS
 
 log = structlog.get_logger()
 
 TICK_S = 0.2
+#: Seconds between two words to the service manager, at most.
+TELL_S = 10.0
 GRACE_S = 2.0
 #: Threads that serve calls; most of them wait, for the disk or for each other.
 THREADS = 32
@@ -124,6 +127,19 @@ async def _repeat(step: Callable[[], bool], stop: asyncio.Event, pulse: Pulse) -
                 await asyncio.wait_for(stop.wait(), TICK_S)
 
 
+async def _tell_manager(wellbeing: Wellbeing, stop: asyncio.Event) -> None:
+    """Say to the service manager that all is well, as often as it asks; silence makes it start this process again.
+
+    A full disk is told as status and is no silence: a restart frees nothing.
+    """
+    period = watchdog_s()
+    while not stop.is_set():
+        fault = wellbeing.fault()
+        notify(STATUS=f"not serving: {fault}" if fault else "serving", **({} if wellbeing.stuck() else {"WATCHDOG": 1}))
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), min(period / 3, TELL_S) if period else TELL_S)
+
+
 def take_all_files() -> int:
     """Raise this process's limit of open files to what the system allows; the limit.
 
@@ -149,14 +165,18 @@ async def serve(home: Home) -> None:
     federation = await _start_federation(home, engine, wellbeing, counts)
     operator = await _start_operator(home, engine, wellbeing)
     log.info("listening", address=home.settings.listen, federation=engine.roster.roster.federation)
+    notify(READY=1)
     worker = Worker(engine)
     try:
         with metrics_page(home.settings.metrics_listen, counts.registry):
             await asyncio.gather(
-                _repeat(engine.tick, stop, wellbeing.deadlines), _repeat(worker.work, stop, wellbeing.work)
+                _repeat(engine.tick, stop, wellbeing.deadlines),
+                _repeat(worker.work, stop, wellbeing.work),
+                _tell_manager(wellbeing, stop),
             )
     finally:
         wellbeing.stopping = True
+        notify(STOPPING=1)
         await asyncio.gather(federation.stop(GRACE_S), operator.stop(GRACE_S))
         engine.store.close()
         home.socket.unlink(missing_ok=True)

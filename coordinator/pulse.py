@@ -50,16 +50,19 @@ class Pulse:
         finally:
             self.ended = True
 
-    def fault(self) -> str:
-        """What is wrong with the loop in one line; empty while it turns."""
+    def stuck(self) -> str:
+        """What a restart may mend in one line; empty while the loop turns."""
         if self.ended:
             return f"the loop '{self.name}' has ended"
-        if self.waits_for_disk:
-            return f"the loop '{self.name}' waits for the disk"
         began = self.began
         if self.short and began is not None and self.clock() - began > STUCK_S:
             return f"the loop '{self.name}' has been at one step for {self.clock() - began:.0f} s"
         return ""
+
+    def fault(self) -> str:
+        """What is wrong with the loop in one line; empty while it turns."""
+        waits = f"the loop '{self.name}' waits for the disk" if self.waits_for_disk else ""
+        return self.stuck() or waits
 
 
 @dataclass
@@ -74,6 +77,10 @@ class Wellbeing:
     def free(self) -> int:
         """Bytes free where uploads and messages go."""
         return shutil.disk_usage(self.engine.store.directory).free
+
+    def stuck(self) -> str:
+        """Why this process had better be started again; empty where that would mend nothing."""
+        return self.deadlines.stuck() or self.work.stuck()
 
     def fault(self) -> str:
         """Why this coordinator cannot do its work now; empty while it can."""

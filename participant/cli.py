@@ -56,6 +56,7 @@ def run(
     from participant.site import Site
     from privacy.exposition import metrics_page
     from privacy.files import only_one
+    from privacy.notify import notify
 
     # The lock comes before the records are read: a second daemon would not see what the first one spends.
     with only_one(load_home(directory).directory, "daemon of this site"):
@@ -63,7 +64,11 @@ def run(
         metrics.register(site)
         page = metrics_page(site.home.settings.metrics_listen, site.counts.registry)
         with page, training_progress(show=not json_logs) as progress:
-            Daemon(site, site.client(), site.counts.watching(progress)).run(once=once)
+            notify(READY=1)
+            try:
+                Daemon(site, site.client(), site.counts.watching(progress)).run(once=once)
+            finally:
+                notify(STOPPING=1)
 
 
 @app.command()

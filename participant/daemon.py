@@ -21,6 +21,7 @@ from participant.site import Site
 from privacy.console import Unreachable
 from privacy.errors import ProtocolError, Refusal, UserError, VeilsumError
 from privacy.job import Job
+from privacy.notify import notify
 from privacy.plan import parse_plan
 from privacy.secagg.dialogue import ToMember
 from privacy.secagg.messages import Inbox, Offer, Outcome, RoundAborted
@@ -87,6 +88,7 @@ class Daemon:
             if refusal is not None:
                 self.site.counts.refused(refusal)
             log.info("plan", plan=name, state=state, reason=reason)
+            notify(STATUS=f"plan '{name}' is {state}: {reason}")
             self.said[name] = state + reason
         return state
 
