@@ -13,5 +13,5 @@ unshare --map-root-user --net bash -euo pipefail -c '
     build/offline/bin/pip install --quiet --no-index --find-links "$1" "veilsum$2"
     cd build/offline
     for command in veilsum-coordinator veilsum-participant veilsum-audit; do bin/$command version; done
-    bin/veilsum-coordinator doctor | grep "^ok    versions:"
+    { bin/veilsum-coordinator doctor || true; } | grep "^ok    versions:"  # it fails: there is no coordinator here
 ' offline "$wheels" "${extras:+[$extras]}"
