@@ -1,7 +1,7 @@
 # Every target does its own set-up, and a second run skips what is done. `make help` lists them.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-compare demo-private demo-analytic evidence test proofs chaos mutants model fuzz bench check proto clean distclean
+.PHONY: help demo demo-compare demo-private demo-analytic evidence test proofs chaos mutants model fuzz bench offline check proto clean distclean
 
 PY := .venv/bin/python
 # The set-up is done when this file exists. Its name follows from what the set-up depends on.
@@ -48,6 +48,9 @@ fuzz: $(READY) ## fuzz the parsers with atheris (SECONDS=600 in all, PARSERS="pl
 bench: $(READY) ## measure against OpenSSL, a raw socket, Flower and CKKS (some 20 minutes; ARGS="--only growth" for one)
 	scripts/peers.sh
 	$(PY) -m bench.run $(ARGS)
+
+offline: ## collect every package in a folder, and install from it without a network (EXTRAS=participant for a site)
+	PYTHON=$${PYTHON:-python3} scripts/offline.sh $(EXTRAS)
 
 check: $(READY) ## formatting, lint, types, and whether the generated code is fresh
 	$(PY) -m ruff format --check .

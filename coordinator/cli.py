@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from coordinator import cli_doctor
 from privacy import __version__, console
 from privacy.errors import UserError
 
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 plan_app = typer.Typer(no_args_is_help=True, help="Submit and cancel plans.")
 app.add_typer(plan_app, name="plan")
+app.command()(cli_doctor.doctor)
 
 Directory = Annotated[
     Path, typer.Option("--dir", envvar="VEILSUM_COORDINATOR", help="Directory of the coordinator.", show_default=True)
@@ -107,6 +109,8 @@ def status(directory: Directory = HERE, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(found))
         return
+    if found["fault"]:
+        typer.echo(f"not serving: {found['fault']}")
     if not found["plans"]:
         typer.echo("no plans yet; offer one: veilsum-coordinator plan submit FILE")
     for plan in found["plans"]:

@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field
 
-from privacy.settings import Section, load_toml
+from privacy.errors import UserError
+from privacy.roster import RosterFile
+from privacy.secagg.keys import identity_public
+from privacy.settings import Listen, Section, load_toml
 
 CONFIG_FILE = "coordinator.toml"
 
@@ -22,6 +26,8 @@ class Settings(Section):
     max_uploads: Annotated[int, Field(ge=1, le=1024)] = 10
     #: Keep masked uploads after the outcome is certified, for an auditor who recomputes sums (``--uploads``).
     keep_uploads: bool = False
+    #: Address of the metrics, a port or host:port; a port alone is for this machine only, empty shows none.
+    metrics_listen: Listen = ""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,16 @@ class Home:
     @property
     def socket(self) -> Path:
         return self.directory / "operator.sock"
+
+
+def check_identity(home: Home, roster: RosterFile, identity: Ed25519PrivateKey) -> None:
+    """Is this the coordinator that the roster names? Raises UserError."""
+    if roster.roster.coordinator != identity_public(identity).hex():
+        raise UserError(
+            f"{home.roster}: expected this coordinator's key {identity_public(identity).hex()[:16]}…, "
+            f"found {roster.roster.coordinator[:16]}…",
+            hint="use the roster that was made for this coordinator",
+        )
 
 
 def load_home(directory: Path) -> Home:

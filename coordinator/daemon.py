@@ -17,10 +17,14 @@ from contextlib import suppress
 import grpc
 import structlog
 
-from coordinator.config import Home
+from coordinator import metrics
+from coordinator.config import Home, check_identity
+from coordinator.counts import Counts
 from coordinator.engine import Engine
 from coordinator.gate import Gate
+from coordinator.health import add_health, add_reflection
 from coordinator.memory import give_memory_back
+from coordinator.pulse import Pulse, Wellbeing
 from coordinator.report import report
 from coordinator.service import FederationService, OperatorService, add_federation, add_operator
 from coordinator.store import Store
@@ -28,15 +32,18 @@ from coordinator.uploads import Uploads
 from coordinator.witnesses import Witnesses
 from coordinator.work import Worker
 from privacy.errors import UserError
+from privacy.exposition import metrics_page
 from privacy.files import DiskError, make_private_directory, read_file, read_private
 from privacy.identity import load_identity
-from privacy.secagg.keys import identity_public
+from privacy.notify import notify, watchdog_s
 from privacy.secagg.masking import best_engine
 from privacy.wire.transport import SERVER_OPTIONS
 
 log = structlog.get_logger()
 
 TICK_S = 0.2
+#: Seconds between two words to the service manager, at most.
+TELL_S = 10.0
 GRACE_S = 2.0
 #: Threads that serve calls; most of them wait, for the disk or for each other.
 THREADS = 32
@@ -51,12 +58,7 @@ def open_engine(home: Home) -> Engine:
     identity = load_identity(home.directory)
     make_private_directory(home.releases)
     engine = Engine(home, Store(home.database, home.rounds), identity, time.time)
-    if engine.roster.roster.coordinator != identity_public(identity).hex():
-        raise UserError(
-            f"{home.roster}: expected this coordinator's key {identity_public(identity).hex()[:16]}…, "
-            f"found {engine.roster.roster.coordinator[:16]}…",
-            hint="use the roster that was made for this coordinator",
-        )
+    check_identity(home, engine.roster, identity)
     return engine
 
 
@@ -68,14 +70,15 @@ def _credentials(home: Home) -> grpc.ServerCredentials:
     return grpc.ssl_server_credentials([(key, certificate)], authority, require_client_auth=True)
 
 
-async def _start_operator(home: Home, engine: Engine) -> grpc.aio.Server:
+async def _start_operator(home: Home, engine: Engine, wellbeing: Wellbeing) -> grpc.aio.Server:
     if len(os.fsencode(home.socket)) > SOCKET_PATH_BYTES:
         raise UserError(
             f"{home.socket}: expected a path of at most {SOCKET_PATH_BYTES} bytes", hint="use a shorter one"
         )
     home.socket.unlink(missing_ok=True)
     server = grpc.aio.server()
-    add_operator(server, OperatorService(engine, lambda name: report(engine, name)))
+    add_operator(server, OperatorService(engine, lambda name: report(engine, name, wellbeing.fault())))
+    add_health(server, wellbeing)
     before = os.umask(0o177)
     try:
         server.add_insecure_port(f"unix:{home.socket}")
@@ -85,10 +88,13 @@ async def _start_operator(home: Home, engine: Engine) -> grpc.aio.Server:
     return server
 
 
-async def _start_federation(home: Home, engine: Engine) -> grpc.aio.Server:
-    server = grpc.aio.server(interceptors=[Gate()], options=SERVER_OPTIONS, maximum_concurrent_rpcs=MOST_CALLS)
+async def _start_federation(home: Home, engine: Engine, wellbeing: Wellbeing, counts: Counts) -> grpc.aio.Server:
+    gate = Gate(counts=counts)
+    server = grpc.aio.server(interceptors=[gate], options=SERVER_OPTIONS, maximum_concurrent_rpcs=MOST_CALLS)
     witnesses = Witnesses(home.witnesses, engine.roster.roster, engine.clock)
-    add_federation(server, FederationService(engine, Uploads(engine, home.settings.max_uploads), witnesses))
+    add_federation(server, FederationService(engine, Uploads(engine, home.settings.max_uploads), witnesses, counts))
+    add_health(server, wellbeing)
+    add_reflection(server)
     try:
         server.add_secure_port(home.settings.listen, _credentials(home))
     except RuntimeError as error:
@@ -100,20 +106,38 @@ async def _start_federation(home: Home, engine: Engine) -> grpc.aio.Server:
     return server
 
 
-async def _repeat(step: Callable[[], bool], stop: asyncio.Event) -> None:
+async def _repeat(step: Callable[[], bool], stop: asyncio.Event, pulse: Pulse) -> None:
     """Run ``step`` again and again, at once while it finds something to do, until told to stop.
 
     It has a thread of its own: those that serve calls may all be waiting for the disk.
     """
-    with ThreadPoolExecutor(1) as thread:
+
+    def once() -> bool:
+        with pulse.step():
+            return step()
+
+    with ThreadPoolExecutor(1) as thread, pulse.turning():
         while not stop.is_set():
             try:
-                if await asyncio.get_running_loop().run_in_executor(thread, step):
+                if await asyncio.get_running_loop().run_in_executor(thread, once):
                     continue
             except DiskError as error:  # the disk is full: what was not written is tried again
                 log.error("waiting for the disk", reason=str(error), hint=error.hint)
             with suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), TICK_S)
+
+
+async def _tell_manager(wellbeing: Wellbeing, stop: asyncio.Event) -> None:
+    """Say to the service manager that all is well, as often as it asks; silence makes it start this process again.
+
+    A full disk is told as status and is no silence: a restart frees nothing.
+    """
+    period = watchdog_s()
+    while not stop.is_set():
+        fault = wellbeing.fault()
+        notify(STATUS=f"not serving: {fault}" if fault else "serving", **({} if wellbeing.stuck() else {"WATCHDOG": 1}))
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), min(period / 3, TELL_S) if period else TELL_S)
 
 
 def take_all_files() -> int:
@@ -136,13 +160,23 @@ async def serve(home: Home) -> None:
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "call"))
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    federation = await _start_federation(home, engine)
-    operator = await _start_operator(home, engine)
+    wellbeing, counts = Wellbeing(engine), Counts()
+    metrics.register(counts, engine, wellbeing)
+    federation = await _start_federation(home, engine, wellbeing, counts)
+    operator = await _start_operator(home, engine, wellbeing)
     log.info("listening", address=home.settings.listen, federation=engine.roster.roster.federation)
+    notify(READY=1)
     worker = Worker(engine)
     try:
-        await asyncio.gather(_repeat(engine.tick, stop), _repeat(worker.work, stop))
+        with metrics_page(home.settings.metrics_listen, counts.registry):
+            await asyncio.gather(
+                _repeat(engine.tick, stop, wellbeing.deadlines),
+                _repeat(worker.work, stop, wellbeing.work),
+                _tell_manager(wellbeing, stop),
+            )
     finally:
+        wellbeing.stopping = True
+        notify(STOPPING=1)
         await asyncio.gather(federation.stop(GRACE_S), operator.stop(GRACE_S))
         engine.store.close()
         home.socket.unlink(missing_ok=True)

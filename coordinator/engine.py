@@ -17,7 +17,7 @@ from coordinator.config import Home
 from coordinator.proofs import OfferEntry, OfferTable, open_bond, proofs_for
 from coordinator.publish import CohortTotal
 from coordinator.round import CoordinatorRound
-from coordinator.running import Running, keep_accusations, phase_seconds, replay
+from coordinator.running import Running, keep_accusations, replay
 from coordinator.space import missing_space
 from coordinator.stage import is_over, next_cohort
 from coordinator.store import Event, PlanRow, RoundRow, StageRow, Store
@@ -50,6 +50,8 @@ class Engine:
         self.held: dict[bytes, str] = {}
         #: Called whenever a member may have something new to hear.
         self.changed: Callable[[], None] = lambda: None
+        #: Called when a phase of a round is over, with its seconds.
+        self.phase_ended: Callable[[type, float], None] = lambda _phase, _seconds: None
         for plan in store.plans():
             self.jobs[plan.digest] = Job.of(parse_plan(plan.toml, plan.name), self.roster, home.factors)
         for row in store.rounds():
@@ -330,10 +332,7 @@ class Engine:
         for event in events:
             replay(machine, event)
         running = Running(row, job, machine, 0.0)
-        running.deadline, running.timed = (
-            self.clock() + phase_seconds(machine.phase, job.plan.deadlines),
-            type(machine.phase),
-        )
+        running.begin_phase(self.clock())
         self.rounds[row.id] = running
         self._settle(running)
         running.unfinished = isinstance(machine.phase, phases.Released | phases.Aborted)
@@ -361,8 +360,9 @@ class Engine:
         """Bookkeeping when a phase may have ended."""
         phase = running.machine.phase
         if type(phase) is not running.timed:
-            running.timed = type(phase)
-            running.deadline = self.clock() + phase_seconds(phase, running.job.plan.deadlines)
+            if running.timed is not None:
+                self.phase_ended(running.timed, self.clock() - running.since)
+            running.begin_phase(self.clock())
         if isinstance(phase, phases.Aborted) and running.row.state != "aborted":
             running.log.warning("round aborted", reason=phase.reason)
             keep_accusations(running, self.store.round_directory(running.row.id))

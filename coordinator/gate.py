@@ -18,6 +18,7 @@ from typing import Any
 import grpc
 import structlog
 
+from coordinator.counts import Counts
 from privacy.errors import UserError
 from privacy.wire.transport import CHUNK_S, MAX_REQUEST, PUT_CHUNK, SERVICE, WINDOW
 
@@ -35,6 +36,12 @@ REPLY_BYTES = 1 << 18
 SAY_S = 10.0
 #: Seconds for the request of a call that is no chunk; a client of ours gives up at the same time.
 RECEIVE_S = 60.0
+#: Classes of what the gate refuses.
+REASONS = {
+    grpc.StatusCode.RESOURCE_EXHAUSTED: "busy",
+    grpc.StatusCode.DEADLINE_EXCEEDED: "slow",
+    grpc.StatusCode.INVALID_ARGUMENT: "malformed",
+}
 #: Bounded by what is in flight alone: a large vector takes thousands of these.
 BULK = frozenset(f"/{SERVICE}/{name}" for name in ("PutChunk", "FetchTotal", "FetchBlock"))
 
@@ -63,19 +70,24 @@ class Quotas:
         Raises:
             UserError: too many at once, or too many a second.
         """
-        use, now = self._uses[caller], self._clock()
-        use.tokens, use.at = min(BURST, use.tokens + RATE * (now - use.at)), now
+        use = self._uses[caller]
         if use.flying >= IN_FLIGHT:
             raise UserError(f"expected at most {IN_FLIGHT} calls of a member in flight: come back shortly")
         if method not in BULK:
-            if use.tokens < 1:
-                raise UserError(f"expected at most {RATE:g} calls of a member a second: come back shortly")
-            use.tokens -= 1
+            self.spend(caller)
         use.flying += 1
         try:
             yield
         finally:
             use.flying -= 1
+
+    def spend(self, caller: bytes) -> None:
+        """One call more, or one request more of a call that has several; raises UserError."""
+        use, now = self._uses[caller], self._clock()
+        use.tokens, use.at = min(BURST, use.tokens + RATE * (now - use.at)), now
+        if use.tokens < 1:
+            raise UserError(f"expected at most {RATE:g} calls of a member a second: come back shortly")
+        use.tokens -= 1
 
     def charge(self, caller: bytes, size: int) -> None:
         """A large reply counts as many calls: it costs the coordinator as much."""
@@ -90,16 +102,26 @@ class Quotas:
         return True
 
 
+def _caller(context: Call) -> bytes:
+    """The name in a caller's certificate; lines of the log about its call carry it.
+
+    gRPC runs each call in a task with a context of its own, so what is bound here ends with the call.
+    """
+    caller = b"/".join(context.auth_context().get("x509_common_name", []))
+    structlog.contextvars.bind_contextvars(member=caller.decode(errors="replace"))
+    return caller
+
+
 class Gate(grpc.aio.ServerInterceptor):
-    """Puts every unary call of the federation service through the quotas, **before** its request is received.
+    """Puts every call of a participant through the quotas, a unary one **before** its request is received.
 
     gRPC calls the handler of a unary call once the whole request is there. Calls that are begun and never sent would
     pass the quotas unseen, and one member could take every place there is. So each handler is registered as one of a
     stream, which on the wire is the same: it runs when the call begins, and takes its one request itself, in time.
     """
 
-    def __init__(self, quotas: Quotas | None = None) -> None:
-        self._quotas = quotas or Quotas()
+    def __init__(self, quotas: Quotas | None = None, counts: Counts | None = None) -> None:
+        self._quotas, self._counts = quotas or Quotas(), counts or Counts()
 
     async def intercept_service(
         self,
@@ -107,14 +129,16 @@ class Gate(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         handler = await continuation(handler_call_details)
-        if handler is None or handler.unary_unary is None:
-            return handler
+        if handler is None:
+            return None
+        if handler.unary_unary is None:
+            return self._streaming(handler, handler_call_details.method)
         answer, parse, method = handler.unary_unary, handler.request_deserializer, handler_call_details.method
 
         async def call(requests: AsyncIterator[bytes], context: Call) -> Any:
-            caller = b"/".join(context.auth_context().get("x509_common_name", []))
+            caller = _caller(context)
             try:
-                with self._quotas.call(caller, method):
+                with self._quotas.call(caller, method), self._counts.call(method):
                     request = await self._received(requests, context, caller, method)
                     parsed = await self._parsed(parse, request, context, caller, method) if parse else request
                     reply = await answer(parsed, context)  # type: ignore[arg-type]  # stubs know the other context
@@ -125,6 +149,38 @@ class Gate(grpc.aio.ServerInterceptor):
                 await self._refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), caller, method)
 
         return grpc.stream_unary_rpc_method_handler(call, response_serializer=handler.response_serializer)
+
+    def _streaming(self, handler: grpc.RpcMethodHandler[Any, Any], method: str) -> grpc.RpcMethodHandler[Any, Any]:
+        """A call with several requests or replies, as health and reflection have them: each request is a call more."""
+        one, many = handler.unary_stream, handler.stream_stream
+        parse = handler.request_deserializer
+
+        async def call(requests: AsyncIterator[Any], context: Call) -> AsyncIterator[Any]:
+            caller = _caller(context)
+            try:
+                with self._quotas.call(caller, method):
+                    if many is None:
+                        request = await self._received(requests, context, caller, method)
+                        parsed = await self._parsed(parse, request, context, caller, method) if parse else request
+                        replies: Any = one(parsed, context)  # type: ignore[misc, arg-type]
+                    else:
+                        replies = many(self._spending(requests, caller), context)  # type: ignore[arg-type]
+                    async for reply in replies:
+                        self._quotas.charge(caller, reply.ByteSize())
+                        yield reply
+            except UserError as error:
+                await self._refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), caller, method)
+
+        return grpc.stream_stream_rpc_method_handler(
+            call,
+            request_deserializer=parse if many is not None else None,
+            response_serializer=handler.response_serializer,
+        )
+
+    async def _spending(self, requests: AsyncIterator[Any], caller: bytes) -> AsyncIterator[Any]:
+        async for request in requests:
+            self._quotas.spend(caller)
+            yield request
 
     async def _received(self, requests: AsyncIterator[bytes], context: Call, caller: bytes, method: str) -> bytes:
         """The one request of a call, in time."""
@@ -155,6 +211,8 @@ class Gate(grpc.aio.ServerInterceptor):
             raise AssertionError("abort raises") from error
 
     async def _refuse(self, context: Call, code: grpc.StatusCode, reason: str, caller: bytes, method: str) -> None:
+        name = caller.decode(errors="replace")
+        self._counts.refused(name, REASONS[code])
         if self._quotas.shall_say(caller, code.name):
-            log.warning("refused", reason=reason, caller=caller.decode(errors="replace"), method=method)
+            log.warning("refused", reason=reason, member=name, method=method)
         await context.abort(code, reason)

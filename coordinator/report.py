@@ -11,12 +11,16 @@ from coordinator.store import PlanRow
 from privacy.errors import UserError
 
 
-def report(engine: Engine, name: str) -> str:
-    """All plans in short (``name`` empty), or one with its rounds. Raises UserError for an unknown plan."""
+def report(engine: Engine, name: str, fault: str = "") -> str:
+    """All plans in short (``name`` empty), or one with its rounds. Raises UserError for an unknown plan.
+
+    Args:
+        fault: why the coordinator does not serve now, if so; told with all plans.
+    """
     with engine.lock:
         plans = engine.store.plans()
         if not name:
-            return json.dumps({"plans": [_short(engine, p) for p in plans]})
+            return json.dumps({"fault": fault, "plans": [_short(engine, p) for p in plans]})
         for plan in plans:
             if plan.name == name:
                 rounds = [_round(engine, r) for r in engine.rounds.values() if r.row.plan == plan.digest]

@@ -31,6 +31,8 @@ class Running:
     deadline: float
     #: Phase that the deadline belongs to.
     timed: type | None = None
+    #: When that phase began.
+    since: float = 0.0
     #: The round is over, and signatures may be missing in its release, or files lie there that nobody needs.
     unfinished: bool = False
     #: All M13 are there and their sum is wrong, although the total is right: a member lied, and nobody can say which.
@@ -42,9 +44,20 @@ class Running:
     cache: dict[int, tuple[object, ToMember | None]] = field(default_factory=dict)
 
     @property
+    def about(self) -> dict[str, Any]:
+        """What lines of the log say they are about."""
+        return {"plan": self.job.plan.name, "stage": self.row.stage, "round": self.row.number}
+
+    @property
     def log(self) -> structlog.BoundLogger:
-        bound: structlog.BoundLogger = log.bind(plan=self.job.plan.name, stage=self.row.stage, round=self.row.number)
+        bound: structlog.BoundLogger = log.bind(**self.about)
         return bound
+
+    def begin_phase(self, now: float) -> None:
+        """The phase that the machine is in begins now, and with it its time."""
+        phase = self.machine.phase
+        self.timed, self.since = type(phase), now
+        self.deadline = now + phase_seconds(phase, self.job.plan.deadlines)
 
 
 def phase_seconds(phase: phases.Phase, deadlines: Deadlines) -> float:

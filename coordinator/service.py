@@ -17,8 +17,10 @@ from typing import Any, TypeVar
 
 import grpc
 import structlog
+from structlog.contextvars import bind_contextvars
 
 from coordinator import phases
+from coordinator.counts import Counts
 from coordinator.engine import Engine
 from coordinator.gate import Quotas
 from coordinator.peers import common_name, expired_on
@@ -54,19 +56,18 @@ R = TypeVar("R")
 Call = grpc.aio.ServicerContext[Any, Any]
 
 
-async def guarded(context: Call, work: Awaitable[R], say: Callable[[str], bool] = lambda _: True, **about: Any) -> R:
+async def guarded(context: Call, work: Awaitable[R], note: Callable[[VeilsumError], bool] = lambda _: True) -> R:
     """Await ``work``; what a caller did wrong becomes a status and a log line, never a traceback.
 
     Args:
-        say: is a line about this kind of refusal due?
+        note: hears of each refusal; is a line about it due?
     """
     try:
         return await work
     except VeilsumError as error:
-        kind = next(kind for kind in STATUS if isinstance(error, kind))
-        if say(kind.__name__):
-            log.warning("refused", reason=str(error), **about)
-        await context.abort(STATUS[kind], str(error))
+        if note(error):
+            log.warning("refused", reason=str(error))
+        await context.abort(next(code for kind, code in STATUS.items() if isinstance(error, kind)), str(error))
         raise AssertionError("abort raises") from error
 
 
@@ -103,9 +104,9 @@ class LastEncoded:
 class FederationService(federation_pb2_grpc.FederationServicer):
     """What participants call; each is the member its certificate names."""
 
-    def __init__(self, engine: Engine, uploads: Uploads, witnesses: Witnesses) -> None:
+    def __init__(self, engine: Engine, uploads: Uploads, witnesses: Witnesses, counts: Counts) -> None:
         self._engine, self._uploads, self._encoded = engine, uploads, LastEncoded()
-        self._witnesses = witnesses
+        self._witnesses, self._counts = witnesses, counts
         self._lines = Quotas()
         self._changed = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -119,30 +120,46 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def _member(self, context: Call) -> int:
+    async def _member(self, context: Call, *, round_id: bytes = b"", plan: bytes = b"", stage: int = 0) -> int:
+        """Who calls, if it may; lines of the log about the call say what it is about."""
         auth = context.auth_context()
         name, expired = common_name(auth), expired_on(auth, datetime.datetime.now(datetime.UTC))
         try:
             member = self._engine.roster.roster.index(name)
         except Refusal as error:
+            self._counts.refused(name, "stranger")
             if self._lines.shall_say(name.encode(), "unknown"):
                 log.warning("refused", reason=str(error), peer=context.peer())
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
             raise AssertionError("abort raises") from error
         if expired is not None:
+            self._counts.refused(name, "expired")
             text = f"the certificate of '{name}' expired on {expired:%Y-%m-%d %H:%M} UTC: ask for another"
             if self._lines.shall_say(name.encode(), "expired"):
                 log.warning("refused", reason=text, peer=context.peer())
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, text)
+        if running := self._engine.rounds.get(round_id):
+            bind_contextvars(**running.about)
+        elif job := self._engine.jobs.get(plan):
+            bind_contextvars(plan=job.plan.name, stage=stage)
         return member
 
     def _name(self, member: int) -> str:
         return self._engine.roster.roster.name(member)
 
-    async def _bulk(self, context: Call, work: Awaitable[R], member: int) -> R:
-        """As :func:`guarded`, for calls that no rate bounds: their refusals must not fill the disk with lines."""
+    async def _guarded(self, context: Call, work: Awaitable[R], member: int, *, bulk: bool = False) -> R:
+        """As :func:`guarded`, counted.
+
+        Args:
+            bulk: no rate bounds such calls: their refusals must not fill the disk with lines.
+        """
         name = self._name(member)
-        return await guarded(context, work, lambda kind: self._lines.shall_say(name.encode(), kind), member=name)
+
+        def note(error: VeilsumError) -> bool:
+            self._counts.refused_for(name, error)
+            return not bulk or self._lines.shall_say(name.encode(), type(error).__name__)
+
+        return await guarded(context, work, note)
 
     async def Hello(self, request: pb.HelloRequest, context: Call) -> pb.HelloReply:
         await self._member(context)
@@ -165,19 +182,19 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         return pb.ListPlansReply(plans=await asyncio.to_thread(listed))
 
     async def Ready(self, request: pb.ReadyRequest, context: Call) -> pb.ReadyReply:
-        member = await self._member(context)
+        member = await self._member(context, plan=request.plan, stage=request.stage)
 
         def take() -> tuple[int, int]:
             self._witness(self._engine.open_plan(request.plan)[1], member, request.checkpoint)
             return self._engine.ready(request.plan, request.stage, member)
 
         work = asyncio.to_thread(take)
-        ready, expected = await guarded(context, work, member=self._name(member))
+        ready, expected = await self._guarded(context, work, member)
         self._wake()
         return pb.ReadyReply(ready=ready, expected=expected)
 
     async def Next(self, request: pb.NextRequest, context: Call) -> pb.NextReply:
-        member = await self._member(context)
+        member = await self._member(context, plan=request.plan, stage=request.stage)
         deadline = asyncio.get_running_loop().time() + POLL_S
         while True:
             changed = self._changed
@@ -213,10 +230,10 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         elif job.plan.privacy is not None:
             raise Refusal(f"plan '{job.plan.name}' is private: expected a signed checkpoint of the ledger, found none")
         elif self._lines.shall_say(self._name(member).encode(), "no checkpoint"):
-            log.warning("no checkpoint of the ledger", member=self._name(member), plan=job.plan.name)
+            log.warning("no checkpoint of the ledger")
 
     async def Send(self, request: pb.SendRequest, context: Call) -> pb.SendReply:
-        member = await self._member(context)
+        member = await self._member(context, round_id=request.round)
 
         def take() -> bool:
             message = from_wire(request.message, FromMember)
@@ -229,7 +246,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
             self._count(request.round, member, sent=request.ByteSize())
             return not self._engine.receive(request.round, message)
 
-        return pb.SendReply(repeated_message=await guarded(context, asyncio.to_thread(take), member=self._name(member)))
+        return pb.SendReply(repeated_message=await self._guarded(context, asyncio.to_thread(take), member))
 
     @staticmethod
     def _check_sender(claimed: int, member: int) -> None:
@@ -244,15 +261,15 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         return message
 
     async def BeginUpload(self, request: pb.UploadRequest, context: Call) -> pb.UploadState:
-        member = await self._member(context)
+        member = await self._member(context, round_id=request.round)
         work = asyncio.to_thread(lambda: self._uploads.begin(request.round, self._input(request, member)))
-        received = await guarded(context, work, member=self._name(member))
+        received = await self._guarded(context, work, member)
         finished = self._uploads.receipt(request.round, member) is not None
         return pb.UploadState(received=received, finished=finished, window=self._uploads.window())
 
     async def put_chunk(self, request: bytes, context: Call) -> bytes:
         """Raw bytes in, one byte out: no protobuf around the payload."""
-        member = await self._member(context)
+        member = await self._member(context, round_id=request[:32])
 
         def put() -> bytes:
             round_id, offset, payload = read_chunk(request)
@@ -260,19 +277,19 @@ class FederationService(federation_pb2_grpc.FederationServicer):
             self._count(round_id, member, sent=len(request), chunks=len(request))
             return chunk_reply(window)
 
-        return await self._bulk(context, asyncio.to_thread(put), member)
+        return await self._guarded(context, asyncio.to_thread(put), member, bulk=True)
 
     async def FinishUpload(self, request: pb.UploadRequest, context: Call) -> pb.Receipt:
-        member = await self._member(context)
+        member = await self._member(context, round_id=request.round)
         work = asyncio.to_thread(lambda: self._uploads.finish(request.round, self._input(request, member)))
-        receipt = await guarded(context, work, member=self._name(member))
-        log.info("upload received", member=self._name(member), bytes=receipt.length)
+        receipt = await self._guarded(context, work, member)
+        log.info("upload received", bytes=receipt.length)
         return pb.Receipt(
             round=request.round, member=member, root=receipt.root, length=receipt.length, signature=receipt.signature
         )
 
     async def ListReleases(self, request: pb.ListReleasesRequest, context: Call) -> pb.ListReleasesReply:
-        await self._member(context)
+        await self._member(context, plan=request.plan, stage=request.stage)
 
         def listed() -> list[pb.Release]:
             with self._engine.lock:
@@ -283,7 +300,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         return pb.ListReleasesReply(releases=await asyncio.to_thread(listed))
 
     async def FetchTotal(self, request: pb.FetchTotalRequest, context: Call) -> pb.TotalChunk:
-        member = await self._member(context)
+        member = await self._member(context, round_id=request.round)
 
         def read() -> pb.TotalChunk:
             # The phase says it, not the row: a full disk may have come between the total and its row.
@@ -297,14 +314,14 @@ class FederationService(federation_pb2_grpc.FederationServicer):
                 file.seek(request.offset)
                 return pb.TotalChunk(data=file.read(MOST_CHUNK_BYTES), length=length)
 
-        chunk = await self._bulk(context, asyncio.to_thread(read), member)
+        chunk = await self._guarded(context, asyncio.to_thread(read), member, bulk=True)
         self._count(request.round, member, received=chunk.ByteSize())
         return chunk
 
     async def FetchBlock(self, request: pb.FetchBlockRequest, context: Call) -> pb.UploadBlock:
-        member = await self._member(context)
+        member = await self._member(context, round_id=request.round)
         work = asyncio.to_thread(self._engine.upload_block, request.round, request.member, request.block)
-        data, path = await self._bulk(context, work, member)
+        data, path = await self._guarded(context, work, member, bulk=True)
         return pb.UploadBlock(data=data, path=path)
 
 

@@ -371,6 +371,13 @@ class Store:
         rows = self._read("select member, sent, received, chunks from traffic where round = ?", round_id)
         return {r[0]: (r[1], r[2], r[3]) for r in rows}
 
+    def traffic_of_plans(self) -> list[tuple[bytes, int, int, int, int]]:
+        """(plan, member, bytes sent, bytes received, bytes of upload chunks) over all rounds, as last flushed."""
+        return self._read(
+            "select plan, member, sum(sent), sum(received), sum(chunks) from traffic "
+            "join rounds on rounds.id = traffic.round group by plan, member"
+        )
+
     # --- files -------------------------------------------------------------------------------------------------------
 
     def round_directory(self, round_id: bytes) -> Path:

@@ -8,6 +8,7 @@ came before that.
 from __future__ import annotations
 
 import structlog
+from structlog.contextvars import bound_contextvars
 
 from coordinator import phases
 from coordinator.engine import Engine
@@ -51,6 +52,14 @@ class Worker:
             waiting = next((r for r in engine.rounds.values() if r.try_again <= now and self._waits(r)), None)
         if waiting is None:
             return False
+        with bound_contextvars(**waiting.about):
+            self._advanced(waiting)
+        engine.changed()
+        return True
+
+    def _advanced(self, waiting: Running) -> None:
+        """The next piece of a round's work; a disk that is full makes it wait, what a peer did wrong ends it."""
+        engine = self._engine
         try:
             self._advance(waiting)
         except DiskError as error:  # shares may be out by now: no reason to give the round up
@@ -61,8 +70,6 @@ class Worker:
             with engine.lock:
                 waiting.unfinished = False  # or a released round would come up again at once, for ever
                 engine.abort(waiting, str(error))
-        engine.changed()
-        return True
 
     def _waits(self, running: Running) -> bool:
         phase = running.machine.phase

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import secrets
+from dataclasses import dataclass
 from typing import Any
 
 from participant.config import DataSet
@@ -145,6 +146,29 @@ def standing(site: Site, job: Job, stage: int) -> Standing | None:
     return Standing.of(_agreed(site, name, ledger).book, job.plan_file.digest.hex(), stage)
 
 
+@dataclass(frozen=True)
+class Charges:
+    """Epsilon of a data set by its ledger: of what started, and with every open reservation."""
+
+    policy: Policy
+    spent: float
+    reserved: float
+
+    @classmethod
+    def of(cls, policy: Policy, book: Book) -> Charges:
+        """What the lines of a ledger add up to; raises ProtocolError for an unknown mechanism."""
+        jobs = book.charged()
+        spent, reserved = (
+            enforced_epsilon(policy, mechanisms_of(found)) for found in ([j for j in jobs if j.started], jobs)
+        )
+        return cls(policy, spent, reserved)
+
+    @property
+    def left(self) -> float | None:
+        """Of the budget, which counts reservations in full; ``None`` without one."""
+        return None if self.policy.epsilon is None else max(0.0, float(self.policy.epsilon) - self.reserved)
+
+
 def account(site: Site, name: str) -> dict[str, Any]:
     """What a site's ledger says about one data set, for people and machines; numbers are decimal strings.
 
@@ -153,10 +177,7 @@ def account(site: Site, name: str) -> dict[str, Any]:
     """
     ledger, data = site.ledger(name), site.home.settings.datasets[name]
     policy = ledger.book.policy if ledger.entries else data.policy()
-    jobs = ledger.book.charged()
-    started = [j for j in jobs if j.started]
-    spent, reserved = (enforced_epsilon(policy, mechanisms_of(found)) for found in (started, jobs))
-    left = max(0.0, float(policy.epsilon) - reserved) if policy.epsilon is not None else None
+    charges = Charges.of(policy, ledger.book)
     return {
         "dataset": name,
         "registered": bool(ledger.entries),
@@ -165,9 +186,9 @@ def account(site: Site, name: str) -> dict[str, Any]:
         "budget": policy.epsilon,
         "order": policy.order,
         "delta": policy.delta,
-        "spent": f"{spent:.4f}",
-        "reserved": f"{reserved:.4f}",
-        "left": None if left is None else f"{left:.4f}",
+        "spent": f"{charges.spent:.4f}",
+        "reserved": f"{charges.reserved:.4f}",
+        "left": None if charges.left is None else f"{charges.left:.4f}",
         "records": Registry(site.home).records(name),
         "lines": len(ledger.entries),
         "jobs": [

@@ -9,7 +9,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from participant import cli_audit, cli_data
+from participant import cli_audit, cli_data, cli_doctor
 from privacy import __version__, console
 from privacy.errors import UserError
 
@@ -24,6 +24,7 @@ app.add_typer(cli_data.app, name="dataset")
 app.command()(cli_data.budget)
 app.command()(cli_data.witnesses)
 app.command()(cli_audit.audit_training)
+app.command()(cli_doctor.doctor)
 
 Directory = Annotated[
     Path, typer.Option("--dir", envvar="VEILSUM_PARTICIPANT", help="Directory of this site.", show_default=True)
@@ -48,17 +49,26 @@ def run(
     """
     console.set_up_logs(as_json=json_logs)
     signal.signal(signal.SIGTERM, _interrupt)
+    from participant import metrics
     from participant.config import load_home
     from participant.daemon import Daemon
     from participant.progress import training_progress
     from participant.site import Site
+    from privacy.exposition import metrics_page
     from privacy.files import only_one
+    from privacy.notify import notify
 
     # The lock comes before the records are read: a second daemon would not see what the first one spends.
     with only_one(load_home(directory).directory, "daemon of this site"):
         site = Site.open(directory)
-        with training_progress(show=not json_logs) as progress:
-            Daemon(site, site.client(), progress).run(once=once)
+        metrics.register(site)
+        page = metrics_page(site.home.settings.metrics_listen, site.counts.registry)
+        with page, training_progress(show=not json_logs) as progress:
+            notify(READY=1)
+            try:
+                Daemon(site, site.client(), site.counts.watching(progress)).run(once=once)
+            finally:
+                notify(STOPPING=1)
 
 
 @app.command()

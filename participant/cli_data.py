@@ -172,11 +172,17 @@ def budget(directory: Directory = HERE, as_json: AsJson = False) -> None:
         typer.echo(f"{row['dataset']}: epsilon {row['spent']} spent, {row['reserved']} with open reservations; {left}")
 
 
-def witnesses(directory: Directory = HERE) -> None:
+def witnesses(directory: Directory = HERE, as_json: AsJson = False) -> None:
     """Print what M2 of each round showed of the other members' ledgers, one JSON object a line, for an auditor.
+
+    With --json it is one list.
 
     Example: veilsum-participant witnesses > seen-by-north.jsonl
     """
     site = _site(directory)
-    for line in site.store.witnesses():
-        typer.echo(json.dumps(line | {"member": site.roster.roster.name(line["member"])}, sort_keys=True))
+    found = [line | {"member": site.roster.roster.name(line["member"])} for line in site.store.witnesses()]
+    if as_json:
+        typer.echo(json.dumps(found, sort_keys=True))
+        return
+    for line in found:
+        typer.echo(json.dumps(line, sort_keys=True))

@@ -18,6 +18,7 @@ from typing import Any
 
 import grpc
 
+from participant.counts import Counts
 from participant.diagnose import explain
 from participant.enrol import AUTHORITY, TLS_CERTIFICATE, TLS_KEY
 from privacy import PROTOCOL_VERSION, __version__
@@ -33,7 +34,16 @@ from privacy.secagg.signed import Signed
 from privacy.wire import federation_pb2 as pb
 from privacy.wire.convert import from_wire, to_wire
 from privacy.wire.federation_pb2_grpc import FederationStub
-from privacy.wire.transport import CHUNK_S, CLIENT_OPTIONS, PUT_CHUNK, WINDOW, chunk_bytes, put_chunk, read_chunk_reply
+from privacy.wire.transport import (
+    CHUNK_HEADER,
+    CHUNK_S,
+    CLIENT_OPTIONS,
+    PUT_CHUNK,
+    WINDOW,
+    chunk_bytes,
+    put_chunk,
+    read_chunk_reply,
+)
 
 #: A call that takes longer than this is tried again; long polls end before it.
 TIMEOUT_S = 60.0
@@ -76,7 +86,9 @@ def seen_hash(message: ToMember) -> bytes:
 class Client:
     """One connection to the coordinator."""
 
-    def __init__(self, directory: Path, address: str, roster: RosterFile, me: int) -> None:
+    def __init__(
+        self, directory: Path, address: str, roster: RosterFile, me: int, counts: Counts | None = None
+    ) -> None:
         hint = "join the federation first; the coordinator issues the certificate"
         self._credentials = grpc.ssl_channel_credentials(
             read_file(directory / AUTHORITY, "the federation's authority certificate", hint),
@@ -84,6 +96,7 @@ class Client:
             read_file(directory / TLS_CERTIFICATE, "this site's TLS certificate", hint),
         )
         self._address, self._directory, self._roster, self._me = address, directory, roster, me
+        self._counts = counts or Counts()
         self._diagnosed = float("-inf")
         self._found: str | None = None
         #: Seconds of the quickest call so far: how far away the coordinator is.
@@ -132,10 +145,12 @@ class Client:
             self._diagnosed, self._found = time.monotonic(), explain(self._address, self._directory)
         return self._found
 
-    def _call(self, method: Callable[..., Any], request: Any) -> Any:
+    def _call(self, method: str, request: Any) -> Any:
         began = time.monotonic()
-        with self._errors():
-            reply = method(request, timeout=TIMEOUT_S)
+        self._counts.moved(sent=request.ByteSize())
+        with self._errors(), self._counts.call(method):
+            reply = getattr(self._stub, method)(request, timeout=TIMEOUT_S)
+        self._counts.moved(received=reply.ByteSize())
         self._round_trip = min(self._round_trip, time.monotonic() - began)
         return reply
 
@@ -146,7 +161,7 @@ class Client:
             UserError: another protocol version. Refusal: another roster or coordinator than the pinned one.
         """
         request = pb.HelloRequest(protocol_version=PROTOCOL_VERSION, software=__version__, roster=self._roster.hash)
-        reply: pb.HelloReply = self._call(self._stub.Hello, request)
+        reply: pb.HelloReply = self._call("Hello", request)
         if reply.protocol_version != PROTOCOL_VERSION:
             raise UserError(
                 f"expected protocol version {PROTOCOL_VERSION} (veilsum {__version__}), found {reply.protocol_version} "
@@ -161,18 +176,18 @@ class Client:
 
     def plans(self) -> list[OfferedPlan]:
         """All plans the coordinator offers."""
-        reply: pb.ListPlansReply = self._call(self._stub.ListPlans, pb.ListPlansRequest())
+        reply: pb.ListPlansReply = self._call("ListPlans", pb.ListPlansRequest())
         return [OfferedPlan(p.toml, p.state, p.reason, p.stage) for p in reply.plans]
 
     def ready(self, plan: bytes, stage: int) -> tuple[int, int]:
         """Say that this site's delta is trained; (members ready, members of the roster)."""
         request = pb.ReadyRequest(plan=plan, stage=stage, checkpoint=self.checkpoint())
-        reply: pb.ReadyReply = self._call(self._stub.Ready, request)
+        reply: pb.ReadyReply = self._call("Ready", request)
         return reply.ready, reply.expected
 
     def next(self, plan: bytes, stage: int, seen: bytes) -> tuple[bytes, ToMember] | None:
         """(round id, message) once there is one other than ``seen``; ``None`` when nothing came for a while."""
-        reply: pb.NextReply = self._call(self._stub.Next, pb.NextRequest(plan=plan, stage=stage, seen=seen))
+        reply: pb.NextReply = self._call("Next", pb.NextRequest(plan=plan, stage=stage, seen=seen))
         if not reply.HasField("message"):
             return None
         message: ToMember = from_wire(reply.message, ToMember)
@@ -181,7 +196,7 @@ class Client:
     def send(self, round_id: bytes, message: FromMember) -> None:
         """One message of this member; repeating it is harmless."""
         request = pb.SendRequest(round=round_id, message=to_wire(message, FromMember), checkpoint=self.checkpoint())
-        self._call(self._stub.Send, request)
+        self._call("Send", request)
 
     def upload(self, round_id: bytes, message: Signed[MaskedInput], spool: Path, bits: int) -> None:
         """M5 with its vector: whatever is missing there goes, some chunks in flight; ends with a verified receipt.
@@ -191,10 +206,10 @@ class Client:
         """
         own = to_wire(message, Signed[MaskedInput])
         request = pb.UploadRequest(round=round_id, input=own, checkpoint=self.checkpoint())
-        state: pb.UploadState = self._call(self._stub.BeginUpload, request)
+        state: pb.UploadState = self._call("BeginUpload", request)
         if not state.finished:
             self._send_chunks(round_id, spool, state, message.body.length, bits)
-        receipt: pb.Receipt = self._call(self._stub.FinishUpload, request)
+        receipt: pb.Receipt = self._call("FinishUpload", request)
         coordinator, body = bytes.fromhex(self._roster.roster.coordinator), message.body
         if not is_receipt(coordinator, receipt.signature, round_id, self._me, body.root, body.length):
             raise ProtocolError("the coordinator's receipt for the upload does not verify")
@@ -214,6 +229,7 @@ class Client:
                     payload = file.read(size)
                     call = self._chunk.future(put_chunk(round_id, offset, payload), timeout=CHUNK_S)
                     flying.append(call)
+                    self._counts.moved(sent=CHUNK_HEADER + len(payload))
                     offset += len(payload)
                 window = read_chunk_reply(flying.popleft().result())
                 self.progress += 1
@@ -226,7 +242,7 @@ class Client:
     def releases(self, plan: bytes, stage: int) -> list[ReleasedCohort]:
         """The released rounds of a stage; once the next has begun, those that it starts from."""
         request = pb.ListReleasesRequest(plan=plan, stage=stage)
-        reply: pb.ListReleasesReply = self._call(self._stub.ListReleases, request)
+        reply: pb.ListReleasesReply = self._call("ListReleases", request)
         found = [ReleasedCohort(r.round, r.stage, from_wire(r.evidence, Evidence)) for r in reply.releases]
         return [cohort for cohort in found if cohort.stage == stage]
 
@@ -239,7 +255,7 @@ class Client:
         with disk_errors(target), target.open("ab", buffering=0) as file:
             while file.tell() < length:
                 request = pb.FetchTotalRequest(round=round_id, offset=file.tell())
-                chunk: pb.TotalChunk = self._call(self._stub.FetchTotal, request)
+                chunk: pb.TotalChunk = self._call("FetchTotal", request)
                 if chunk.length != length or not 0 < len(chunk.data) <= length - file.tell():
                     raise ProtocolError(f"expected a total of {length} bytes, found {chunk.length}")
                 file.write(chunk.data)
@@ -255,4 +271,5 @@ class Client:
                     flying.append(self._stub.FetchBlock.future(request, timeout=TIMEOUT_S))
                 reply: pb.UploadBlock = flying.popleft().result()
                 self.progress += 1
+                self._counts.moved(received=reply.ByteSize())
                 yield reply.data, tuple(reply.path)

@@ -13,7 +13,7 @@ from participant.rows import Format
 from privacy.budget import entries
 from privacy.guarantee import Number
 from privacy.plan import Name
-from privacy.settings import Positive, Section, load_toml
+from privacy.settings import Listen, Positive, Section, load_toml
 
 CONFIG_FILE = "participant.toml"
 #: What the ledger says where the site's file has no budget; a budget set later, after a first job, has to agree.
@@ -120,6 +120,8 @@ class Settings(Section):
     max_rank: Positive | None = None
     #: For tests and demonstrations: keep the quantised vector in the clear beside the spool. Never leaves the site.
     keep_plain_vector: bool = False
+    #: Address of the metrics, a port or host:port; a port alone is for this machine only, empty shows none.
+    metrics_listen: Listen = ""
     #: Base model name in plans -> directory.
     models: dict[str, str] = Field(default_factory=dict)
     #: Data set name in plans -> where it lies.

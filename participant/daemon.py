@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import structlog
+from structlog.contextvars import bind_contextvars, bound_contextvars
 
 from participant import charging
 from participant.client import Client, OfferedPlan, seen_hash
@@ -20,6 +21,7 @@ from participant.site import Site
 from privacy.console import Unreachable
 from privacy.errors import ProtocolError, Refusal, UserError, VeilsumError
 from privacy.job import Job
+from privacy.notify import notify
 from privacy.plan import parse_plan
 from privacy.secagg.dialogue import ToMember
 from privacy.secagg.messages import Inbox, Offer, Outcome, RoundAborted
@@ -48,8 +50,9 @@ class Daemon:
         Raises:
             Refusal: with ``once``, why nothing was released.
         """
+        bind_contextvars(member=self.site.home.settings.member)
         patiently(self.client.hello)
-        log.info("connected", coordinator=self.site.home.settings.coordinator, member=self.site.home.settings.member)
+        log.info("connected", coordinator=self.site.home.settings.coordinator)
         while True:
             for offered in patiently(self.client.plans):
                 state = self._consider(offered)
@@ -60,11 +63,16 @@ class Daemon:
             time.sleep(IDLE_S)
 
     def _consider(self, offered: OfferedPlan) -> str:
-        """Work on one plan as far as it goes; its state here."""
-        name = "?"
+        """Work on one plan as far as it goes; its state here. Lines of the log say which plan and stage."""
+        with bound_contextvars(plan="?", stage=offered.stage):
+            return self._considered(offered)
+
+    def _considered(self, offered: OfferedPlan) -> str:
+        name, refusal = "?", None
         try:
             plan_file = parse_plan(offered.toml)
             name = plan_file.plan.name
+            bind_contextvars(plan=name)
             job = Job.of(plan_file, self.site.roster, self.site.home.factors)
             standing = charging.standing(self.site, job, offered.stage)
             admit(job, self.site.home.settings, standing, self._stage(job, offered))
@@ -72,12 +80,15 @@ class Daemon:
         except Unreachable:
             raise
         except (Refusal, UserError, ProtocolError) as error:
-            state, reason = ("refused" if isinstance(error, Refusal) else "failed"), str(error)
+            refusal, state, reason = error, ("refused" if isinstance(error, Refusal) else "failed"), str(error)
             if isinstance(error, UserError) and error.hint:
                 reason += f" ({error.hint})"
         self.site.note(name, state, reason)
         if self.said.get(name) != state + reason:
+            if refusal is not None:
+                self.site.counts.refused(refusal)
             log.info("plan", plan=name, state=state, reason=reason)
+            notify(STATUS=f"plan '{name}' is {state}: {reason}")
             self.said[name] = state + reason
         return state
 
@@ -157,17 +168,29 @@ class Daemon:
                 continue
             seen = seen_hash(found[1])
             run = self._hear(job, stage, run, *found)
+            if run is not None:
+                phase = type(run.machine.phase).__name__.lower()
+                self.site.counts.rounds[job.plan.name] = (run.machine.context.header.round, phase)
             if isinstance(found[1], Outcome) and run is None:
                 return  # of a round this process did not live through: the release says it all
             if run is not None and isinstance(run.machine.phase, Finished):
                 return
 
     def _hear(self, job: Job, stage: int, run: RoundRun | None, round_id: bytes, message: ToMember) -> RoundRun | None:
-        """One message; the round this process is in afterwards."""
+        """One message; the round this process is in afterwards. Lines of the log say which round it is about."""
+        mine = run is not None and run.round_id == round_id
+        about = {"round": run.machine.context.header.round} if mine and run is not None else {}
+        if isinstance(message, Offer | RoundAborted):
+            about = {"round": message.header.round}
+        with bound_contextvars(**about):
+            return self._heard(job, stage, run, round_id, message)
+
+    def _heard(self, job: Job, stage: int, run: RoundRun | None, round_id: bytes, message: ToMember) -> RoundRun | None:
         if isinstance(message, Offer):
             try:
                 return join(self.site, self.client, job, stage, round_id, message)
             except VeilsumError as error:
+                self.site.counts.refused(error)
                 log.warning("offer refused", plan=job.plan.name, reason=str(error))
                 return run
         mine = run is not None and run.round_id == round_id

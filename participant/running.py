@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
+from structlog.contextvars import bound_contextvars
 
 from participant import charging
 from participant.client import Client
@@ -82,8 +83,9 @@ def resume_upload(site: Site, client: Client, job: Job, stage: int, round_id: by
         return
     length = job.context(spent.header).upload_length
     message = sign(site.identity, site.me, MaskedInput(spent.t2, spent.root, length), round_id)
-    log.info("upload goes on", plan=job.plan.name, round=spent.header.round)
-    upload(site, client, job, spent.header, message)
+    with bound_contextvars(round=spent.header.round):
+        log.info("upload goes on", plan=job.plan.name)
+        upload(site, client, job, spent.header, message)
 
 
 def join(site: Site, client: Client, job: Job, stage: int, round_id: bytes, offer: Offer) -> RoundRun:
@@ -158,6 +160,7 @@ class RoundRun:
         try:
             step = self.machine.handle(message)
         except ProtocolError as error:
+            self.site.counts.refused(error)
             log.warning("refused", plan=self.job.plan.name, message=type(message).__name__, reason=str(error))
             return
         if isinstance(message, KeyList) and step.records:

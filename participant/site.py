@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from participant import records
 from participant.client import Client
 from participant.config import Home, load_home
+from participant.counts import Counts
 from participant.enrol import ROSTER, ROSTER_PIN
 from participant.store import Store
 from privacy.budget.ledger import Ledger
@@ -40,6 +41,7 @@ class Site:
     me: int
     identity: Ed25519PrivateKey = field(repr=False)
     store: Store
+    counts: Counts = field(default_factory=Counts, repr=False)
     _ledgers: dict[str, Ledger] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -69,7 +71,7 @@ class Site:
 
     def client(self) -> Client:
         """A connection to the coordinator."""
-        return Client(self.home.directory, self.home.settings.coordinator, self.roster, self.me)
+        return Client(self.home.directory, self.home.settings.coordinator, self.roster, self.me, self.counts)
 
     def ledger(self, dataset: str) -> Ledger:
         """The ledger of a data set, with every line that is on disk now."""

@@ -17,6 +17,8 @@ MAX_DOTS = 1000
 
 HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Positive = Annotated[int, Field(ge=1)]
+#: A port, or host:port; empty for none.
+Listen = Annotated[str, Field(pattern=r"^((.+:)?[0-9]{1,5})?$")]
 
 
 class Section(BaseModel):

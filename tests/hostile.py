@@ -14,7 +14,9 @@ from typing import Any
 import grpc
 import structlog
 
-from coordinator import config, daemon, phases
+from coordinator import config, daemon, metrics, phases
+from coordinator.counts import Counts
+from coordinator.pulse import Wellbeing
 from participant.enrol import AUTHORITY, TLS_CERTIFICATE, TLS_KEY
 from privacy.adapter import start_adapter, start_digest
 from privacy.plan import Adapter
@@ -101,7 +103,10 @@ class Hostile:
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
-        self.server: grpc.aio.Server = self.on_loop(daemon._start_federation(self.home, self.world.engine))
+        self.wellbeing, self.counts = Wellbeing(self.world.engine), Counts()
+        metrics.register(self.counts, self.world.engine, self.wellbeing)
+        starting = daemon._start_federation(self.home, self.world.engine, self.wellbeing, self.counts)
+        self.server: grpc.aio.Server = self.on_loop(starting)
 
     def _keeping(self, member: int) -> Callable[..., None]:
         def upload(round_id: bytes, message: Signed[MaskedInput], spool: Path, _bits: int) -> None:

@@ -113,3 +113,51 @@ def test_the_pins_are_plain_versions() -> None:
 def test_the_demo_packages_stay_out_of_the_product() -> None:
     declared = json.dumps(PROJECT["project"])
     assert [name for name in sorted(DEMO_ONLY) if name in declared] == []
+
+
+# --- images and the folder of wheels ---------------------------------------------------------------------------------
+
+DOCKER = ROOT / "deploy" / "docker"
+
+
+@pytest.mark.parametrize("side", ["coordinator", "participant"])
+def test_an_image_copies_what_the_wheel_needs_and_runs_without_privileges(side: str) -> None:
+    text = (DOCKER / f"{side}.Dockerfile").read_text()
+    copied = {word for line in re.findall(r"^COPY (?!--from)(.*)$", text, re.MULTILINE) for word in line.split()[:-1]}
+    assert copied >= PACKAGES | {"pyproject.toml", "README.md", "LICENSE", "constraints.txt"}
+    assert all((ROOT / name).exists() for name in copied)
+    allowed = re.findall(r"^!(.*)$", (DOCKER / f"{side}.Dockerfile.dockerignore").read_text(), re.MULTILINE)
+    assert set(allowed) == copied
+    assert re.search(r"^USER veilsum$", text, re.MULTILINE)
+    assert f'ENTRYPOINT ["veilsum-{side}"]' in text
+    extras = re.findall(r"EXTRAS=(\S+)", text)
+    assert {extra for line in extras for extra in line.split(",")} <= set(PROJECT["project"]["optional-dependencies"])
+    assert bool(extras) == (side == "participant")
+
+
+def test_the_compose_file_builds_both_images_and_mounts_what_they_expect() -> None:
+    import yaml
+
+    found = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+    assert set(found) == {"coordinator", "site"}
+    for service in found.values():
+        assert (DOCKER / service["build"]["context"]).resolve() == ROOT
+        assert (ROOT / service["build"]["dockerfile"]).exists()
+        assert service["volumes"][0].endswith(":/data")
+        assert (service["cap_drop"], service["read_only"]) == (["ALL"], True)
+
+
+def test_the_alert_rules_of_the_docs_are_yaml() -> None:
+    import yaml
+
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    block = page[page.index("    groups:") : page.index("A training may take hours")]
+    rules = yaml.safe_load(block)["groups"][0]["rules"]
+    assert len(rules) >= 10
+    assert all({"alert", "expr", "annotations"} <= set(rule) for rule in rules)
+
+
+def test_scripts_for_a_machine_without_a_network_are_shell() -> None:
+    for name in ("wheels.sh", "offline.sh"):
+        assert os.access(ROOT / "scripts" / name, os.X_OK)
+        assert subprocess.run(["bash", "-n", ROOT / "scripts" / name], check=False).returncode == 0
