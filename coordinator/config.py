@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from privacy.plan import Name
 from privacy.settings import Section, load_toml
 
 CONFIG_FILE = "coordinator.toml"
@@ -18,6 +19,12 @@ class Settings(Section):
 
     #: Address that participants dial, host:port.
     listen: Annotated[str, Field(pattern=r"^.+:\d{1,5}$")] = "127.0.0.1:7443"
+    #: Address on which sites with an invitation join, host:port; empty: nobody can.
+    join_listen: Annotated[str, Field(pattern=r"^(.+:\d{1,5})?$")] = ""
+    #: Address by which sites reach ``listen``, host:port; told to sites that join.
+    address: Annotated[str, Field(pattern=r"^(.+:\d{1,5})?$")] = ""
+    #: Name of the federation in rosters drafted here.
+    federation: Name = "federation"
     #: Uploads taken at the same time; others are told to come back.
     max_uploads: Annotated[int, Field(ge=1, le=1024)] = 10
     #: Keep masked uploads after the outcome is certified, for an auditor who recomputes sums (``--uploads``).
@@ -34,6 +41,15 @@ class Home:
     @property
     def roster(self) -> Path:
         return self.directory / "roster.toml"
+
+    @property
+    def roster_draft(self) -> Path:
+        return self.directory / "roster.draft.toml"
+
+    @property
+    def members(self) -> Path:
+        """Who was invited, joined and removed."""
+        return self.directory / "members.jsonl"
 
     @property
     def authority(self) -> Path:

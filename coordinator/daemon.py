@@ -13,13 +13,17 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, field
 
 import grpc
 import structlog
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from coordinator.config import Home
 from coordinator.engine import Engine
 from coordinator.gate import Gate
+from coordinator.members import Members
+from coordinator.membership import MembershipService, add_membership, joining_server
 from coordinator.memory import give_memory_back
 from coordinator.report import report
 from coordinator.service import FederationService, OperatorService, add_federation, add_operator
@@ -60,22 +64,25 @@ def open_engine(home: Home) -> Engine:
     return engine
 
 
-def _credentials(home: Home) -> grpc.ServerCredentials:
+def _pair(home: Home) -> tuple[bytes, bytes]:
     hint = "issue the coordinator's TLS certificate first"
     key = read_private(home.tls_key, "the coordinator's TLS key", hint)
-    certificate = read_file(home.tls_certificate, "the coordinator's TLS certificate", hint)
-    authority = read_file(home.authority, "the authority's certificate", hint)
-    return grpc.ssl_server_credentials([(key, certificate)], authority, require_client_auth=True)
+    return key, read_file(home.tls_certificate, "the coordinator's TLS certificate", hint)
 
 
-async def _start_operator(home: Home, engine: Engine) -> grpc.aio.Server:
+def _credentials(home: Home) -> grpc.ServerCredentials:
+    authority = read_file(home.authority, "the authority's certificate", "put it beside the coordinator's own")
+    return grpc.ssl_server_credentials([_pair(home)], authority, require_client_auth=True)
+
+
+async def _start_operator(home: Home, service: OperatorService) -> grpc.aio.Server:
     if len(os.fsencode(home.socket)) > SOCKET_PATH_BYTES:
         raise UserError(
             f"{home.socket}: expected a path of at most {SOCKET_PATH_BYTES} bytes", hint="use a shorter one"
         )
     home.socket.unlink(missing_ok=True)
     server = grpc.aio.server()
-    add_operator(server, OperatorService(engine, lambda name: report(engine, name)))
+    add_operator(server, service)
     before = os.umask(0o177)
     try:
         server.add_insecure_port(f"unix:{home.socket}")
@@ -85,18 +92,37 @@ async def _start_operator(home: Home, engine: Engine) -> grpc.aio.Server:
     return server
 
 
-async def _start_federation(home: Home, engine: Engine) -> grpc.aio.Server:
-    server = grpc.aio.server(interceptors=[Gate()], options=SERVER_OPTIONS, maximum_concurrent_rpcs=MOST_CALLS)
-    witnesses = Witnesses(home.witnesses, engine.roster.roster, engine.clock)
-    add_federation(server, FederationService(engine, Uploads(engine, home.settings.max_uploads), witnesses))
+def _listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials, key: str) -> None:
     try:
-        server.add_secure_port(home.settings.listen, _credentials(home))
+        server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise UserError(
-            f"expected to listen on {home.settings.listen}, found it taken or not ours",
-            hint="choose another address under 'listen' in coordinator.toml",
+            f"expected to listen on {address}, found it taken or not ours",
+            hint=f"choose another address under '{key}' in coordinator.toml",
         ) from error
+
+
+async def _start_members(home: Home, identity: Ed25519PrivateKey, engine: Engine | None) -> grpc.aio.Server:
+    """The members' port: all of it, or without a roster what a member needs to get one."""
+    server = grpc.aio.server(interceptors=[Gate()], options=SERVER_OPTIONS, maximum_concurrent_rpcs=MOST_CALLS)
+    add_membership(server, MembershipService(home, Members(home.members, time.time), identity))
+    if engine is not None:
+        witnesses = Witnesses(home.witnesses, engine.roster.roster, engine.clock)
+        add_federation(server, FederationService(engine, Uploads(engine, home.settings.max_uploads), witnesses))
+    _listen(server, home.settings.listen, _credentials(home), "listen")
     await server.start()
+    return server
+
+
+async def _start_federation(home: Home, engine: Engine) -> grpc.aio.Server:
+    return await _start_members(home, engine.identity, engine)
+
+
+async def _start_joining(home: Home) -> grpc.aio.Server:
+    server = joining_server(home, Members(home.members, time.time))
+    _listen(server, home.settings.join_listen, grpc.ssl_server_credentials([_pair(home)]), "join_listen")
+    await server.start()
+    log.info("sites with an invitation can join", address=home.settings.join_listen)
     return server
 
 
@@ -126,24 +152,53 @@ def take_all_files() -> int:
     return most
 
 
+@dataclass
+class Stop:
+    """When the servers stop, and whether for good or to start anew with what is on disk."""
+
+    now: asyncio.Event = field(default_factory=asyncio.Event)
+    for_good: bool = False
+
+    def end(self) -> None:
+        """Stop for good."""
+        self.for_good = True
+        self.now.set()
+
+
 async def serve(home: Home) -> None:
     """Run until SIGINT or SIGTERM."""
     take_all_files()
     give_memory_back()
     log.info("mask engine", engine=best_engine()[1])  # loaded here: it is part of what this process always needs
-    engine = open_engine(home)
-    stop = asyncio.Event()
+    stop = Stop()
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "call"))
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    federation = await _start_federation(home, engine)
-    operator = await _start_operator(home, engine)
-    log.info("listening", address=home.settings.listen, federation=engine.roster.roster.federation)
-    worker = Worker(engine)
+        asyncio.get_running_loop().add_signal_handler(number, stop.end)
+    while not stop.for_good:
+        stop.now.clear()
+        await _serve_once(home, stop)
+    log.info("stopped")
+
+
+async def _serve_once(home: Home, stop: Stop) -> None:
+    """Serve what is there: rounds where there is a roster, and without one whoever joins."""
+    waiting = bool(home.settings.join_listen) and not home.roster.exists()
+    engine = None if waiting else open_engine(home)
+    servers = []
     try:
-        await asyncio.gather(_repeat(engine.tick, stop), _repeat(worker.work, stop))
+        servers.append(await _start_members(home, load_identity(home.directory), engine))
+        servers.append(await _start_operator(home, OperatorService(engine, report, stop.now.set)))
+        if home.settings.join_listen:
+            servers.append(await _start_joining(home))
+        if engine is None:
+            log.info("waiting for a roster", hint="veilsum-coordinator roster draft, then roster publish")
+            await stop.now.wait()
+            return
+        log.info("listening", address=home.settings.listen, federation=engine.roster.roster.federation)
+        worker = Worker(engine)
+        await asyncio.gather(_repeat(engine.tick, stop.now), _repeat(worker.work, stop.now))
     finally:
-        await asyncio.gather(federation.stop(GRACE_S), operator.stop(GRACE_S))
-        engine.store.close()
+        await asyncio.gather(*(server.stop(GRACE_S) for server in servers))
         home.socket.unlink(missing_ok=True)
-        log.info("stopped")
+        if engine is not None:
+            engine.store.close()

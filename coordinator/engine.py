@@ -50,9 +50,12 @@ class Engine:
         self.held: dict[bytes, str] = {}
         #: Called whenever a member may have something new to hear.
         self.changed: Callable[[], None] = lambda: None
+        store.use_roster(self.roster.hash)
         for plan in store.plans():
             self.jobs[plan.digest] = Job.of(parse_plan(plan.toml, plan.name), self.roster, home.factors)
         for row in store.rounds():
+            if row.plan not in self.jobs:
+                continue  # of an earlier roster
             if row.state == "running":
                 store.recover(row.id)
             self._restore(row)

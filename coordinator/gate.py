@@ -52,9 +52,16 @@ class Use:
 class Quotas:
     """In-flight calls and a token bucket for each caller."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._uses: dict[bytes, Use] = defaultdict(lambda: Use(BURST, clock()))
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        in_flight: int = IN_FLIGHT,
+        rate: float = RATE,
+        burst: float = BURST,
+    ) -> None:
+        self._clock, self._in_flight, self._rate, self._burst = clock, in_flight, rate, burst
+        self._uses: dict[bytes, Use] = defaultdict(lambda: Use(burst, clock()))
 
     @contextmanager
     def call(self, caller: bytes, method: str) -> Iterator[None]:
@@ -64,12 +71,12 @@ class Quotas:
             UserError: too many at once, or too many a second.
         """
         use, now = self._uses[caller], self._clock()
-        use.tokens, use.at = min(BURST, use.tokens + RATE * (now - use.at)), now
-        if use.flying >= IN_FLIGHT:
-            raise UserError(f"expected at most {IN_FLIGHT} calls of a member in flight: come back shortly")
+        use.tokens, use.at = min(self._burst, use.tokens + self._rate * (now - use.at)), now
+        if use.flying >= self._in_flight:
+            raise UserError(f"expected at most {self._in_flight} calls of a member in flight: come back shortly")
         if method not in BULK:
             if use.tokens < 1:
-                raise UserError(f"expected at most {RATE:g} calls of a member a second: come back shortly")
+                raise UserError(f"expected at most {self._rate:g} calls of a member a second: come back shortly")
             use.tokens -= 1
         use.flying += 1
         try:

@@ -27,6 +27,9 @@ AUTHORITY_DAYS, CERTIFICATE_DAYS = 3650, 365
 LEEWAY = datetime.timedelta(minutes=10)
 
 
+MAKE_FIRST = "make the coordinator first: veilsum-coordinator init"
+
+
 def _name(common: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
 
@@ -50,6 +53,15 @@ def _builder(
         .not_valid_after(now + datetime.timedelta(days=days))
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
     )
+
+
+def authority_certificate(directory: Path) -> bytes:
+    """The certificate of the federation's authority, DER; where its file has several, the first."""
+    content = read_file(directory / AUTHORITY_CERTIFICATE, "the authority's certificate", MAKE_FIRST)
+    try:
+        return x509.load_pem_x509_certificate(content).public_bytes(serialization.Encoding.DER)
+    except ValueError as error:
+        raise UserError(f"{directory / AUTHORITY_CERTIFICATE}: expected a certificate in PEM, found another") from error
 
 
 def create_authority(directory: Path, federation: str) -> None:

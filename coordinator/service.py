@@ -159,7 +159,8 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         engine = self._engine
 
         def listed() -> list[pb.PlanState]:
-            found = [(p, engine.stage(p.digest)) for p in engine.store.plans()]
+            plans = [*engine.store.plans(), *engine.store.ended_plans()]
+            found = [(p, engine.stage(p.digest)) for p in plans]
             return [pb.PlanState(toml=p.toml, state=p.state, reason=p.reason, stage=stage) for p, stage in found]
 
         return pb.ListPlansReply(plans=await asyncio.to_thread(listed))
@@ -324,16 +325,28 @@ def add_operator(server: grpc.aio.Server, service: OperatorService) -> None:
 class OperatorService(federation_pb2_grpc.OperatorServicer):
     """What the operator's commands call, over a socket file only the operator's account can open."""
 
-    def __init__(self, engine: Engine, report: Callable[[str], str]) -> None:
-        self._engine, self._report = engine, report
+    def __init__(self, engine: Engine | None, report: Callable[[Engine, str], str], reload: Callable[[], None]) -> None:
+        self._engine_or_none, self._report, self._reload = engine, report, reload
+
+    def _engine(self) -> Engine:
+        if self._engine_or_none is None:
+            raise Refusal("there is no roster yet: veilsum-coordinator roster draft, then roster publish")
+        return self._engine_or_none
 
     async def SubmitPlan(self, request: pb.SubmitPlanRequest, context: Call) -> pb.SubmitPlanReply:
-        work = asyncio.to_thread(self._engine.submit_plan, request.toml)
+        work = asyncio.to_thread(lambda: self._engine().submit_plan(request.toml))
         return pb.SubmitPlanReply(plan=await guarded(context, work))
 
     async def CancelPlan(self, request: pb.CancelPlanRequest, context: Call) -> pb.CancelPlanReply:
-        await guarded(context, asyncio.to_thread(self._engine.cancel_plan, request.name, request.reason))
+        await guarded(context, asyncio.to_thread(lambda: self._engine().cancel_plan(request.name, request.reason)))
         return pb.CancelPlanReply()
 
     async def Report(self, request: pb.ReportRequest, context: Call) -> pb.ReportReply:
-        return pb.ReportReply(json=await guarded(context, asyncio.to_thread(self._report, request.plan)))
+        if self._engine_or_none is None and not request.plan:
+            return pb.ReportReply(json='{"plans": [], "waiting_for": "a roster"}')
+        work = asyncio.to_thread(lambda: self._report(self._engine(), request.plan))
+        return pb.ReportReply(json=await guarded(context, work))
+
+    async def Reload(self, request: pb.ReloadRequest, context: Call) -> pb.ReloadReply:
+        self._reload()
+        return pb.ReloadReply()

@@ -9,7 +9,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from participant import cli_audit, cli_data
+from participant import cli_audit, cli_data, cli_join
 from privacy import __version__, console
 from privacy.errors import UserError
 
@@ -20,6 +20,9 @@ app = typer.Typer(
     help="Fine-tune on this site's data, mask the update, upload it once. "
     "What works on a site takes its directory by --dir (or VEILSUM_PARTICIPANT).",
 )
+for command in (cli_join.join, cli_join.identity, cli_join.renew):
+    app.command()(command)
+app.add_typer(cli_join.roster_app, name="roster")
 app.add_typer(cli_data.app, name="dataset")
 app.command()(cli_data.budget)
 app.command()(cli_data.witnesses)
@@ -48,17 +51,28 @@ def run(
     """
     console.set_up_logs(as_json=json_logs)
     signal.signal(signal.SIGTERM, _interrupt)
+    from participant.client import OtherRoster
     from participant.config import load_home
     from participant.daemon import Daemon
     from participant.progress import training_progress
+    from participant.rosters import wait_for_approval
     from participant.site import Site
     from privacy.files import only_one
 
     # The lock comes before the records are read: a second daemon would not see what the first one spends.
-    with only_one(load_home(directory).directory, "daemon of this site"):
-        site = Site.open(directory)
-        with training_progress(show=not json_logs) as progress:
-            Daemon(site, site.client(), progress).run(once=once)
+    with (
+        only_one(load_home(directory).directory, "daemon of this site"),
+        training_progress(show=not json_logs) as progress,
+    ):
+        while True:
+            site = Site.open(directory)
+            try:
+                Daemon(site, site.client(), progress).run(once=once)
+                return
+            except OtherRoster as error:
+                if once:
+                    raise
+                wait_for_approval(directory, str(error))
 
 
 @app.command()

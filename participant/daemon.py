@@ -15,6 +15,7 @@ from participant.patience import patiently
 from participant.phases import Confirmed, Finished, Stopped, Uploading
 from participant.policy import admit
 from participant.prepare import Progress, prepare
+from participant.renewal import Renewal
 from participant.running import RoundRun, abort_unknown, join, resume_upload
 from participant.site import Site
 from privacy.console import Unreachable
@@ -46,11 +47,14 @@ class Daemon:
         """Work until interrupted; with ``once``, until a release is here or a plan of this site has failed.
 
         Raises:
-            Refusal: with ``once``, why nothing was released.
+            Refusal: with ``once``, why nothing was released. OtherRoster: this site has to approve it first.
         """
+        settings = self.site.home.settings
+        renewal = Renewal(self.site.home.directory, settings.coordinator, settings.member)
         patiently(self.client.hello)
-        log.info("connected", coordinator=self.site.home.settings.coordinator, member=self.site.home.settings.member)
+        log.info("connected", coordinator=settings.coordinator, member=settings.member)
         while True:
+            renewal.look(self.client)
             for offered in patiently(self.client.plans):
                 state = self._consider(offered)
                 if once and state == "released":
@@ -58,6 +62,7 @@ class Daemon:
                 if once and state in ("aborted", "cancelled"):
                     raise Refusal(f"no release: the plan is {state}: {offered.reason}")
             time.sleep(IDLE_S)
+            patiently(self.client.hello)  # another roster may be in force by now
 
     def _consider(self, offered: OfferedPlan) -> str:
         """Work on one plan as far as it goes; its state here."""

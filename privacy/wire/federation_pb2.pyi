@@ -458,6 +458,26 @@ class UploadBlock(google.protobuf.message.Message):
 Global___UploadBlock: typing_extensions.TypeAlias = UploadBlock
 
 @typing.final
+class ReloadRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___ReloadRequest: typing_extensions.TypeAlias = ReloadRequest
+
+@typing.final
+class ReloadReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___ReloadReply: typing_extensions.TypeAlias = ReloadReply
+
+@typing.final
 class SubmitPlanRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

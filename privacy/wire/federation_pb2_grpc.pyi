@@ -476,7 +476,23 @@ _OperatorReportType = typing_extensions.TypeVar(
     ],
 )
 
-class OperatorStub(typing.Generic[_OperatorSubmitPlanType, _OperatorCancelPlanType, _OperatorReportType]):
+_OperatorReloadType = typing_extensions.TypeVar(
+    '_OperatorReloadType',
+    grpc.UnaryUnaryMultiCallable[
+        privacy.wire.federation_pb2.ReloadRequest,
+        privacy.wire.federation_pb2.ReloadReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        privacy.wire.federation_pb2.ReloadRequest,
+        privacy.wire.federation_pb2.ReloadReply,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        privacy.wire.federation_pb2.ReloadRequest,
+        privacy.wire.federation_pb2.ReloadReply,
+    ],
+)
+
+class OperatorStub(typing.Generic[_OperatorSubmitPlanType, _OperatorCancelPlanType, _OperatorReportType, _OperatorReloadType]):
     """On a socket file that only the operator's account can open."""
 
     @typing.overload
@@ -492,6 +508,10 @@ class OperatorStub(typing.Generic[_OperatorSubmitPlanType, _OperatorCancelPlanTy
         grpc.UnaryUnaryMultiCallable[
             privacy.wire.federation_pb2.ReportRequest,
             privacy.wire.federation_pb2.ReportReply,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            privacy.wire.federation_pb2.ReloadRequest,
+            privacy.wire.federation_pb2.ReloadReply,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -509,6 +529,10 @@ class OperatorStub(typing.Generic[_OperatorSubmitPlanType, _OperatorCancelPlanTy
             privacy.wire.federation_pb2.ReportRequest,
             privacy.wire.federation_pb2.ReportReply,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            privacy.wire.federation_pb2.ReloadRequest,
+            privacy.wire.federation_pb2.ReloadReply,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     SubmitPlan: _OperatorSubmitPlanType
@@ -516,6 +540,9 @@ class OperatorStub(typing.Generic[_OperatorSubmitPlanType, _OperatorCancelPlanTy
     CancelPlan: _OperatorCancelPlanType
 
     Report: _OperatorReportType
+
+    Reload: _OperatorReloadType
+    """Read the roster file again: everything starts anew with what is there."""
 
 OperatorAsyncStub: typing_extensions.TypeAlias = OperatorStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -529,6 +556,10 @@ OperatorAsyncStub: typing_extensions.TypeAlias = OperatorStub[
     grpc.aio.UnaryUnaryMultiCallable[
         privacy.wire.federation_pb2.ReportRequest,
         privacy.wire.federation_pb2.ReportReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        privacy.wire.federation_pb2.ReloadRequest,
+        privacy.wire.federation_pb2.ReloadReply,
     ],
 ]
 
@@ -555,5 +586,13 @@ class OperatorServicer(metaclass=abc.ABCMeta):
         request: privacy.wire.federation_pb2.ReportRequest,
         context: _ServicerContext,
     ) -> typing.Union[privacy.wire.federation_pb2.ReportReply, collections.abc.Awaitable[privacy.wire.federation_pb2.ReportReply]]: ...
+
+    @abc.abstractmethod
+    def Reload(
+        self,
+        request: privacy.wire.federation_pb2.ReloadRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[privacy.wire.federation_pb2.ReloadReply, collections.abc.Awaitable[privacy.wire.federation_pb2.ReloadReply]]:
+        """Read the roster file again: everything starts anew with what is there."""
 
 def add_OperatorServicer_to_server(servicer: OperatorServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
