@@ -158,7 +158,7 @@ def add(
 
 
 def remove(name: Annotated[str, typer.Argument(help="Name of the member.")], directory: Directory = HERE) -> None:
-    """Take a member out: no more certificates from now on, no access once a roster without it is published.
+    """Take a member out: it is refused from now on; then publish a roster without it.
 
     Example: veilsum-coordinator remove north
     """

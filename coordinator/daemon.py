@@ -25,6 +25,7 @@ from coordinator.gate import Gate
 from coordinator.members import Members
 from coordinator.membership import MembershipService, add_membership, joining_server
 from coordinator.memory import give_memory_back
+from coordinator.pki import is_server_due, renew_server
 from coordinator.report import report
 from coordinator.service import FederationService, OperatorService, add_federation, add_operator
 from coordinator.store import Store
@@ -42,6 +43,8 @@ log = structlog.get_logger()
 
 TICK_S = 0.2
 GRACE_S = 2.0
+#: Seconds between two looks at how long the coordinator's certificate is valid.
+LOOK_S = 3600.0
 #: Threads that serve calls; most of them wait, for the disk or for each other.
 THREADS = 32
 #: Calls in flight of everybody together, a long poll of each member among them.
@@ -105,10 +108,13 @@ def _listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCrede
 async def _start_members(home: Home, identity: Ed25519PrivateKey, engine: Engine | None) -> grpc.aio.Server:
     """The members' port: all of it, or without a roster what a member needs to get one."""
     server = grpc.aio.server(interceptors=[Gate()], options=SERVER_OPTIONS, maximum_concurrent_rpcs=MOST_CALLS)
-    add_membership(server, MembershipService(home, Members(home.members, time.time), identity))
+    members = Members(home.members, time.time)
+    add_membership(server, MembershipService(home, members, identity))
     if engine is not None:
         witnesses = Witnesses(home.witnesses, engine.roster.roster, engine.clock)
-        add_federation(server, FederationService(engine, Uploads(engine, home.settings.max_uploads), witnesses))
+        add_federation(
+            server, FederationService(engine, Uploads(engine, home.settings.max_uploads), witnesses, members)
+        )
     _listen(server, home.settings.listen, _credentials(home), "listen")
     await server.start()
     return server
@@ -140,6 +146,14 @@ async def _repeat(step: Callable[[], bool], stop: asyncio.Event) -> None:
                 log.error("waiting for the disk", reason=str(error), hint=error.hint)
             with suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), TICK_S)
+
+
+async def _watch_certificate(home: Home, again: asyncio.Event) -> None:
+    """Have the servers start anew, with another certificate, when this one's time comes."""
+    while not again.is_set():
+        await asyncio.sleep(LOOK_S)
+        if is_server_due(home.directory):
+            again.set()
 
 
 def take_all_files() -> int:
@@ -182,14 +196,18 @@ async def serve(home: Home) -> None:
 
 async def _serve_once(home: Home, stop: Stop) -> None:
     """Serve what is there: rounds where there is a roster, and without one whoever joins."""
+    if is_server_due(home.directory):
+        log.info("this coordinator's TLS certificate is renewed")
+        renew_server(home.directory)
     waiting = bool(home.settings.join_listen) and not home.roster.exists()
     engine = None if waiting else open_engine(home)
-    servers = []
+    servers, watch = [], None
     try:
         servers.append(await _start_members(home, load_identity(home.directory), engine))
         servers.append(await _start_operator(home, OperatorService(engine, report, stop.now.set)))
         if home.settings.join_listen:
             servers.append(await _start_joining(home))
+        watch = asyncio.create_task(_watch_certificate(home, stop.now))
         if engine is None:
             log.info("waiting for a roster", hint="veilsum-coordinator roster draft, then roster publish")
             await stop.now.wait()
@@ -198,6 +216,8 @@ async def _serve_once(home: Home, stop: Stop) -> None:
         worker = Worker(engine)
         await asyncio.gather(_repeat(engine.tick, stop.now), _repeat(worker.work, stop.now))
     finally:
+        if watch is not None:
+            watch.cancel()
         await asyncio.gather(*(server.stop(GRACE_S) for server in servers))
         home.socket.unlink(missing_ok=True)
         if engine is not None:

@@ -28,6 +28,8 @@ class Member:
     removed: bool = False
     #: Its last certificate, PEM; empty where the site brought its own.
     certificate: str = field(default="", repr=False)
+    #: Certificates issued before this are worth nothing: when a member of this name was last removed.
+    barred: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Members:
 
     def __init__(self, path: Path, clock: Callable[[], float]) -> None:
         self._path, self._clock = path, clock
+        self._seen: tuple[tuple[int, int], State] = ((0, 0), State())
 
     @contextmanager
     def _locked(self) -> Iterator[State]:
@@ -85,6 +88,16 @@ class Members:
         """What all lines together say now."""
         with self._locked() as state:
             return state
+
+    def known(self, name: str) -> Member | None:
+        """What was last said of a name; the file is read again only when it has changed. For every call of a member."""
+        if not self._path.exists():
+            return None
+        stat = self._path.stat()
+        stamp = (stat.st_mtime_ns, stat.st_size)
+        if stamp != self._seen[0]:
+            self._seen = (stamp, self.read())
+        return self._seen[1].members.get(name)
 
     def invite(self, name: str, secret: bytes, expires: int) -> None:
         """Keep an invitation; an earlier one for the same name that nobody used is worth nothing from now on.
@@ -180,12 +193,13 @@ def _apply(state: State, line: Mapping[str, Any]) -> None:
         if line["secret"]:
             used = replace(state.invited[line["secret"]], key=key, tls=tls, certificate=certificate)
             state.invited[line["secret"]] = used
-        state.members.pop(name, None)  # who comes back is the last one in the order
-        state.members[name] = Member(name, key, float(line["at"]), certificate=certificate)
+        before = state.members.pop(name, None)  # who comes back is the last one in the order
+        barred = before.barred if before else 0.0
+        state.members[name] = Member(name, key, float(line["at"]), certificate=certificate, barred=barred)
     elif kind == "RENEWED":
         state.members[name] = replace(state.members[name], certificate=str(line["certificate"]))
     elif kind == "REMOVED":
-        state.members[name] = replace(state.members[name], removed=True)
+        state.members[name] = replace(state.members[name], removed=True, barred=float(line["at"]))
         state.invited = {h: i for h, i in state.invited.items() if i.member != name}
     else:
         raise ValueError(kind)

@@ -20,7 +20,7 @@ from coordinator.config import Home
 from coordinator.gate import Gate, Quotas
 from coordinator.members import Members
 from coordinator.peers import common_name, expired_on
-from coordinator.service import Call, guarded
+from coordinator.service import Call, guarded, shut_out
 from privacy.errors import ProtocolError, Refusal, UserError
 from privacy.files import DiskError
 from privacy.invitation import SECRET_BYTES, proof_input, roster_input
@@ -117,13 +117,12 @@ class MembershipService(joining_pb2_grpc.MembershipServicer):
         return pb.RenewReply(certificate=certificate.encode())
 
     async def _caller(self, context: Call) -> str:
-        """The name in the certificate, unless that member was removed or the certificate has expired."""
+        """The name in the certificate, unless that member was removed or the certificate is good no more."""
         auth = context.auth_context()
-        name, now = common_name(auth), datetime.datetime.now(datetime.UTC)
-        member = (await asyncio.to_thread(self._members.read)).members.get(name)
-        if member is not None and member.removed:
-            await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"'{name}' was removed from this federation")
-        if expired_on(auth, now) is not None:
+        name = common_name(auth)
+        if (text := shut_out(self._members, auth, name)) is not None:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, text)
+        if expired_on(auth, datetime.datetime.now(datetime.UTC)) is not None:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, f"the certificate of '{name}' has expired")
         return name
 

@@ -21,7 +21,9 @@ import structlog
 from coordinator import phases
 from coordinator.engine import Engine
 from coordinator.gate import Quotas
-from coordinator.peers import common_name, expired_on
+from coordinator.members import Members
+from coordinator.peers import AuthContext, common_name, expired_on, issued_before
+from coordinator.pki import LEEWAY
 from coordinator.round import sender_of
 from coordinator.uploads import Uploads
 from coordinator.witnesses import Witnesses
@@ -79,6 +81,18 @@ class Encoded:
     wire: secagg_pb2.ToMember
 
 
+def shut_out(members: Members, auth: AuthContext, name: str) -> str | None:
+    """Why a member with a certificate is not served: it was removed, or the certificate is from before that."""
+    member = members.known(name)
+    if member is None:  # of a federation that was set up by hand
+        return None
+    if member.removed:
+        return f"'{name}' was removed from this federation"
+    if issued_before(auth, member.barred, LEEWAY):
+        return f"this certificate of '{name}' is from before that member was removed: join again"
+    return None
+
+
 class LastEncoded:
     """The last messages, encoded: M10 of a large cohort takes a tenth of a second, and everybody asks for the same."""
 
@@ -103,8 +117,9 @@ class LastEncoded:
 class FederationService(federation_pb2_grpc.FederationServicer):
     """What participants call; each is the member its certificate names."""
 
-    def __init__(self, engine: Engine, uploads: Uploads, witnesses: Witnesses) -> None:
+    def __init__(self, engine: Engine, uploads: Uploads, witnesses: Witnesses, members: Members) -> None:
         self._engine, self._uploads, self._encoded = engine, uploads, LastEncoded()
+        self._members = members
         self._witnesses = witnesses
         self._lines = Quotas()
         self._changed = asyncio.Event()
@@ -123,6 +138,8 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         auth = context.auth_context()
         name, expired = common_name(auth), expired_on(auth, datetime.datetime.now(datetime.UTC))
         try:
+            if (text := shut_out(self._members, auth, name)) is not None:
+                raise Refusal(text)
             member = self._engine.roster.roster.index(name)
         except Refusal as error:
             if self._lines.shall_say(name.encode(), "unknown"):

@@ -6,6 +6,7 @@ again.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,8 +52,11 @@ def create_coordinator(directory: Path, federation: str, host: str, ports: Ports
     """Make everything a coordinator starts from: its identity key and the certificate of its authority, DER.
 
     Raises:
-        UserError: there is a coordinator in this directory already.
+        UserError: there is a coordinator in this directory already, or no host name.
     """
+    for name in (host, ports.bind):
+        if not re.fullmatch(r"[A-Za-z0-9.:_-]+", name):
+            raise UserError(f"expected a host name or an address, found '{name}'")
     config = directory / CONFIG_FILE
     if config.exists():
         raise UserError(f"{config}: expected no coordinator here yet, found one", hint="choose another directory")
@@ -62,6 +66,7 @@ def create_coordinator(directory: Path, federation: str, host: str, ports: Ports
         (directory / pki.AUTHORITY_KEY).unlink(missing_ok=True)  # cut short before it signed anything
         pki.create_authority(directory, federation)
     pki.issue_server(directory, [host, *(name for name in ("localhost", "127.0.0.1") if name != host)])
-    text = CONFIG.format(federation=federation, host=host, bind=ports.bind, port=ports.members, join_port=ports.joining)
+    reached, bind = (f"[{name}]" if ":" in name else name for name in (host, ports.bind))
+    text = CONFIG.format(federation=federation, host=reached, bind=bind, port=ports.members, join_port=ports.joining)
     write_durably(config, text.encode())
     return identity_public(identity), pki.authority_certificate(directory)

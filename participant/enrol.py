@@ -15,7 +15,15 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import NameOID
 
 from privacy.errors import ProtocolError
-from privacy.files import exclusively, make_private_directory, read_file, read_private, replace_durably, write_durably
+from privacy.files import (
+    disk_errors,
+    exclusively,
+    make_private_directory,
+    read_file,
+    read_private,
+    replace_durably,
+    write_durably,
+)
 from privacy.identity import IDENTITY_FILE, create_identity, load_identity
 from privacy.roster import parse_roster
 from privacy.secagg.keys import identity_public
@@ -82,7 +90,7 @@ def finish_renewal(directory: Path) -> None:
     """Go on with a change of certificates that was cut short."""
     if not (directory / NEXT_CERTIFICATE).exists():
         return
-    with exclusively(directory / "tls.lock"):
+    with exclusively(directory / "tls.lock"), disk_errors(directory / TLS_CERTIFICATE):
         for staged, name in ((NEXT_KEY, TLS_KEY), (NEXT_CERTIFICATE, TLS_CERTIFICATE)):
             if (directory / staged).exists():
                 replace_durably(directory / staged, directory / name)
