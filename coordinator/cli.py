@@ -121,6 +121,7 @@ def status(directory: Directory = HERE, as_json: AsJson = False) -> None:
         typer.echo(
             f"{plan['plan']}: {plan['state']}{reason}; {stage}ready {len(plan['ready'])}, "
             f"released {len(plan['released'])} of {plan['members']} members"
+            + (f"; not taking part: {', '.join(plan['declined'])}" if plan["declined"] else "")
         )
 
 
@@ -137,6 +138,8 @@ def show(
         typer.echo(json.dumps(found))
         return
     typer.echo(f"{found['plan']}: {found['state']}" + (f": {found['reason']}" if found["reason"] else ""))
+    for member, why in found["declined"].items():
+        typer.echo(f"  {member} {why}")
     for stage in found["history"] if found["stages"] > 1 else ():
         over = "closed" if stage["closed"] else "open"
         typer.echo(f"  stage {stage['stage']} of {found['stages']}: {over}, starts at {stage['start'][:16]}…")

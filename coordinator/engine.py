@@ -48,6 +48,8 @@ class Engine:
         self.rounds: dict[bytes, Running] = {}
         #: Why no round of a plan can open for now: bytes missing on the disk, or too many failures.
         self.held: dict[bytes, str] = {}
+        #: (plan, member) -> why it takes no part, or not yet; in memory only, members say it again.
+        self.declined: dict[tuple[bytes, int], str] = {}
         #: Called whenever a member may have something new to hear.
         self.changed: Callable[[], None] = lambda: None
         store.use_roster(self.roster.hash)
@@ -109,6 +111,7 @@ class Engine:
             if member in self.done(digest, stage):
                 raise Refusal(f"'{job.roster.name(member)}' is in a release of this stage already")
             self.store.set_ready(digest, stage, member, self.clock())
+            self.declined.pop((digest, member), None)
             self._go_on(digest)
             return len(self.store.ready(digest, stage)), len(job.roster.members)
 

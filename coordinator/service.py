@@ -29,7 +29,7 @@ from coordinator.uploads import Uploads
 from coordinator.witnesses import Witnesses
 from privacy import PROTOCOL_VERSION, __version__
 from privacy.encoding import encode
-from privacy.errors import ProtocolError, Refusal, UserError, VeilsumError
+from privacy.errors import ProtocolError, Refusal, UserError, VeilsumError, shown
 from privacy.job import Job
 from privacy.secagg.dialogue import FromMember, ToMember
 from privacy.secagg.messages import Advertise, Evidence, MaskedInput
@@ -43,6 +43,8 @@ log = structlog.get_logger()
 
 #: Seconds a long poll waits before it answers "nothing new".
 POLL_S = 20.0
+#: What a member may say of why it takes no part.
+MAX_REASON = 500
 #: Messages kept encoded; the largest, M10, is one for the whole cohort.
 MOST_ENCODED = 32
 
@@ -193,6 +195,17 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         ready, expected = await guarded(context, work, member=self._name(member))
         self._wake()
         return pb.ReadyReply(ready=ready, expected=expected)
+
+    async def Decline(self, request: pb.DeclineRequest, context: Call) -> pb.DeclineReply:
+        member = await self._member(context)
+
+        def keep() -> None:
+            self._engine.open_plan(request.plan)
+            state = "waiting" if request.waiting else "refused"
+            self._engine.declined[request.plan, member] = f"{state}: {shown(request.reason, MAX_REASON)}"
+
+        await guarded(context, asyncio.to_thread(keep), member=self._name(member))
+        return pb.DeclineReply()
 
     async def Next(self, request: pb.NextRequest, context: Call) -> pb.NextReply:
         member = await self._member(context)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from participant import cli_audit, cli_data, cli_join
+from participant import cli_audit, cli_data, cli_join, cli_plans
 from privacy import __version__, console
 from privacy.errors import UserError
 
@@ -20,7 +20,7 @@ app = typer.Typer(
     help="Fine-tune on this site's data, mask the update, upload it once. "
     "What works on a site takes its directory by --dir (or VEILSUM_PARTICIPANT).",
 )
-for command in (cli_join.join, cli_join.identity, cli_join.renew):
+for command in (cli_join.join, cli_join.identity, cli_join.renew, cli_plans.plans, cli_plans.approve):
     app.command()(command)
 app.add_typer(cli_join.roster_app, name="roster")
 app.add_typer(cli_data.app, name="dataset")

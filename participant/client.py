@@ -182,6 +182,10 @@ class Client:
         reply: pb.ReadyReply = self._call(self._stub.Ready, request)
         return reply.ready, reply.expected
 
+    def decline(self, plan: bytes, reason: str, *, waiting: bool) -> None:
+        """Tell the operator why this site takes no part in a plan, or not yet."""
+        self._call(self._stub.Decline, pb.DeclineRequest(plan=plan, waiting=waiting, reason=reason))
+
     def next(self, plan: bytes, stage: int, seen: bytes) -> tuple[bytes, ToMember] | None:
         """(round id, message) once there is one other than ``seen``; ``None`` when nothing came for a while."""
         reply: pb.NextReply = self._call(self._stub.Next, pb.NextRequest(plan=plan, stage=stage, seen=seen))

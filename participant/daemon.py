@@ -9,17 +9,18 @@ from dataclasses import dataclass, field
 import structlog
 
 from participant import charging
+from participant.approvals import is_approved
 from participant.client import Client, OfferedPlan, seen_hash
 from participant.fetch import fetch_release, start_of
 from participant.patience import patiently
 from participant.phases import Confirmed, Finished, Stopped, Uploading
-from participant.policy import admit
+from participant.policy import Waits, admit, begin
 from participant.prepare import Progress, prepare
 from participant.renewal import Renewal
 from participant.running import RoundRun, abort_unknown, join, resume_upload
-from participant.site import Site
+from participant.site import MAX_REASON, Site
 from privacy.console import Unreachable
-from privacy.errors import ProtocolError, Refusal, UserError, VeilsumError
+from privacy.errors import ProtocolError, Refusal, UserError, VeilsumError, shown
 from privacy.job import Job
 from privacy.plan import parse_plan
 from privacy.secagg.dialogue import ToMember
@@ -30,6 +31,8 @@ log = structlog.get_logger()
 IDLE_S = 2.0
 #: Seconds before a training that failed is tried again.
 AGAIN_S = 60.0
+#: Seconds after which the operator is told again why this site takes no part.
+TELL_S = 300.0
 
 
 @dataclass
@@ -42,6 +45,8 @@ class Daemon:
     said: dict[str, str] = field(default_factory=dict)
     #: (digest of a plan, stage) whose training failed -> when it is tried again, and why it failed.
     failed: dict[tuple[bytes, int], tuple[float, VeilsumError]] = field(default_factory=dict)
+    #: Digest of a plan -> why this site takes no part, as the operator was told, and when.
+    declined: dict[bytes, tuple[str, float]] = field(default_factory=dict)
 
     def run(self, *, once: bool = False) -> None:
         """Work until interrupted; with ``once``, until a release is here or a plan of this site has failed.
@@ -66,25 +71,40 @@ class Daemon:
 
     def _consider(self, offered: OfferedPlan) -> str:
         """Work on one plan as far as it goes; its state here."""
-        name = "?"
+        name, digest = "?", b""
         try:
             plan_file = parse_plan(offered.toml)
-            name = plan_file.plan.name
+            name, digest = plan_file.plan.name, plan_file.digest
             job = Job.of(plan_file, self.site.roster, self.site.home.factors)
             standing = charging.standing(self.site, job, offered.stage)
-            admit(job, self.site.home.settings, standing, self._stage(job, offered))
+            agreed = is_approved(self.site.home, plan_file)
+            admit(job, self.site.home.settings, standing, self._stage(job, offered), approved=agreed)
             state, reason = self._work(job, offered)
         except Unreachable:
             raise
         except (Refusal, UserError, ProtocolError) as error:
-            state, reason = ("refused" if isinstance(error, Refusal) else "failed"), str(error)
+            state = "waiting" if isinstance(error, Waits) else "refused" if isinstance(error, Refusal) else "failed"
+            reason = str(error)
             if isinstance(error, UserError) and error.hint:
                 reason += f" ({error.hint})"
+            if isinstance(error, Refusal) and offered.state in ("open", "released"):
+                self._decline(digest, reason, waiting=state == "waiting")
         self.site.note(name, state, reason)
         if self.said.get(name) != state + reason:
             log.info("plan", plan=name, state=state, reason=reason)
             self.said[name] = state + reason
         return state
+
+    def _decline(self, digest: bytes, reason: str, *, waiting: bool) -> None:
+        """Tell the operator why this site takes no part; again now and then, since it is kept in memory there."""
+        before, at = self.declined.get(digest, ("", float("-inf")))
+        if reason == before and time.monotonic() - at < TELL_S:
+            return
+        self.declined[digest] = (reason, time.monotonic())
+        try:
+            self.client.decline(digest, shown(reason, MAX_REASON), waiting=waiting)
+        except VeilsumError as error:  # nobody waits for it
+            log.info("the operator was not told", reason=str(error))
 
     def _work(self, job: Job, offered: OfferedPlan) -> tuple[str, str]:
         stage, last = offered.stage, job.plan.last
@@ -124,6 +144,9 @@ class Daemon:
 
     def _prepare(self, job: Job, stage: int) -> None:
         """Train, or say again for a while why that failed: a training that fails in a loop would fill the ledger."""
+        if self.site.store.trained(job.plan.name, stage) is None:
+            now = time.localtime()
+            begin(self.site.home.settings.policy.hours, now.tm_hour * 60 + now.tm_min)
         key = (job.plan_file.digest, stage)
         until, error = self.failed.get(key, (0.0, None))
         if error is not None and time.monotonic() < until:

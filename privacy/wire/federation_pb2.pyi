@@ -164,6 +164,39 @@ class ReadyReply(google.protobuf.message.Message):
 Global___ReadyReply: typing_extensions.TypeAlias = ReadyReply
 
 @typing.final
+class DeclineRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: builtins.int
+    WAITING_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    plan: builtins.bytes
+    waiting: builtins.bool
+    """for people at the site, or for an hour of the day; else refused"""
+    reason: builtins.str
+    """at most 500 characters"""
+    def __init__(
+        self,
+        *,
+        plan: builtins.bytes = ...,
+        waiting: builtins.bool = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["plan", b"plan", "reason", b"reason", "waiting", b"waiting"]) -> None: ...
+
+Global___DeclineRequest: typing_extensions.TypeAlias = DeclineRequest
+
+@typing.final
+class DeclineReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___DeclineReply: typing_extensions.TypeAlias = DeclineReply
+
+@typing.final
 class NextRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

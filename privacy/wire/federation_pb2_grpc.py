@@ -49,6 +49,11 @@ class FederationStub(object):
                 request_serializer=privacy_dot_wire_dot_federation__pb2.ReadyRequest.SerializeToString,
                 response_deserializer=privacy_dot_wire_dot_federation__pb2.ReadyReply.FromString,
                 _registered_method=True)
+        self.Decline = channel.unary_unary(
+                '/veilsum.v1.Federation/Decline',
+                request_serializer=privacy_dot_wire_dot_federation__pb2.DeclineRequest.SerializeToString,
+                response_deserializer=privacy_dot_wire_dot_federation__pb2.DeclineReply.FromString,
+                _registered_method=True)
         self.Next = channel.unary_unary(
                 '/veilsum.v1.Federation/Next',
                 request_serializer=privacy_dot_wire_dot_federation__pb2.NextRequest.SerializeToString,
@@ -103,6 +108,13 @@ class FederationServicer(object):
 
     def Ready(self, request, context):
         """The member's delta for this plan and stage is trained; it waits for a cohort.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Decline(self, request, context):
+        """The member takes no part in this plan, or not yet, and why; for the operator's eyes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -173,6 +185,11 @@ def add_FederationServicer_to_server(servicer, server):
                     servicer.Ready,
                     request_deserializer=privacy_dot_wire_dot_federation__pb2.ReadyRequest.FromString,
                     response_serializer=privacy_dot_wire_dot_federation__pb2.ReadyReply.SerializeToString,
+            ),
+            'Decline': grpc.unary_unary_rpc_method_handler(
+                    servicer.Decline,
+                    request_deserializer=privacy_dot_wire_dot_federation__pb2.DeclineRequest.FromString,
+                    response_serializer=privacy_dot_wire_dot_federation__pb2.DeclineReply.SerializeToString,
             ),
             'Next': grpc.unary_unary_rpc_method_handler(
                     servicer.Next,
@@ -291,6 +308,33 @@ class Federation(object):
             '/veilsum.v1.Federation/Ready',
             privacy_dot_wire_dot_federation__pb2.ReadyRequest.SerializeToString,
             privacy_dot_wire_dot_federation__pb2.ReadyReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Decline(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/veilsum.v1.Federation/Decline',
+            privacy_dot_wire_dot_federation__pb2.DeclineRequest.SerializeToString,
+            privacy_dot_wire_dot_federation__pb2.DeclineReply.FromString,
             options,
             channel_credentials,
             insecure,

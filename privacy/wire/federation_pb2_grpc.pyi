@@ -75,6 +75,22 @@ _FederationReadyType = typing_extensions.TypeVar(
     ],
 )
 
+_FederationDeclineType = typing_extensions.TypeVar(
+    '_FederationDeclineType',
+    grpc.UnaryUnaryMultiCallable[
+        privacy.wire.federation_pb2.DeclineRequest,
+        privacy.wire.federation_pb2.DeclineReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        privacy.wire.federation_pb2.DeclineRequest,
+        privacy.wire.federation_pb2.DeclineReply,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        privacy.wire.federation_pb2.DeclineRequest,
+        privacy.wire.federation_pb2.DeclineReply,
+    ],
+)
+
 _FederationNextType = typing_extensions.TypeVar(
     '_FederationNextType',
     grpc.UnaryUnaryMultiCallable[
@@ -187,7 +203,7 @@ _FederationFetchBlockType = typing_extensions.TypeVar(
     ],
 )
 
-class FederationStub(typing.Generic[_FederationHelloType, _FederationListPlansType, _FederationReadyType, _FederationNextType, _FederationSendType, _FederationBeginUploadType, _FederationFinishUploadType, _FederationListReleasesType, _FederationFetchTotalType, _FederationFetchBlockType]):
+class FederationStub(typing.Generic[_FederationHelloType, _FederationListPlansType, _FederationReadyType, _FederationDeclineType, _FederationNextType, _FederationSendType, _FederationBeginUploadType, _FederationFinishUploadType, _FederationListReleasesType, _FederationFetchTotalType, _FederationFetchBlockType]):
     @typing.overload
     def __init__(self: FederationStub[
         grpc.UnaryUnaryMultiCallable[
@@ -201,6 +217,10 @@ class FederationStub(typing.Generic[_FederationHelloType, _FederationListPlansTy
         grpc.UnaryUnaryMultiCallable[
             privacy.wire.federation_pb2.ReadyRequest,
             privacy.wire.federation_pb2.ReadyReply,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            privacy.wire.federation_pb2.DeclineRequest,
+            privacy.wire.federation_pb2.DeclineReply,
         ],
         grpc.UnaryUnaryMultiCallable[
             privacy.wire.federation_pb2.NextRequest,
@@ -247,6 +267,10 @@ class FederationStub(typing.Generic[_FederationHelloType, _FederationListPlansTy
             privacy.wire.federation_pb2.ReadyReply,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            privacy.wire.federation_pb2.DeclineRequest,
+            privacy.wire.federation_pb2.DeclineReply,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             privacy.wire.federation_pb2.NextRequest,
             privacy.wire.federation_pb2.NextReply,
         ],
@@ -283,6 +307,9 @@ class FederationStub(typing.Generic[_FederationHelloType, _FederationListPlansTy
     Ready: _FederationReadyType
     """The member's delta for this plan and stage is trained; it waits for a cohort."""
 
+    Decline: _FederationDeclineType
+    """The member takes no part in this plan, or not yet, and why; for the operator's eyes."""
+
     Next: _FederationNextType
     """Long poll: what the coordinator has for this member, once it differs from what was seen."""
 
@@ -316,6 +343,10 @@ FederationAsyncStub: typing_extensions.TypeAlias = FederationStub[
     grpc.aio.UnaryUnaryMultiCallable[
         privacy.wire.federation_pb2.ReadyRequest,
         privacy.wire.federation_pb2.ReadyReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        privacy.wire.federation_pb2.DeclineRequest,
+        privacy.wire.federation_pb2.DeclineReply,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         privacy.wire.federation_pb2.NextRequest,
@@ -369,6 +400,14 @@ class FederationServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[privacy.wire.federation_pb2.ReadyReply, collections.abc.Awaitable[privacy.wire.federation_pb2.ReadyReply]]:
         """The member's delta for this plan and stage is trained; it waits for a cohort."""
+
+    @abc.abstractmethod
+    def Decline(
+        self,
+        request: privacy.wire.federation_pb2.DeclineRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[privacy.wire.federation_pb2.DeclineReply, collections.abc.Awaitable[privacy.wire.federation_pb2.DeclineReply]]:
+        """The member takes no part in this plan, or not yet, and why; for the operator's eyes."""
 
     @abc.abstractmethod
     def Next(
