@@ -72,7 +72,7 @@ def run(
             except OtherRoster as error:
                 if once:
                     raise
-                wait_for_approval(directory, str(error))
+                wait_for_approval(directory, site.roster.hash, str(error))
 
 
 @app.command()

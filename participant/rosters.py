@@ -99,12 +99,16 @@ def approve(directory: Path, member: str, expected: str = "") -> RosterFile:
     return offered
 
 
-def wait_for_approval(directory: Path, reason: str) -> None:
-    """Wait until this site has approved another roster than now; the daemon takes part in nothing until then."""
+def wait_for_approval(directory: Path, known: bytes, reason: str) -> None:
+    """Wait until this site has approved another roster than the one a daemon runs with; it takes part in nothing.
+
+    Args:
+        known: hash of that one; another may have been approved already, while the daemon was busy.
+    """
     pin = directory / enrol.ROSTER_PIN
-    before = pin.read_bytes()
-    log.warning("waiting for the approval of a roster", reason=reason)
-    while pin.read_bytes() == before:
+    if pin.read_text().strip() == known.hex():
+        log.warning("waiting for the approval of a roster", reason=reason)
+    while pin.read_text().strip() == known.hex():
         time.sleep(LOOK_S)
     log.info("another roster is approved")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from tests.test_end_to_end import put_trained, toy_plan, wait_for
 NAMES = ["site-1", "site-2", "site-3", "site-4"]
 PLAN = toy_plan().replace(b"min_cohort = 4", b"min_cohort = 3").replace(b"join_s = 2", b"join_s = 30")
 OTHER = PLAN.replace(b'name = "toy"', b'name = "toy-2"')
-DATA = '[datasets.toy]\npath = "data.jsonl"\nformat = "jsonl"\n[policy]\nplans = ["toy", "toy-2"]\n'
+DATA = '[datasets.toy]\npath = "data.jsonl"\nformat = "jsonl"\n[policy]\n'
 
 
 @pytest.fixture
@@ -62,6 +62,16 @@ def submit(federation: Federation, raw: bytes) -> None:
     federation.operator("plan", "submit", str(path))
 
 
+def consent(federation: Federation, plan: str, names: Sequence[str]) -> None:
+    """Each site looks at the plan and approves it; the operator sees who is still waited for."""
+    wait_for(lambda: set(federation.show(plan)["declined"]) == set(names))
+    for name in names:
+        assert "has no consent here" in federation.show(plan)["declined"][name]
+        listed = {p["plan"]: p for p in json.loads(federation.participant(name, "plans", "--json"))}
+        assert listed[plan]["state"] == "waiting"
+        federation.participant(name, "approve", plan, "--digest", listed[plan]["digest"])
+
+
 @pytest.mark.slow
 def test_from_nothing_to_a_release_and_on_without_a_member_that_was_removed(federation: Federation) -> None:
     joined = {name: join(federation, name) for name in NAMES}
@@ -78,6 +88,7 @@ def test_from_nothing_to_a_release_and_on_without_a_member_that_was_removed(fede
     submit(federation, PLAN)
     for name in NAMES:
         federation.start_site(name)
+    consent(federation, "toy", NAMES)
     wait_for(lambda: federation.show("toy")["state"] == "released")
     for name in NAMES:
         own = federation.site(name) / "releases" / "toy" / "stage-1" / "adapter"
@@ -97,5 +108,6 @@ def test_from_nothing_to_a_release_and_on_without_a_member_that_was_removed(fede
     for name in ("site-1", "site-3", "site-4"):
         put_trained(federation, name, OTHER)
     submit(federation, OTHER)
+    consent(federation, "toy-2", ["site-1", "site-3", "site-4"])
     wait_for(lambda: federation.show("toy-2")["state"] == "released")
     assert len(federation.show("toy-2")["release"]["cohorts"][0]["survivors"]) == 3

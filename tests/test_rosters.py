@@ -168,7 +168,7 @@ def test_a_daemon_waits_for_the_approval_of_another_roster(
     coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     coordinator.publish()
-    approve(coordinator, "north")
+    known = approve(coordinator, "north").hash
     coordinator.publish(("max_colluders = 1", "max_colluders = 0"))
     waits: list[float] = []
 
@@ -178,7 +178,9 @@ def test_a_daemon_waits_for_the_approval_of_another_roster(
             approve(coordinator, "north")
 
     monkeypatch.setattr(time, "sleep", sleep)
-    rosters.wait_for_approval(coordinator.site("north"), "another one")
+    rosters.wait_for_approval(coordinator.site("north"), known, "another one")
+    assert len(waits) == 3
+    rosters.wait_for_approval(coordinator.site("north"), known, "approved while the daemon was busy")
     assert len(waits) == 3
 
 
