@@ -12,8 +12,8 @@ from participant import charging
 from participant.client import OfferedPlan
 from participant.config import Home
 from participant.policy import allow, consent
-from participant.site import Site
-from privacy.errors import Refusal, UserError, VeilsumError
+from participant.site import MAX_REASON, Site
+from privacy.errors import Refusal, UserError, VeilsumError, shown
 from privacy.files import make_private_directory, write_durably
 from privacy.job import Job
 from privacy.plan import PlanFile, load_plan, parse_plan
@@ -60,7 +60,7 @@ def consider(site: Site, offered: OfferedPlan) -> Considered:
     file = parse_plan(offered.toml)
     write_durably(make_private_directory(site.home.directory / SHOWN) / f"{file.plan.name}.toml", file.raw)
     if offered.state in ("cancelled", "aborted"):
-        return Considered(file, offered.state, offered.reason)
+        return Considered(file, offered.state, shown(offered.reason, MAX_REASON))
     try:
         job = Job.of(file, site.roster, site.home.factors)
         allow(job, site.home.settings, charging.standing(site, job, offered.stage), offered.stage)

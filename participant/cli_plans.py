@@ -8,6 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from privacy.errors import shown
+
+#: A reason may quote the plan.
+MAX_REASON = 500
 Directory = Annotated[
     Path, typer.Option("--dir", envvar="VEILSUM_PARTICIPANT", help="Directory of this site.", show_default=True)
 ]
@@ -48,9 +52,9 @@ def _described(found: Any) -> dict[str, Any]:
     return {
         "plan": plan.name,
         "state": found.state,
-        "reason": found.reason,
+        "reason": shown(found.reason, MAX_REASON),
         "task": plan.task,
-        "base": plan.base.name,
+        "base": shown(plan.base.name),
         "dataset": plan.data.dataset,
         "train": plan.adapter.train,
         "stages": plan.stages,

@@ -21,7 +21,7 @@ from participant import enrol
 from participant.client import TIMEOUT_S, answered
 from participant.config import CONFIG_FILE, Settings
 from participant.diagnose import explain, explain_joining
-from privacy.errors import ProtocolError, UserError
+from privacy.errors import ProtocolError, UserError, shown
 from privacy.files import exclusively, write_durably
 from privacy.invitation import Invitation, moment, proof_input, read_token, roster_input
 from privacy.roster import RosterFile, parse_roster
@@ -102,7 +102,7 @@ def join(directory: Path, url: str, token: str, clock: Callable[[], float] = tim
     )
     reply = _ask(address, invitation.authority, message)
     _install(directory, invitation, request, reply)
-    known = invitation.member, reply.federation, reply.coordinator
+    known = invitation.member, shown(reply.federation), shown(reply.coordinator)
     return Joined(*known, identity_public(identity), invitation.authority)
 
 

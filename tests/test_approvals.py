@@ -109,8 +109,8 @@ def test_an_approval_does_not_stand_above_the_sites_own_rules(site: World) -> No
 
 
 def test_a_plan_that_is_over_is_said_to_be(site: World) -> None:
-    found = consider(site.site, offered("quiet", "cancelled"))
-    assert (found.state, found.reason) == ("cancelled", "wrong labels")
+    found = consider(site.site, replace(offered("quiet", "cancelled"), reason="wrong\n\x1blabels"))
+    assert (found.state, found.reason) == ("cancelled", r"wrong\n\x1blabels")
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"3"])

@@ -158,6 +158,21 @@ def test_an_answer_that_makes_no_configuration_is_not_kept(coordinator: Coordina
     assert not (site / "tls.crt").exists()
 
 
+def test_what_the_coordinator_calls_itself_does_not_reach_a_terminal_as_it_is(coordinator: Coordinator) -> None:
+    token, site, asked = coordinator.invite("north"), coordinator.site("north"), joining._ask
+
+    def answer(address: str, authority: bytes, message: joining_pb2.JoinRequest) -> joining_pb2.JoinReply:
+        reply = asked(address, authority, message)
+        reply.federation = "f\x1b[2J\nmember = 'south'"
+        return reply
+
+    with mock.patch.object(joining, "_ask", answer):
+        joined = join(site, coordinator.url, token)
+    assert joined.federation == r"f\x1b[2J\nmember = 'south'"
+    assert load_home(site).settings.member == "north"
+    assert "\x1b" not in (site / "participant.toml").read_text()
+
+
 def test_an_expired_invitation_makes_no_keys(coordinator: Coordinator) -> None:
     with pytest.raises(UserError, match="this invitation expired on"):
         join(coordinator.site("north"), coordinator.url, coordinator.invite("north", 0))
