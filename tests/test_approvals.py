@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
+from coordinator.members import Members
 from coordinator.report import report
 from participant import approvals
 from participant.approvals import approve, consider, is_approved
@@ -198,3 +199,22 @@ def test_the_operator_sees_who_takes_no_part_and_why(hostile: Hostile) -> None:
         say(bytes(32), "of no plan")
     assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
     assert list(engine.declined) == [(plan, member)]
+
+
+def test_a_removed_member_has_no_call_left_in_rounds_that_run(hostile: Hostile) -> None:
+    caller, name = hostile.caller(1), hostile.world.names[1]
+    caller.stub.Hello(pb.HelloRequest(), timeout=ANSWER_S)
+    members = Members(hostile.home.members, time.time)
+    members.add(name, "5" * 64)
+    caller.stub.Hello(pb.HelloRequest(), timeout=ANSWER_S)
+    members.remove(name)
+    for call, request in (
+        (caller.stub.Hello, pb.HelloRequest()),
+        (caller.stub.ListPlans, pb.ListPlansRequest()),
+        (caller.stub.BeginUpload, hostile.uploads[1].request),
+    ):
+        with pytest.raises(grpc.RpcError) as caught:
+            call(request, timeout=ANSWER_S)  # type: ignore[arg-type]
+        assert caught.value.code() == grpc.StatusCode.PERMISSION_DENIED
+        assert caught.value.details() == f"'{name}' was removed from this federation"
+    hostile.caller(2).stub.Hello(pb.HelloRequest(), timeout=ANSWER_S)

@@ -11,10 +11,11 @@ import grpc
 import pytest
 from cryptography import x509
 
+from coordinator import pki
 from coordinator.membership import BURST, MAX_REQUEST
 from participant import joining
 from participant.config import load_home
-from participant.enrol import create_request
+from participant.enrol import create_request, own_identity, pending_request
 from participant.joining import join, read_address
 from privacy import faults
 from privacy.console import Unreachable
@@ -127,7 +128,12 @@ def test_an_answer_with_another_certificate_is_not_kept(tmp_path: Path, coordina
     token, site = coordinator.invite("north"), coordinator.site("north")
     good = coordinator.join("south")
     stranger = make_site(tmp_path / "x", make_authority(tmp_path / "ca"), "north")
+    own_identity(site)
+    another_name = pki.sign_request(coordinator.home.directory, pending_request(site, "north"), "south")
+    another_key = pki.sign_request(coordinator.home.directory, create_request(stranger, "north"), "north")
     for certificate in (
+        another_name,
+        another_key,
         (coordinator.site("south") / "tls.crt").read_bytes(),  # another's
         (stranger / "tls.crt").read_bytes(),  # of another authority
         b"none",

@@ -10,13 +10,17 @@ import grpc
 import pytest
 
 from coordinator import rosters as drafting
+from coordinator.gate import BURST
 from participant import rosters
+from participant.enrol import create_request, tls_files
 from participant.joining import Membership
 from participant.site import Site
 from privacy.errors import ProtocolError, Refusal, UserError
 from privacy.identity import load_identity
 from privacy.roster import Roster, RosterFile, parse_roster
 from privacy.secagg.keys import identity_public
+from privacy.wire import joining_pb2
+from privacy.wire.joining_pb2_grpc import MembershipStub
 from tests.certificates import certificates_of
 from tests.joining import Coordinator
 
@@ -258,13 +262,27 @@ def test_an_expired_certificate_gets_neither_roster_nor_another_certificate(coor
             call()
 
 
+def test_a_certificate_that_expires_on_an_open_connection_gets_nothing_either(coordinator: Coordinator) -> None:
+    with certificates_of(4 / 86400):
+        coordinator.join("east")
+    coordinator.publish()
+    credentials = grpc.ssl_channel_credentials(*tls_files(coordinator.site("east")))
+    with grpc.secure_channel(coordinator.address, credentials) as channel:
+        stub = MembershipStub(channel)
+        assert b"east" in stub.GetRoster(joining_pb2.GetRosterRequest(), timeout=10).toml
+        time.sleep(5)
+        for call, request in (
+            (stub.GetRoster, joining_pb2.GetRosterRequest()),
+            (stub.Renew, joining_pb2.RenewRequest(request=create_request(coordinator.site("east"), "east"))),
+        ):
+            with pytest.raises(grpc.RpcError) as caught:
+                call(request, timeout=10)  # type: ignore[arg-type]
+            assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+            assert caught.value.details() == "the certificate of 'east' has expired"
+
+
 def test_the_members_port_counts_calls(coordinator: Coordinator) -> None:
     """The gate of the rounds stands before these calls too."""
-    from coordinator.gate import BURST
-    from participant.enrol import tls_files
-    from privacy.wire import joining_pb2
-    from privacy.wire.joining_pb2_grpc import MembershipStub
-
     credentials = grpc.ssl_channel_credentials(*tls_files(coordinator.site("north")))
     codes = set()
     with grpc.secure_channel(coordinator.address, credentials) as channel:
