@@ -1,4 +1,4 @@
-"""``veilsum-coordinator``: serve, and look after plans."""
+"""``veilsum-coordinator``: set up, serve, and look after members and plans."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from coordinator import cli_doctor
+from coordinator import cli_doctor, cli_members
 from privacy import __version__, console
 from privacy.errors import UserError
 
@@ -20,6 +20,9 @@ app = typer.Typer(
     "Every command takes --dir, the coordinator's directory (or VEILSUM_COORDINATOR).",
 )
 plan_app = typer.Typer(no_args_is_help=True, help="Submit and cancel plans.")
+for command in (cli_members.init, cli_members.invite, cli_members.members, cli_members.add, cli_members.remove):
+    app.command()(command)
+app.add_typer(cli_members.roster_app, name="roster")
 app.add_typer(plan_app, name="plan")
 app.command()(cli_doctor.doctor)
 
@@ -109,9 +112,11 @@ def status(directory: Directory = HERE, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(found))
         return
-    if found["fault"]:
+    if found.get("fault"):
         typer.echo(f"not serving: {found['fault']}")
-    if not found["plans"]:
+    if "waiting_for" in found:
+        typer.echo("no roster yet; once everybody has joined: veilsum-coordinator roster draft, then roster publish")
+    elif not found["plans"]:
         typer.echo("no plans yet; offer one: veilsum-coordinator plan submit FILE")
     for plan in found["plans"]:
         reason = f": {plan['reason']}" if plan["reason"] else ""
@@ -119,6 +124,7 @@ def status(directory: Directory = HERE, as_json: AsJson = False) -> None:
         typer.echo(
             f"{plan['plan']}: {plan['state']}{reason}; {stage}ready {len(plan['ready'])}, "
             f"released {len(plan['released'])} of {plan['members']} members"
+            + (f"; not taking part: {', '.join(plan['declined'])}" if plan["declined"] else "")
         )
 
 
@@ -135,6 +141,8 @@ def show(
         typer.echo(json.dumps(found))
         return
     typer.echo(f"{found['plan']}: {found['state']}" + (f": {found['reason']}" if found["reason"] else ""))
+    for member, why in found["declined"].items():
+        typer.echo(f"  {member} {why}")
     for stage in found["history"] if found["stages"] > 1 else ():
         over = "closed" if stage["closed"] else "open"
         typer.echo(f"  stage {stage['stage']} of {found['stages']}: {over}, starts at {stage['start'][:16]}…")

@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field
 
 from privacy.errors import UserError
+from privacy.plan import Name
 from privacy.roster import RosterFile
 from privacy.secagg.keys import identity_public
 from privacy.settings import Listen, Section, load_toml
@@ -22,6 +23,12 @@ class Settings(Section):
 
     #: Address that participants dial, host:port.
     listen: Annotated[str, Field(pattern=r"^.+:\d{1,5}$")] = "127.0.0.1:7443"
+    #: Address on which sites with an invitation join, host:port; empty: nobody can.
+    join_listen: Annotated[str, Field(pattern=r"^(.+:\d{1,5})?$")] = ""
+    #: Address by which sites reach ``listen``, host:port; told to sites that join.
+    address: Annotated[str, Field(pattern=r"^(.+:\d{1,5})?$")] = ""
+    #: Name of the federation in rosters drafted here.
+    federation: Name = "federation"
     #: Uploads taken at the same time; others are told to come back.
     max_uploads: Annotated[int, Field(ge=1, le=1024)] = 10
     #: Keep masked uploads after the outcome is certified, for an auditor who recomputes sums (``--uploads``).
@@ -40,6 +47,15 @@ class Home:
     @property
     def roster(self) -> Path:
         return self.directory / "roster.toml"
+
+    @property
+    def roster_draft(self) -> Path:
+        return self.directory / "roster.draft.toml"
+
+    @property
+    def members(self) -> Path:
+        """Who was invited, joined and removed."""
+        return self.directory / "members.jsonl"
 
     @property
     def authority(self) -> Path:

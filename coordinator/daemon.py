@@ -13,9 +13,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 
 import grpc
 import structlog
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from coordinator import metrics
 from coordinator.config import Home, check_identity
@@ -23,7 +26,10 @@ from coordinator.counts import Counts
 from coordinator.engine import Engine
 from coordinator.gate import Gate
 from coordinator.health import add_health, add_reflection
+from coordinator.members import Members
+from coordinator.membership import MembershipService, add_membership, joining_server
 from coordinator.memory import give_memory_back
+from coordinator.pki import is_server_due, renew_server
 from coordinator.pulse import Pulse, Wellbeing
 from coordinator.report import report
 from coordinator.service import FederationService, OperatorService, add_federation, add_operator
@@ -45,6 +51,8 @@ TICK_S = 0.2
 #: Seconds between two words to the service manager, at most.
 TELL_S = 10.0
 GRACE_S = 2.0
+#: Seconds between two looks at how long the coordinator's certificate is valid.
+LOOK_S = 3600.0
 #: Threads that serve calls; most of them wait, for the disk or for each other.
 THREADS = 32
 #: Calls in flight of everybody together, a long poll of each member among them.
@@ -62,23 +70,47 @@ def open_engine(home: Home) -> Engine:
     return engine
 
 
-def _credentials(home: Home) -> grpc.ServerCredentials:
+@dataclass(frozen=True)
+class Rounds:
+    """What a coordinator with a roster has beside its members: the engine, how it is, and what is counted."""
+
+    engine: Engine
+    wellbeing: Wellbeing
+    counts: Counts
+
+    @classmethod
+    def of(cls, engine: Engine) -> Rounds:
+        """Those of an engine, its numbers registered for Prometheus."""
+        found = cls(engine, Wellbeing(engine), Counts())
+        metrics.register(found.counts, engine, found.wellbeing)
+        return found
+
+
+def _pair(home: Home) -> tuple[bytes, bytes]:
     hint = "issue the coordinator's TLS certificate first"
     key = read_private(home.tls_key, "the coordinator's TLS key", hint)
-    certificate = read_file(home.tls_certificate, "the coordinator's TLS certificate", hint)
-    authority = read_file(home.authority, "the authority's certificate", hint)
-    return grpc.ssl_server_credentials([(key, certificate)], authority, require_client_auth=True)
+    return key, read_file(home.tls_certificate, "the coordinator's TLS certificate", hint)
 
 
-async def _start_operator(home: Home, engine: Engine, wellbeing: Wellbeing) -> grpc.aio.Server:
+def _credentials(home: Home) -> grpc.ServerCredentials:
+    authority = read_file(home.authority, "the authority's certificate", "put it beside the coordinator's own")
+    return grpc.ssl_server_credentials([_pair(home)], authority, require_client_auth=True)
+
+
+def _report(wellbeing: Wellbeing | None, engine: Engine, name: str) -> str:
+    return report(engine, name, wellbeing.fault() if wellbeing else "")
+
+
+async def _start_operator(home: Home, service: OperatorService, wellbeing: Wellbeing | None) -> grpc.aio.Server:
     if len(os.fsencode(home.socket)) > SOCKET_PATH_BYTES:
         raise UserError(
             f"{home.socket}: expected a path of at most {SOCKET_PATH_BYTES} bytes", hint="use a shorter one"
         )
     home.socket.unlink(missing_ok=True)
     server = grpc.aio.server()
-    add_operator(server, OperatorService(engine, lambda name: report(engine, name, wellbeing.fault())))
-    add_health(server, wellbeing)
+    add_operator(server, service)
+    if wellbeing is not None:
+        add_health(server, wellbeing)
     before = os.umask(0o177)
     try:
         server.add_insecure_port(f"unix:{home.socket}")
@@ -88,21 +120,39 @@ async def _start_operator(home: Home, engine: Engine, wellbeing: Wellbeing) -> g
     return server
 
 
-async def _start_federation(home: Home, engine: Engine, wellbeing: Wellbeing, counts: Counts) -> grpc.aio.Server:
-    gate = Gate(counts=counts)
-    server = grpc.aio.server(interceptors=[gate], options=SERVER_OPTIONS, maximum_concurrent_rpcs=MOST_CALLS)
-    witnesses = Witnesses(home.witnesses, engine.roster.roster, engine.clock)
-    add_federation(server, FederationService(engine, Uploads(engine, home.settings.max_uploads), witnesses, counts))
-    add_health(server, wellbeing)
-    add_reflection(server)
+def _listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials, key: str) -> None:
     try:
-        server.add_secure_port(home.settings.listen, _credentials(home))
+        server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise UserError(
-            f"expected to listen on {home.settings.listen}, found it taken or not ours",
-            hint="choose another address under 'listen' in coordinator.toml",
+            f"expected to listen on {address}, found it taken or not ours",
+            hint=f"choose another address under '{key}' in coordinator.toml",
         ) from error
+
+
+async def _start_members(home: Home, identity: Ed25519PrivateKey, rounds: Rounds | None) -> grpc.aio.Server:
+    """The members' port: all of it, or without a roster what a member needs to get one."""
+    gate = Gate(counts=rounds.counts if rounds else None)
+    server = grpc.aio.server(interceptors=[gate], options=SERVER_OPTIONS, maximum_concurrent_rpcs=MOST_CALLS)
+    members = Members(home.members, time.time)
+    add_membership(server, MembershipService(home, members, identity))
+    if rounds is not None:
+        engine = rounds.engine
+        uploads = Uploads(engine, home.settings.max_uploads)
+        witnesses = Witnesses(home.witnesses, engine.roster.roster, engine.clock)
+        add_federation(server, FederationService(engine, uploads, witnesses, members, rounds.counts))
+        add_health(server, rounds.wellbeing)
+        add_reflection(server)
+    _listen(server, home.settings.listen, _credentials(home), "listen")
     await server.start()
+    return server
+
+
+async def _start_joining(home: Home) -> grpc.aio.Server:
+    server = joining_server(home, Members(home.members, time.time))
+    _listen(server, home.settings.join_listen, grpc.ssl_server_credentials([_pair(home)]), "join_listen")
+    await server.start()
+    log.info("sites with an invitation can join", address=home.settings.join_listen)
     return server
 
 
@@ -140,6 +190,14 @@ async def _tell_manager(wellbeing: Wellbeing, stop: asyncio.Event) -> None:
             await asyncio.wait_for(stop.wait(), min(period / 3, TELL_S) if period else TELL_S)
 
 
+async def _watch_certificate(home: Home, again: asyncio.Event) -> None:
+    """Have the servers start anew, with another certificate, when this one's time comes."""
+    while not again.is_set():
+        await asyncio.sleep(LOOK_S)
+        if is_server_due(home.directory):
+            again.set()
+
+
 def take_all_files() -> int:
     """Raise this process's limit of open files to what the system allows; the limit.
 
@@ -150,34 +208,86 @@ def take_all_files() -> int:
     return most
 
 
+@dataclass
+class Stop:
+    """When the servers stop, and whether for good or to start anew with what is on disk."""
+
+    now: asyncio.Event = field(default_factory=asyncio.Event)
+    for_good: bool = False
+
+    def end(self) -> None:
+        """Stop for good."""
+        self.for_good = True
+        self.now.set()
+
+
 async def serve(home: Home) -> None:
     """Run until SIGINT or SIGTERM."""
     take_all_files()
     give_memory_back()
     log.info("mask engine", engine=best_engine()[1])  # loaded here: it is part of what this process always needs
-    engine = open_engine(home)
-    stop = asyncio.Event()
+    stop = Stop()
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "call"))
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    wellbeing, counts = Wellbeing(engine), Counts()
-    metrics.register(counts, engine, wellbeing)
-    federation = await _start_federation(home, engine, wellbeing, counts)
-    operator = await _start_operator(home, engine, wellbeing)
-    log.info("listening", address=home.settings.listen, federation=engine.roster.roster.federation)
-    notify(READY=1)
-    worker = Worker(engine)
+        asyncio.get_running_loop().add_signal_handler(number, stop.end)
+    while not stop.for_good:
+        stop.now.clear()
+        await _serve_once(home, stop)
+    log.info("stopped")
+
+
+async def _serve_once(home: Home, stop: Stop) -> None:
+    """Serve what is there: rounds where there is a roster, and without one whoever joins."""
+    if is_server_due(home.directory):
+        log.info("this coordinator's TLS certificate is renewed")
+        renew_server(home.directory)
+    waiting = bool(home.settings.join_listen) and not home.roster.exists()
+    rounds = None if waiting else Rounds.of(open_engine(home))
+    servers, watch = [], None
     try:
-        with metrics_page(home.settings.metrics_listen, counts.registry):
-            await asyncio.gather(
-                _repeat(engine.tick, stop, wellbeing.deadlines),
-                _repeat(worker.work, stop, wellbeing.work),
-                _tell_manager(wellbeing, stop),
-            )
+        engine, wellbeing = (rounds.engine, rounds.wellbeing) if rounds else (None, None)
+        operator = OperatorService(engine, partial(_report, wellbeing), stop.now.set)
+        servers.append(await _start_members(home, load_identity(home.directory), rounds))
+        servers.append(await _start_operator(home, operator, wellbeing))
+        if home.settings.join_listen:
+            servers.append(await _start_joining(home))
+        watch = asyncio.create_task(_watch_certificate(home, stop.now))
+        notify(READY=1)
+        if rounds is None:
+            log.info("waiting for a roster", hint="veilsum-coordinator roster draft, then roster publish")
+            await _wait_for_roster(stop.now)
+        else:
+            federation = rounds.engine.roster.roster.federation
+            log.info("listening", address=home.settings.listen, federation=federation)
+            await _work(home, rounds, stop.now)
     finally:
-        wellbeing.stopping = True
-        notify(STOPPING=1)
-        await asyncio.gather(federation.stop(GRACE_S), operator.stop(GRACE_S))
-        engine.store.close()
+        if watch is not None:
+            watch.cancel()
+        if rounds is not None:
+            rounds.wellbeing.stopping = True
+        if stop.for_good:
+            notify(STOPPING=1)
+        await asyncio.gather(*(server.stop(GRACE_S) for server in servers))
         home.socket.unlink(missing_ok=True)
-        log.info("stopped")
+        if rounds is not None:
+            rounds.engine.store.close()
+
+
+async def _wait_for_roster(stop: asyncio.Event) -> None:
+    """Until there is one; the service manager hears meanwhile that this process lives."""
+    period = watchdog_s()
+    while not stop.is_set():
+        notify(STATUS="waiting for a roster", WATCHDOG=1)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), min(period / 3, TELL_S) if period else TELL_S)
+
+
+async def _work(home: Home, rounds: Rounds, stop: asyncio.Event) -> None:
+    engine, wellbeing = rounds.engine, rounds.wellbeing
+    worker = Worker(engine)
+    with metrics_page(home.settings.metrics_listen, rounds.counts.registry):
+        await asyncio.gather(
+            _repeat(engine.tick, stop, wellbeing.deadlines),
+            _repeat(worker.work, stop, wellbeing.work),
+            _tell_manager(wellbeing, stop),
+        )

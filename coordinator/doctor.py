@@ -14,8 +14,8 @@ from cryptography import x509
 
 from coordinator.config import Home, check_identity, load_home
 from coordinator.operator import Operator
+from coordinator.schema import SCHEMA
 from coordinator.space import space_needed
-from coordinator.store import SCHEMA
 from privacy.checks import (
     Check,
     certificate,

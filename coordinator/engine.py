@@ -48,13 +48,18 @@ class Engine:
         self.rounds: dict[bytes, Running] = {}
         #: Why no round of a plan can open for now: bytes missing on the disk, or too many failures.
         self.held: dict[bytes, str] = {}
+        #: (plan, member) -> why it takes no part, or not yet; in memory only, members say it again.
+        self.declined: dict[tuple[bytes, int], str] = {}
         #: Called whenever a member may have something new to hear.
         self.changed: Callable[[], None] = lambda: None
         #: Called when a phase of a round is over, with its seconds.
         self.phase_ended: Callable[[type, float], None] = lambda _phase, _seconds: None
+        store.use_roster(self.roster.hash)
         for plan in store.plans():
             self.jobs[plan.digest] = Job.of(parse_plan(plan.toml, plan.name), self.roster, home.factors)
         for row in store.rounds():
+            if row.plan not in self.jobs:
+                continue  # of an earlier roster
             if row.state == "running":
                 store.recover(row.id)
             self._restore(row)
@@ -108,6 +113,7 @@ class Engine:
             if member in self.done(digest, stage):
                 raise Refusal(f"'{job.roster.name(member)}' is in a release of this stage already")
             self.store.set_ready(digest, stage, member, self.clock())
+            self.declined.pop((digest, member), None)
             self._go_on(digest)
             return len(self.store.ready(digest, stage)), len(job.roster.members)
 

@@ -59,9 +59,16 @@ class Use:
 class Quotas:
     """In-flight calls and a token bucket for each caller."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._uses: dict[bytes, Use] = defaultdict(lambda: Use(BURST, clock()))
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        in_flight: int = IN_FLIGHT,
+        rate: float = RATE,
+        burst: float = BURST,
+    ) -> None:
+        self._clock, self._in_flight, self._rate, self._burst = clock, in_flight, rate, burst
+        self._uses: dict[bytes, Use] = defaultdict(lambda: Use(burst, clock()))
 
     @contextmanager
     def call(self, caller: bytes, method: str) -> Iterator[None]:
@@ -71,8 +78,8 @@ class Quotas:
             UserError: too many at once, or too many a second.
         """
         use = self._uses[caller]
-        if use.flying >= IN_FLIGHT:
-            raise UserError(f"expected at most {IN_FLIGHT} calls of a member in flight: come back shortly")
+        if use.flying >= self._in_flight:
+            raise UserError(f"expected at most {self._in_flight} calls of a member in flight: come back shortly")
         if method not in BULK:
             self.spend(caller)
         use.flying += 1
@@ -84,9 +91,9 @@ class Quotas:
     def spend(self, caller: bytes) -> None:
         """One call more, or one request more of a call that has several; raises UserError."""
         use, now = self._uses[caller], self._clock()
-        use.tokens, use.at = min(BURST, use.tokens + RATE * (now - use.at)), now
+        use.tokens, use.at = min(self._burst, use.tokens + self._rate * (now - use.at)), now
         if use.tokens < 1:
-            raise UserError(f"expected at most {RATE:g} calls of a member a second: come back shortly")
+            raise UserError(f"expected at most {self._rate:g} calls of a member a second: come back shortly")
         use.tokens -= 1
 
     def charge(self, caller: bytes, size: int) -> None:
@@ -108,7 +115,8 @@ def _caller(context: Call) -> bytes:
     gRPC runs each call in a task with a context of its own, so what is bound here ends with the call.
     """
     caller = b"/".join(context.auth_context().get("x509_common_name", []))
-    structlog.contextvars.bind_contextvars(member=caller.decode(errors="replace"))
+    if caller:  # nobody has a name yet where sites join
+        structlog.contextvars.bind_contextvars(member=caller.decode(errors="replace"))
     return caller
 
 

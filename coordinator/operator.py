@@ -46,6 +46,10 @@ class Operator:
         """Withdraw a plan."""
         self._call(self._stub.CancelPlan, pb.CancelPlanRequest(name=name, reason=reason))
 
+    def reload(self) -> None:
+        """Have it start anew with the roster that is on disk now."""
+        self._call(self._stub.Reload, pb.ReloadRequest())
+
     def report(self, plan: str = "") -> dict[str, Any]:
         """All plans in short, or one plan with its rounds."""
         reply: pb.ReportReply = self._call(self._stub.Report, pb.ReportRequest(plan=plan))

@@ -37,3 +37,18 @@ def expired_on(auth: AuthContext, now: datetime.datetime) -> datetime.datetime |
         return None
     until = _valid_until(pem)
     return until if until < now else None
+
+
+@lru_cache(maxsize=4096)
+def _valid_from(pem: bytes) -> datetime.datetime:
+    return x509.load_pem_x509_certificate(pem).not_valid_before_utc
+
+
+def issued_before(auth: AuthContext, moment: float, leeway: datetime.timedelta) -> bool:
+    """Was the certificate of this connection issued before a moment (seconds since 1970)?
+
+    Args:
+        leeway: by how much the authority dates certificates back.
+    """
+    pem = _first(auth, "x509_pem_cert")
+    return bool(pem) and (_valid_from(pem) + leeway).timestamp() < int(moment)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -25,6 +25,9 @@ AUTHORITY_CERTIFICATE, AUTHORITY_KEY = "ca.crt", "ca.key"
 AUTHORITY_DAYS, CERTIFICATE_DAYS = 3650, 365
 #: Clocks of sites may be behind by this much.
 LEEWAY = datetime.timedelta(minutes=10)
+
+
+MAKE_FIRST = "make the coordinator first: veilsum-coordinator init"
 
 
 def _name(common: str) -> x509.Name:
@@ -50,6 +53,15 @@ def _builder(
         .not_valid_after(now + datetime.timedelta(days=days))
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
     )
+
+
+def authority_certificate(directory: Path) -> bytes:
+    """The certificate of the federation's authority, DER; where its file has several, the first."""
+    content = read_file(directory / AUTHORITY_CERTIFICATE, "the authority's certificate", MAKE_FIRST)
+    try:
+        return x509.load_pem_x509_certificate(content).public_bytes(serialization.Encoding.DER)
+    except ValueError as error:
+        raise UserError(f"{directory / AUTHORITY_CERTIFICATE}: expected a certificate in PEM, found another") from error
 
 
 def create_authority(directory: Path, federation: str) -> None:
@@ -123,6 +135,35 @@ def issue_server(directory: Path, hosts: Sequence[str]) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     pem = _issue(directory, key.public_key(), hosts[0], ExtendedKeyUsageOID.SERVER_AUTH, [_host(h) for h in hosts])
     write_durably(directory / "tls.key", _pem(key))
+    write_durably(directory / "tls.crt", pem)
+
+
+def _server(directory: Path) -> x509.Certificate:
+    content = read_file(directory / "tls.crt", "the coordinator's TLS certificate", MAKE_FIRST)
+    return x509.load_pem_x509_certificate(content)
+
+
+def is_server_due(directory: Path) -> bool:
+    """Is less than a third of the time of the coordinator's certificate left, and can it be issued anew here?"""
+    if not (directory / AUTHORITY_KEY).exists() or not (directory / "tls.crt").exists():
+        return False
+    try:
+        found = _server(directory)
+        found.verify_directly_issued_by(_load_authority(directory)[1])
+    except (ValueError, TypeError, InvalidSignature):
+        return False  # from another authority, whose business it is
+    until, since = found.not_valid_after_utc, found.not_valid_before_utc
+    return until - datetime.datetime.now(datetime.UTC) < (until - since) / 3
+
+
+def renew_server(directory: Path) -> None:
+    """Another certificate for the coordinator's TLS key, for the same hosts: one file changes, so nothing can part."""
+    before = _server(directory)
+    public = before.public_key()
+    assert isinstance(public, ec.EllipticCurvePublicKey)
+    common = before.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value
+    names = list(before.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+    pem = _issue(directory, public, str(common), ExtendedKeyUsageOID.SERVER_AUTH, names)
     write_durably(directory / "tls.crt", pem)
 
 

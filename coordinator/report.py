@@ -45,6 +45,7 @@ def _short(engine: Engine, plan: PlanRow) -> dict[str, object]:
         "stages": job.plan.last,
         "ready": [name(m) for m in sorted(engine.store.ready(plan.digest, stage))],
         "released": [name(m) for m in sorted(done)],
+        "declined": {name(m): why for (p, m), why in sorted(engine.declined.items()) if p == plan.digest},
         "members": len(engine.roster.roster.members),
     }
 

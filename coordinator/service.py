@@ -23,13 +23,15 @@ from coordinator import phases
 from coordinator.counts import Counts
 from coordinator.engine import Engine
 from coordinator.gate import Quotas
-from coordinator.peers import common_name, expired_on
+from coordinator.members import Members
+from coordinator.peers import AuthContext, common_name, expired_on, issued_before
+from coordinator.pki import LEEWAY
 from coordinator.round import sender_of
 from coordinator.uploads import Uploads
 from coordinator.witnesses import Witnesses
 from privacy import PROTOCOL_VERSION, __version__
 from privacy.encoding import encode
-from privacy.errors import ProtocolError, Refusal, UserError, VeilsumError
+from privacy.errors import ProtocolError, Refusal, UserError, VeilsumError, shown
 from privacy.job import Job
 from privacy.secagg.dialogue import FromMember, ToMember
 from privacy.secagg.messages import Advertise, Evidence, MaskedInput
@@ -43,6 +45,8 @@ log = structlog.get_logger()
 
 #: Seconds a long poll waits before it answers "nothing new".
 POLL_S = 20.0
+#: What a member may say of why it takes no part.
+MAX_REASON = 500
 #: Messages kept encoded; the largest, M10, is one for the whole cohort.
 MOST_ENCODED = 32
 
@@ -80,6 +84,18 @@ class Encoded:
     wire: secagg_pb2.ToMember
 
 
+def shut_out(members: Members, auth: AuthContext, name: str) -> str | None:
+    """Why a member with a certificate is not served: it was removed, or the certificate is from before that."""
+    member = members.known(name)
+    if member is None:  # of a federation that was set up by hand
+        return None
+    if member.removed:
+        return f"'{name}' was removed from this federation"
+    if issued_before(auth, member.barred, LEEWAY):
+        return f"this certificate of '{name}' is from before that member was removed: join again"
+    return None
+
+
 class LastEncoded:
     """The last messages, encoded: M10 of a large cohort takes a tenth of a second, and everybody asks for the same."""
 
@@ -104,9 +120,11 @@ class LastEncoded:
 class FederationService(federation_pb2_grpc.FederationServicer):
     """What participants call; each is the member its certificate names."""
 
-    def __init__(self, engine: Engine, uploads: Uploads, witnesses: Witnesses, counts: Counts) -> None:
+    def __init__(
+        self, engine: Engine, uploads: Uploads, witnesses: Witnesses, members: Members, counts: Counts
+    ) -> None:
         self._engine, self._uploads, self._encoded = engine, uploads, LastEncoded()
-        self._witnesses, self._counts = witnesses, counts
+        self._witnesses, self._members, self._counts = witnesses, members, counts
         self._lines = Quotas()
         self._changed = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -125,6 +143,8 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         auth = context.auth_context()
         name, expired = common_name(auth), expired_on(auth, datetime.datetime.now(datetime.UTC))
         try:
+            if (text := shut_out(self._members, auth, name)) is not None:
+                raise Refusal(text)
             member = self._engine.roster.roster.index(name)
         except Refusal as error:
             self._counts.refused(name, "stranger")
@@ -176,7 +196,8 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         engine = self._engine
 
         def listed() -> list[pb.PlanState]:
-            found = [(p, engine.stage(p.digest)) for p in engine.store.plans()]
+            plans = [*engine.store.plans(), *engine.store.ended_plans()]
+            found = [(p, engine.stage(p.digest)) for p in plans]
             return [pb.PlanState(toml=p.toml, state=p.state, reason=p.reason, stage=stage) for p, stage in found]
 
         return pb.ListPlansReply(plans=await asyncio.to_thread(listed))
@@ -192,6 +213,17 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         ready, expected = await self._guarded(context, work, member)
         self._wake()
         return pb.ReadyReply(ready=ready, expected=expected)
+
+    async def Decline(self, request: pb.DeclineRequest, context: Call) -> pb.DeclineReply:
+        member = await self._member(context, plan=request.plan)
+
+        def keep() -> None:
+            self._engine.open_plan(request.plan)
+            state = "waiting" if request.waiting else "refused"
+            self._engine.declined[request.plan, member] = f"{state}: {shown(request.reason, MAX_REASON)}"
+
+        await self._guarded(context, asyncio.to_thread(keep), member)
+        return pb.DeclineReply()
 
     async def Next(self, request: pb.NextRequest, context: Call) -> pb.NextReply:
         member = await self._member(context, plan=request.plan, stage=request.stage)
@@ -341,16 +373,28 @@ def add_operator(server: grpc.aio.Server, service: OperatorService) -> None:
 class OperatorService(federation_pb2_grpc.OperatorServicer):
     """What the operator's commands call, over a socket file only the operator's account can open."""
 
-    def __init__(self, engine: Engine, report: Callable[[str], str]) -> None:
-        self._engine, self._report = engine, report
+    def __init__(self, engine: Engine | None, report: Callable[[Engine, str], str], reload: Callable[[], None]) -> None:
+        self._engine_or_none, self._report, self._reload = engine, report, reload
+
+    def _engine(self) -> Engine:
+        if self._engine_or_none is None:
+            raise Refusal("there is no roster yet: veilsum-coordinator roster draft, then roster publish")
+        return self._engine_or_none
 
     async def SubmitPlan(self, request: pb.SubmitPlanRequest, context: Call) -> pb.SubmitPlanReply:
-        work = asyncio.to_thread(self._engine.submit_plan, request.toml)
+        work = asyncio.to_thread(lambda: self._engine().submit_plan(request.toml))
         return pb.SubmitPlanReply(plan=await guarded(context, work))
 
     async def CancelPlan(self, request: pb.CancelPlanRequest, context: Call) -> pb.CancelPlanReply:
-        await guarded(context, asyncio.to_thread(self._engine.cancel_plan, request.name, request.reason))
+        await guarded(context, asyncio.to_thread(lambda: self._engine().cancel_plan(request.name, request.reason)))
         return pb.CancelPlanReply()
 
     async def Report(self, request: pb.ReportRequest, context: Call) -> pb.ReportReply:
-        return pb.ReportReply(json=await guarded(context, asyncio.to_thread(self._report, request.plan)))
+        if self._engine_or_none is None and not request.plan:
+            return pb.ReportReply(json='{"plans": [], "waiting_for": "a roster"}')
+        work = asyncio.to_thread(lambda: self._report(self._engine(), request.plan))
+        return pb.ReportReply(json=await guarded(context, work))
+
+    async def Reload(self, request: pb.ReloadRequest, context: Call) -> pb.ReloadReply:
+        self._reload()
+        return pb.ReloadReply()

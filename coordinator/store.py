@@ -18,39 +18,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from coordinator.schema import SCHEMA
 from privacy import faults
 from privacy.errors import UserError
 from privacy.files import DiskError, disk_errors, make_private_directory
 from privacy.vectors import round_name, upload_name
 
-#: One entry a version; ``pragma user_version`` says how many of them a database has.
-SCHEMA = (
-    """
-create table plans (digest blob primary key, name text unique not null, toml blob not null, state text not null,
-                    reason text not null, submitted real not null);
-create table ready (plan blob not null, stage integer not null, member integer not null, since real not null,
-                    primary key (plan, stage, member));
-create table rounds (id blob primary key, plan blob not null, stage integer not null, number integer not null,
-                     header blob not null, invited text not null, opened real not null, state text not null,
-                     reason text not null, culprit integer, unique (plan, stage, number));
-create table events (round blob not null, seq integer not null, kind text not null, payload blob not null,
-                     at real not null, primary key (round, seq));
-create table receipts (round blob not null, member integer not null, root blob not null, length integer not null,
-                       signature blob not null, primary key (round, member));
-create table traffic (round blob not null, member integer not null, sent integer not null, received integer not null,
-                      chunks integer not null, primary key (round, member));
-""",
-    """
-create table uploads (round blob not null, member integer not null, input blob not null, durable integer not null,
-                      primary key (round, member));
-create table sums (round blob primary key, generation integer not null, members text not null);
-create table shards (round blob not null, first integer not null, hashes blob not null, primary key (round, first));
-""",
-    """
-create table stages (plan blob not null, stage integer not null, opened real not null, cohorts text not null,
-                     start blob, primary key (plan, stage));
-""",
-)
+#: As :class:`PlanRow` has it.
+PLANS = "select digest, name, toml, state, reason, submitted from plans"
 
 
 @dataclass(frozen=True)
@@ -114,6 +89,7 @@ class Store:
         make_private_directory(rounds)
         self.directory = rounds
         self._lock = threading.Lock()
+        self._roster = b""  # hash of the one in force
         self._traffic: dict[tuple[bytes, int], list[int]] = defaultdict(lambda: [0, 0, 0])
         with disk_errors(database):
             try:
@@ -177,14 +153,31 @@ class Store:
 
     def add_plan(self, digest: bytes, name: str, toml: bytes, at: float) -> None:
         try:
-            self._write("plans", "insert into plans values (?, ?, ?, 'open', '', ?)", digest, name, toml, at)
+            statement = "insert into plans values (?, ?, ?, 'open', '', ?, ?)"
+            self._write("plans", statement, digest, name, toml, at, self._roster)
         except sqlite3.IntegrityError as error:
             raise UserError(
                 f"expected a new plan name, found '{name}' again", hint="a changed plan needs a name of its own"
             ) from error
 
     def plans(self) -> list[PlanRow]:
-        return [PlanRow(*row) for row in self._read("select * from plans order by submitted")]
+        """The plans that were submitted under the roster in force."""
+        return [PlanRow(*r) for r in self._read(f"{PLANS} where roster = ? order by submitted", self._roster)]
+
+    def ended_plans(self) -> list[PlanRow]:
+        """Plans of earlier rosters that were open when theirs was replaced."""
+        where = "where roster != ? and state = 'cancelled' order by submitted"
+        return [PlanRow(*r) for r in self._read(f"{PLANS} {where}", self._roster)]
+
+    def use_roster(self, roster: bytes) -> None:
+        """From now on this roster is in force: members are numbered by it, and no plan of another goes on."""
+        self._roster = roster
+        with self._transaction("plans") as db:
+            db.execute("update plans set roster = ? where roster = x''", (roster,))  # of an older version
+            db.execute(
+                "update plans set state = 'cancelled', reason = ? where roster != ? and state = 'open'",
+                ("the roster changed; what is left to do needs a plan of another name", roster),
+            )
 
     def set_plan_state(self, digest: bytes, state: str, reason: str = "") -> None:
         self._write("plans", "update plans set state = ?, reason = ? where digest = ?", state, reason, digest)

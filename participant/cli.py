@@ -9,7 +9,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from participant import cli_audit, cli_data, cli_doctor
+from participant import cli_audit, cli_data, cli_doctor, cli_join, cli_plans
 from privacy import __version__, console
 from privacy.errors import UserError
 
@@ -20,6 +20,9 @@ app = typer.Typer(
     help="Fine-tune on this site's data, mask the update, upload it once. "
     "What works on a site takes its directory by --dir (or VEILSUM_PARTICIPANT).",
 )
+for command in (cli_join.join, cli_join.identity, cli_join.renew, cli_plans.plans, cli_plans.approve):
+    app.command()(command)
+app.add_typer(cli_join.roster_app, name="roster")
 app.add_typer(cli_data.app, name="dataset")
 app.command()(cli_data.budget)
 app.command()(cli_data.witnesses)
@@ -50,25 +53,37 @@ def run(
     console.set_up_logs(as_json=json_logs)
     signal.signal(signal.SIGTERM, _interrupt)
     from participant import metrics
+    from participant.client import OtherRoster
     from participant.config import load_home
     from participant.daemon import Daemon
     from participant.progress import training_progress
+    from participant.rosters import wait_for_approval
     from participant.site import Site
     from privacy.exposition import metrics_page
     from privacy.files import only_one
     from privacy.notify import notify
 
     # The lock comes before the records are read: a second daemon would not see what the first one spends.
-    with only_one(load_home(directory).directory, "daemon of this site"):
-        site = Site.open(directory)
-        metrics.register(site)
-        page = metrics_page(site.home.settings.metrics_listen, site.counts.registry)
-        with page, training_progress(show=not json_logs) as progress:
-            notify(READY=1)
-            try:
-                Daemon(site, site.client(), site.counts.watching(progress)).run(once=once)
-            finally:
-                notify(STOPPING=1)
+    with (
+        only_one(load_home(directory).directory, "daemon of this site"),
+        training_progress(show=not json_logs) as progress,
+    ):
+        try:
+            while True:
+                site = Site.open(directory)
+                metrics.register(site)
+                try:
+                    with metrics_page(site.home.settings.metrics_listen, site.counts.registry):
+                        notify(READY=1)
+                        Daemon(site, site.client(), site.counts.watching(progress)).run(once=once)
+                    return
+                except OtherRoster as error:
+                    if once:
+                        raise
+                    notify(STATUS=f"waiting for an approval: {error}")
+                    wait_for_approval(directory, site.roster.hash, str(error))
+        finally:
+            notify(STOPPING=1)
 
 
 @app.command()

@@ -10,7 +10,7 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,12 +20,12 @@ import grpc
 
 from participant.counts import Counts
 from participant.diagnose import explain
-from participant.enrol import AUTHORITY, TLS_CERTIFICATE, TLS_KEY
+from participant.enrol import tls_files
 from privacy import PROTOCOL_VERSION, __version__
 from privacy.console import Unreachable
 from privacy.encoding import encode
 from privacy.errors import ProtocolError, Refusal, UserError
-from privacy.files import disk_errors, read_file, read_private
+from privacy.files import disk_errors
 from privacy.receipt import is_receipt
 from privacy.roster import RosterFile
 from privacy.secagg.dialogue import FromMember, ToMember
@@ -83,18 +83,45 @@ def seen_hash(message: ToMember) -> bytes:
     return hashlib.sha256(encode(message, ToMember)).digest()
 
 
+@contextmanager
+def answered(address: str, diagnosis: Callable[[], str | None]) -> Iterator[None]:
+    """What gRPC says as one of our errors.
+
+    Args:
+        diagnosis: says why there is no connection, where it finds out.
+    """
+    try:
+        yield
+    except grpc.RpcError as error:
+        code, text = error.code(), error.details() or ""
+        if code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE):
+            raise ProtocolError(f"the coordinator refused: {text}") from error
+        if code in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.PERMISSION_DENIED):
+            raise Refusal(f"the coordinator refused: {text}") from error
+        if code == grpc.StatusCode.UNIMPLEMENTED:
+            raise UserError(
+                f"{address}: expected a coordinator of version {__version__}, found one without this call",
+                hint="run the same version of veilsum at both ends",
+            ) from error
+        found = f"{code.name if code else 'none'}: {text}"
+        if code == grpc.StatusCode.UNAVAILABLE:
+            found = diagnosis() or found
+        raise Unreachable(
+            f"{address}: expected an answer, found {found}",
+            hint="is the coordinator running, is the address right, are the certificates of this federation valid?",
+        ) from error
+
+
+class OtherRoster(Refusal):
+    """The coordinator has another roster in force than the one that this site approved."""
+
+
 class Client:
     """One connection to the coordinator."""
 
     def __init__(
         self, directory: Path, address: str, roster: RosterFile, me: int, counts: Counts | None = None
     ) -> None:
-        hint = "join the federation first; the coordinator issues the certificate"
-        self._credentials = grpc.ssl_channel_credentials(
-            read_file(directory / AUTHORITY, "the federation's authority certificate", hint),
-            read_private(directory / TLS_KEY, "this site's TLS key", hint),
-            read_file(directory / TLS_CERTIFICATE, "this site's TLS certificate", hint),
-        )
         self._address, self._directory, self._roster, self._me = address, directory, roster, me
         self._counts = counts or Counts()
         self._diagnosed = float("-inf")
@@ -108,36 +135,21 @@ class Client:
         self._dial()
 
     def _dial(self) -> None:
-        self._channel = grpc.secure_channel(self._address, self._credentials, CLIENT_OPTIONS)
+        credentials = grpc.ssl_channel_credentials(*tls_files(self._directory))
+        self._channel = grpc.secure_channel(self._address, credentials, CLIENT_OPTIONS)
         self._stub = FederationStub(self._channel)
         self._chunk: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(PUT_CHUNK)
 
     def close(self) -> None:
         self._channel.close()
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        """What gRPC says as one of our errors."""
-        try:
-            yield
-        except grpc.RpcError as error:
-            code, text = error.code(), error.details() or ""
-            if code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE):
-                raise ProtocolError(f"the coordinator refused: {text}") from error
-            if code in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.PERMISSION_DENIED):
-                raise Refusal(f"the coordinator refused: {text}") from error
-            if code == grpc.StatusCode.UNIMPLEMENTED:
-                raise UserError(
-                    f"{self._address}: expected a coordinator of version {__version__}, found one without this call",
-                    hint="run the same version of veilsum at both ends",
-                ) from error
-            found = f"{code.name if code else 'none'}: {text}"
-            if code == grpc.StatusCode.UNAVAILABLE:
-                found = self._diagnosis() or found
-            raise Unreachable(
-                f"{self._address}: expected an answer, found {found}",
-                hint="is the coordinator running, is the address right, are the certificates of this federation valid?",
-            ) from error
+    def redial(self) -> None:
+        """Connect anew, with the certificate that is on disk now."""
+        self.close()
+        self._dial()
+
+    def _errors(self) -> AbstractContextManager[None]:
+        return answered(self._address, self._diagnosis)
 
     def _diagnosis(self) -> str | None:
         """Why there is no connection: gRPC does not say. Looked at once a minute."""
@@ -169,9 +181,9 @@ class Client:
                 hint="run the same version of veilsum at both ends",
             )
         if reply.roster != self._roster.hash:
-            raise Refusal(
+            raise OtherRoster(
                 f"expected the pinned roster {self._roster.hash.hex()[:16]}…, "
-                f"the coordinator uses {reply.roster.hex()[:16]}…"
+                f"the coordinator uses {reply.roster.hex()[:16]}…: veilsum-participant roster show"
             )
 
     def plans(self) -> list[OfferedPlan]:
@@ -184,6 +196,10 @@ class Client:
         request = pb.ReadyRequest(plan=plan, stage=stage, checkpoint=self.checkpoint())
         reply: pb.ReadyReply = self._call("Ready", request)
         return reply.ready, reply.expected
+
+    def decline(self, plan: bytes, reason: str, *, waiting: bool) -> None:
+        """Tell the operator why this site takes no part in a plan, or not yet."""
+        self._call("Decline", pb.DeclineRequest(plan=plan, waiting=waiting, reason=reason))
 
     def next(self, plan: bytes, stage: int, seen: bytes) -> tuple[bytes, ToMember] | None:
         """(round id, message) once there is one other than ``seen``; ``None`` when nothing came for a while."""
@@ -213,8 +229,7 @@ class Client:
         coordinator, body = bytes.fromhex(self._roster.roster.coordinator), message.body
         if not is_receipt(coordinator, receipt.signature, round_id, self._me, body.root, body.length):
             raise ProtocolError("the coordinator's receipt for the upload does not verify")
-        self.close()  # a connection that carried so much keeps buffers of megabytes at the coordinator
-        self._dial()
+        self.redial()  # a connection that carried so much keeps buffers of megabytes at the coordinator
 
     def _send_chunks(self, round_id: bytes, spool: Path, state: pb.UploadState, length: int, bits: int) -> None:
         """All chunks from where the coordinator has them, as many in flight as it allows."""

@@ -83,11 +83,26 @@ class DataSet(Section):
         )
 
 
+class Admits(Section):
+    """Plans that run here without an approval of their own: all of this must hold."""
+
+    #: Names of base models, and of data sets, that such a plan may have.
+    bases: tuple[str, ...] = ()
+    datasets: tuple[Name, ...] = ()
+    #: Data set -> most that such a plan may cost, all its stages together; a plan without [privacy] has no limit.
+    max_epsilon: dict[Name, Number] = Field(default_factory=dict)
+    min_cohort: Annotated[int, Field(ge=2)] = 2
+
+
 class SitePolicy(Section):
     """What this site demands beyond the pinned policy; of roster, plan and this file the strictest wins."""
 
     #: Plans this site agrees to, by name; "*" agrees to whatever else is allowed. Nothing runs without consent.
     plans: tuple[str, ...] = ()
+    #: Plans that run without being named or approved; without this table none do.
+    admits: Admits | None = None
+    #: When training may begin, local time, for example "20:00-06:00"; one that runs goes on.
+    hours: Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")] | None = None
     min_cohort: Annotated[int, Field(ge=2)] = 2
     min_survivors: Annotated[int, Field(ge=2)] = 2
     #: The plan must withstand at least so many colluders.

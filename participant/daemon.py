@@ -10,16 +10,18 @@ import structlog
 from structlog.contextvars import bind_contextvars, bound_contextvars
 
 from participant import charging
+from participant.approvals import is_approved
 from participant.client import Client, OfferedPlan, seen_hash
 from participant.fetch import fetch_release, start_of
 from participant.patience import patiently
 from participant.phases import Confirmed, Finished, Stopped, Uploading
-from participant.policy import admit
+from participant.policy import Waits, admit, begin
 from participant.prepare import Progress, prepare
+from participant.renewal import Renewal
 from participant.running import RoundRun, abort_unknown, join, resume_upload
-from participant.site import Site
+from participant.site import MAX_REASON, Site
 from privacy.console import Unreachable
-from privacy.errors import ProtocolError, Refusal, UserError, VeilsumError
+from privacy.errors import ProtocolError, Refusal, UserError, VeilsumError, shown
 from privacy.job import Job
 from privacy.notify import notify
 from privacy.plan import parse_plan
@@ -31,6 +33,8 @@ log = structlog.get_logger()
 IDLE_S = 2.0
 #: Seconds before a training that failed is tried again.
 AGAIN_S = 60.0
+#: Seconds after which the operator is told again why this site takes no part.
+TELL_S = 300.0
 
 
 @dataclass
@@ -43,17 +47,22 @@ class Daemon:
     said: dict[str, str] = field(default_factory=dict)
     #: (digest of a plan, stage) whose training failed -> when it is tried again, and why it failed.
     failed: dict[tuple[bytes, int], tuple[float, VeilsumError]] = field(default_factory=dict)
+    #: Digest of a plan -> why this site takes no part, as the operator was told, and when.
+    declined: dict[bytes, tuple[str, float]] = field(default_factory=dict)
 
     def run(self, *, once: bool = False) -> None:
         """Work until interrupted; with ``once``, until a release is here or a plan of this site has failed.
 
         Raises:
-            Refusal: with ``once``, why nothing was released.
+            Refusal: with ``once``, why nothing was released. OtherRoster: this site has to approve it first.
         """
-        bind_contextvars(member=self.site.home.settings.member)
+        settings = self.site.home.settings
+        bind_contextvars(member=settings.member)
+        renewal = Renewal(self.site.home.directory, settings.coordinator, settings.member)
         patiently(self.client.hello)
-        log.info("connected", coordinator=self.site.home.settings.coordinator)
+        log.info("connected", coordinator=settings.coordinator)
         while True:
+            renewal.look(self.client)
             for offered in patiently(self.client.plans):
                 state = self._consider(offered)
                 if once and state == "released":
@@ -61,6 +70,7 @@ class Daemon:
                 if once and state in ("aborted", "cancelled"):
                     raise Refusal(f"no release: the plan is {state}: {offered.reason}")
             time.sleep(IDLE_S)
+            patiently(self.client.hello)  # another roster may be in force by now
 
     def _consider(self, offered: OfferedPlan) -> str:
         """Work on one plan as far as it goes; its state here. Lines of the log say which plan and stage."""
@@ -68,21 +78,25 @@ class Daemon:
             return self._considered(offered)
 
     def _considered(self, offered: OfferedPlan) -> str:
-        name, refusal = "?", None
+        name, digest, refusal = "?", b"", None
         try:
             plan_file = parse_plan(offered.toml)
-            name = plan_file.plan.name
+            name, digest = plan_file.plan.name, plan_file.digest
             bind_contextvars(plan=name)
             job = Job.of(plan_file, self.site.roster, self.site.home.factors)
             standing = charging.standing(self.site, job, offered.stage)
-            admit(job, self.site.home.settings, standing, self._stage(job, offered))
+            agreed = is_approved(self.site.home, plan_file)
+            admit(job, self.site.home.settings, standing, self._stage(job, offered), approved=agreed)
             state, reason = self._work(job, offered)
         except Unreachable:
             raise
         except (Refusal, UserError, ProtocolError) as error:
-            refusal, state, reason = error, ("refused" if isinstance(error, Refusal) else "failed"), str(error)
+            state = "waiting" if isinstance(error, Waits) else "refused" if isinstance(error, Refusal) else "failed"
+            refusal, reason = error, str(error)
             if isinstance(error, UserError) and error.hint:
                 reason += f" ({error.hint})"
+            if isinstance(error, Refusal) and offered.state in ("open", "released"):
+                self._decline(digest, reason, waiting=state == "waiting")
         self.site.note(name, state, reason)
         if self.said.get(name) != state + reason:
             if refusal is not None:
@@ -91,6 +105,17 @@ class Daemon:
             notify(STATUS=f"plan '{name}' is {state}: {reason}")
             self.said[name] = state + reason
         return state
+
+    def _decline(self, digest: bytes, reason: str, *, waiting: bool) -> None:
+        """Tell the operator why this site takes no part; again now and then, since it is kept in memory there."""
+        before, at = self.declined.get(digest, ("", float("-inf")))
+        if reason == before and time.monotonic() - at < TELL_S:
+            return
+        self.declined[digest] = (reason, time.monotonic())
+        try:
+            self.client.decline(digest, shown(reason, MAX_REASON), waiting=waiting)
+        except VeilsumError as error:  # nobody waits for it
+            log.info("the operator was not told", reason=str(error))
 
     def _work(self, job: Job, offered: OfferedPlan) -> tuple[str, str]:
         stage, last = offered.stage, job.plan.last
@@ -130,6 +155,9 @@ class Daemon:
 
     def _prepare(self, job: Job, stage: int) -> None:
         """Train, or say again for a while why that failed: a training that fails in a loop would fill the ledger."""
+        if self.site.store.trained(job.plan.name, stage) is None:
+            now = time.localtime()
+            begin(self.site.home.settings.policy.hours, now.tm_hour * 60 + now.tm_min)
         key = (job.plan_file.digest, stage)
         until, error = self.failed.get(key, (0.0, None))
         if error is not None and time.monotonic() < until:

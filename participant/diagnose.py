@@ -43,7 +43,21 @@ def explain(address: str, directory: Path) -> str | None:
         authority = x509.load_pem_x509_certificate((directory / AUTHORITY).read_bytes())
     except (OSError, ValueError) as error:
         return f"expected the certificates of this site in PEM, found: {shown(str(error))}"
-    return _own_fault(own, authority, directory) or _connect(address, directory)
+    if fault := _own_fault(own, authority, directory):
+        return fault
+    try:
+        context = _context(directory)
+    except (ssl.SSLError, OSError) as error:
+        return f"{directory / TLS_KEY}: expected the key of {TLS_CERTIFICATE}, found: {_reason(error)}"
+    return _connect(address, context)
+
+
+def explain_joining(address: str, authority: bytes) -> str | None:
+    """The same where a site has no certificate yet, only that of the authority (DER)."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(cadata=authority)
+    context.set_alpn_protocols(["h2"])
+    return _connect(address, context)
 
 
 def _own_fault(own: x509.Certificate, authority: x509.Certificate, directory: Path) -> str | None:
@@ -68,13 +82,9 @@ def _dates(certificate: x509.Certificate, now: datetime.datetime) -> str | None:
     return None
 
 
-def _connect(address: str, directory: Path) -> str | None:
+def _connect(address: str, context: ssl.SSLContext) -> str | None:
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
-    try:
-        context = _context(directory)
-    except (ssl.SSLError, OSError) as error:
-        return f"{directory / TLS_KEY}: expected the key of {TLS_CERTIFICATE}, found: {_reason(error)}"
     try:
         with socket.create_connection((host, int(port)), TIMEOUT_S) as raw:
             return _handshake(context, raw, host, address)

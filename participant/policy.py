@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from participant.config import Settings
 from privacy.budget import terms
-from privacy.budget.events import Mechanism
-from privacy.budget.filter import Standing, objection
+from privacy.budget.events import DpSgd, Mechanism
+from privacy.budget.filter import Standing, enforced_epsilon, mismatch, objection
 from privacy.errors import Refusal, UserError
 from privacy.job import Job
 from privacy.plan import Plan
@@ -18,21 +18,34 @@ from privacy.plan import Plan
 AUDITS = ("none", "spot", "divided")
 
 
-def admit(job: Job, settings: Settings, standing: Standing | None = None, stage: int = 1) -> None:
+class Waits(Refusal):
+    """Nothing is wrong with the plan: it waits for somebody to approve it, or for an hour of the day."""
+
+
+def admit(
+    job: Job, settings: Settings, standing: Standing | None = None, stage: int = 1, *, approved: bool = False
+) -> None:
     """Refuse a plan this site does not agree to.
 
     Args:
         standing: what the ledger of the plan's data set says; ``None``: nothing is charged to it yet.
         stage: that is to come now; what it and all later ones cost must be left.
+        approved: somebody at this site approved this very plan.
 
     Raises:
-        Refusal: consent, base model, data set, cohort sizes, colluders, audit or the data set's budget; the
-            roster's own rules were applied when the job was made.
+        Refusal: base model, data set, cohort sizes, colluders, audit or the data set's budget; the roster's own rules
+            were applied when the job was made.
+        Waits: all of that is right, and nobody has agreed to it.
     """
+    allow(job, settings, standing, stage)
+    if not approved:
+        consent(job, settings)
+
+
+def allow(job: Job, settings: Settings, standing: Standing | None = None, stage: int = 1) -> None:
+    """As :func:`admit`, without consent: could this plan run here at all?"""
     plan, own, rules = job.plan, settings.policy, job.rules
     name = f"plan '{plan.name}'"
-    if "*" not in own.plans and plan.name not in own.plans:
-        raise Refusal(f"{name} has no consent here: expected it under [policy] plans in participant.toml")
     if plan.base.name not in settings.models:
         known = ", ".join(sorted(settings.models)) or "none"
         raise Refusal(f"{name} trains base model '{plan.base.name}'; this site has: {known}")
@@ -69,6 +82,60 @@ def admit(job: Job, settings: Settings, standing: Standing | None = None, stage:
         )
     if found := objection(standing or Standing(data.policy()), _mechanism(plan), plan.trainings_from(stage)):
         raise Refusal(f"{name} {found}")
+
+
+def consent(job: Job, settings: Settings) -> None:
+    """Has this site agreed to a plan by its file?
+
+    Raises:
+        Waits: no; says what keeps the plan from being one of those that need no approval.
+    """
+    plan, own = job.plan, settings.policy
+    if "*" in own.plans or plan.name in own.plans:
+        return
+    why = "expected it under [policy] plans in participant.toml" if own.admits is None else _outside(job, settings)
+    if why:
+        raise Waits(f"plan '{plan.name}' has no consent here: {why}; to approve it: veilsum-participant approve")
+
+
+def _outside(job: Job, settings: Settings) -> str | None:
+    """Why a plan is not one of those that need no approval; ``None`` if it is."""
+    plan, rules, admits = job.plan, job.rules, settings.policy.admits
+    assert admits is not None
+    if plan.base.name not in admits.bases:
+        return f"base model '{plan.base.name}' is not in [policy.admits] bases"
+    if plan.data.dataset not in admits.datasets:
+        return f"data set '{plan.data.dataset}' is not in [policy.admits] datasets"
+    if rules.min_cohort < admits.min_cohort:
+        return f"min_cohort is {rules.min_cohort}, [policy.admits] has {admits.min_cohort}"
+    most = admits.max_epsilon.get(plan.data.dataset)
+    if most is None:
+        return None
+    policy, found = settings.datasets[plan.data.dataset].policy(), _mechanism(plan)
+    if not isinstance(found, DpSgd):
+        return f"it has no [privacy], [policy.admits] has max_epsilon {most}"
+    if odd := mismatch(policy, found):
+        return f"it has {odd}"
+    cost = enforced_epsilon(policy, (found,) * plan.trainings_from(1))
+    return f"it would cost epsilon {cost:.3f}, [policy.admits] has max_epsilon {most}" if cost > float(most) else None
+
+
+def begin(hours: str | None, minute: int) -> None:
+    """May a training begin now?
+
+    Args:
+        hours: as in the site's file, or ``None`` for any.
+        minute: of the day, local time.
+
+    Raises:
+        Waits: not before the hour that it names.
+    """
+    if hours is None:
+        return
+    start, end = (int(part[:2]) * 60 + int(part[3:]) for part in hours.split("-"))
+    inside = start <= minute < end if start < end else minute >= start or minute < end
+    if not inside:
+        raise Waits(f"training begins here at {hours[:5]}: [policy] hours is {hours}")
 
 
 def _mechanism(plan: Plan) -> Mechanism:

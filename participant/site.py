@@ -15,7 +15,7 @@ from participant import records
 from participant.client import Client
 from participant.config import Home, load_home
 from participant.counts import Counts
-from participant.enrol import ROSTER, ROSTER_PIN
+from participant.enrol import ROSTER, ROSTER_PIN, pinned_before
 from participant.store import Store
 from privacy.budget.ledger import Ledger
 from privacy.errors import Refusal, UserError, shown
@@ -27,6 +27,7 @@ from privacy.secagg.keys import identity_public
 
 log = structlog.get_logger()
 
+LOOK_FIRST = "approve the federation's roster first: veilsum-participant roster show, then roster approve"
 NOTES = "plans.json"
 #: A reason may be the coordinator's own words.
 MAX_REASON = 500
@@ -43,6 +44,11 @@ class Site:
     store: Store
     counts: Counts = field(default_factory=Counts, repr=False)
     _ledgers: dict[str, Ledger] = field(default_factory=dict, repr=False)
+    #: Identity keys by index in each roster that was pinned here, by its hash.
+    _keys: dict[bytes, tuple[bytes, ...]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self._keys[self.roster.hash] = self.roster.roster.keys()
 
     @classmethod
     def open(cls, directory: Path) -> Site:
@@ -52,7 +58,7 @@ class Site:
             UserError: a missing or damaged file, a roster other than the pinned one, or a key the roster does not name.
         """
         home = load_home(directory)
-        pin = read_file(directory / ROSTER_PIN, "the pinned roster hash", "approve the federation's roster first")
+        pin = read_file(directory / ROSTER_PIN, "the pinned roster hash", LOOK_FIRST)
         try:
             pinned = bytes.fromhex(pin.decode().strip())
         except ValueError as error:
@@ -109,8 +115,16 @@ class Site:
         size, root = self.ledger(job.plan.data.dataset).head()
         return records.Site(
             *(self.me, self.identity, job.plan.name, job.plan.data.dataset, vector),
-            *(self.store.rounds_joined(), self.store.peer_counts(), size, root, bond),
+            *(self.store.rounds_joined(), self.store.peer_counts(self._index_now), size, root, bond),
         )
+
+    def _index_now(self, roster: bytes, member: int) -> int | None:
+        """The index in the pinned roster of who had this one in another that was pinned here; found by its key."""
+        if roster not in self._keys:
+            path = pinned_before(self.home.directory, roster)
+            self._keys[roster] = load_roster(path).roster.keys() if path.exists() else ()
+        keys, now = self._keys[roster], self.roster.roster.keys()
+        return now.index(keys[member]) if member < len(keys) and keys[member] in now else None
 
     # --- notes for `status`; nothing depends on them -----------------------------------------------------------------
 

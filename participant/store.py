@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -146,13 +146,19 @@ class Store:
         """Highest round of a plan and stage that was joined here."""
         return max((r.header.round for r in self.records(plan, stage) if isinstance(r, Joined)), default=0)
 
-    def peer_counts(self) -> dict[int, int]:
-        """Highest count of rounds seen of each peer."""
+    def peer_counts(self, now: Callable[[bytes, int], int | None] = lambda _, member: member) -> dict[int, int]:
+        """Highest count of rounds seen of each peer.
+
+        Args:
+            now: the index that a member of some roster (by its hash) has in the pinned one; ``None``: it is not in it.
+        """
         counts: dict[int, int] = {}
         for record in self._records:
             if isinstance(record, PeersSeen):
-                for member, count in zip(record.members, record.counts, strict=True):
-                    counts[member] = max(count, counts.get(member, 0))
+                for then, count in zip(record.members, record.counts, strict=True):
+                    member = now(record.header.roster, then)
+                    if member is not None:
+                        counts[member] = max(count, counts.get(member, 0))
         return counts
 
     def spent(self, plan: str, dataset: str, stage: int) -> list[Spent]:

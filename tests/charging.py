@@ -136,6 +136,11 @@ class Silent(Client):
 
     def __init__(self) -> None:
         self.progress = 0
+        self.declined: list[tuple[bool, str]] = []  # is it for now only, and why
+
+    def decline(self, plan: bytes, reason: str, *, waiting: bool) -> None:
+        assert len(plan) == 32
+        self.declined.append((waiting, reason))
 
     def releases(self, plan: bytes, stage: int) -> list[ReleasedCohort]:
         assert plan

@@ -31,6 +31,12 @@ PAGE = (Path(__file__).resolve().parent.parent / "docs" / "exit-codes.md").read_
 NO_LIST = {
     "veilsum-coordinator serve": "logs, see --json-logs",
     "veilsum-coordinator plan cancel": "does one thing",
+    "veilsum-coordinator add": "does one thing",
+    "veilsum-coordinator remove": "does one thing",
+    "veilsum-coordinator roster draft": "prints a roster, which is TOML",
+    "veilsum-participant approve": "does one thing",
+    "veilsum-participant renew": "does one thing",
+    "veilsum-participant roster approve": "does one thing",
     "veilsum-participant run": "logs, see --json-logs",
     "veilsum-participant draft": "prints a plan, which is TOML",
     "veilsum-participant audit-training": "writes a file, which is JSON",

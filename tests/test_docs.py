@@ -243,7 +243,8 @@ def test_a_box_opens_by_the_description_alone() -> None:
 
 
 def test_every_key_of_the_configuration_files_is_explained_and_no_other() -> None:
-    models = (config.Settings, config.DataSet, config.Budget, config.SitePolicy, coordinator.config.Settings)
+    site = (config.Settings, config.DataSet, config.Budget, config.SitePolicy, config.Admits)
+    models = (*site, coordinator.config.Settings)
     rows = re.findall(r"^\| (`[^|]+) \|", TEXT["docs/configuration.md"], re.MULTILINE)
     assert {key for row in rows for key in re.findall(r"`(\w+)`", row)} == {
         key for m in models for key in m.model_fields

@@ -107,8 +107,10 @@ def put_trained(federation: Federation, name: str, raw: bytes) -> None:
     from participant.store import Store
 
     store = Store(load_home(federation.site(name)))
-    store.keep_trained("toy", 1, vector, Trained(job.plan_file.digest.hex(), 100 + index, 0.1, 1.0, 100 + index))
-    np.save(store.directory("toy", 1) / PLAIN_VECTOR, vector)
+    store.keep_trained(
+        job.plan.name, 1, vector, Trained(job.plan_file.digest.hex(), 100 + index, 0.1, 1.0, 100 + index)
+    )
+    np.save(store.directory(job.plan.name, 1) / PLAIN_VECTOR, vector)
 
 
 @pytest.fixture

@@ -45,3 +45,13 @@ def test_a_certificate_is_parsed_once(pem: bytes) -> None:
         for _ in range(100):
             peers.expired_on({"x509_pem_cert": [pem]}, datetime.datetime.now(datetime.UTC))
     assert parsed.call_count == 1
+
+
+def test_a_certificate_from_before_a_removal_is_known_by_its_date(pem: bytes) -> None:
+    certificate = x509.load_pem_x509_certificate(pem)
+    since, leeway = certificate.not_valid_before_utc, datetime.timedelta(minutes=10)
+    issued, auth = (since + leeway).timestamp(), {"x509_pem_cert": [pem]}
+    assert not peers.issued_before(auth, 0.0, leeway)
+    assert not peers.issued_before(auth, issued + 0.9, leeway)  # dates have whole seconds
+    assert peers.issued_before(auth, issued + 1, leeway)
+    assert not peers.issued_before({}, issued + 1, leeway)

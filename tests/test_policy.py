@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from participant.config import Settings
-from participant.policy import admit
+from participant.policy import Waits, admit, allow, begin
 from privacy.budget import terms
 from privacy.budget.entries import Policy
 from privacy.budget.filter import Standing, enforced_epsilon
@@ -196,3 +196,102 @@ def test_a_larger_rank_than_this_site_trains_needs_the_method_that_sums_any() ->
     with pytest.raises(Refusal, match="has rank 2"):
         admit(job(both, trained), narrow)
     admit(job(("[training]", '[aggregation]\nmethod = "dense"\n[training]'), trained), narrow)
+
+
+# --- consent: by name, by approval, or by what the file admits -------------------------------------------------------
+
+OPEN = '[policy.admits]\nbases = ["tiny"]\ndatasets = ["toy"]\n'
+
+
+def outside(admits: str, plan: Job) -> str:
+    """Why a plan waits at a site that admits this; empty if it does not."""
+    settings = site('[policy]\nplans = ["toy"]\n', admits)
+    allow(plan, settings)  # nothing else stands against it
+    admit(plan, settings, approved=True)
+    try:
+        admit(plan, settings)
+    except Waits as error:
+        return str(error)
+    return ""
+
+
+def private(*changes: tuple[str, str]) -> Job:
+    without = (("epochs = 1\n", ""), ("batch_size = 4\n", ""))
+    return job(*without, ("outcome_s = 2\n", "outcome_s = 2\n" + PRIVATE), *changes)
+
+
+def test_a_plan_that_nobody_agreed_to_waits_and_is_not_refused() -> None:
+    found = outside("", job())
+    assert "expected it under [policy] plans in participant.toml" in found
+    assert "to approve it: veilsum-participant approve" in found
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("bases", "bases", ""),
+        ('["tiny"]', '["other"]', "base model 'tiny' is not in [policy.admits] bases"),
+        ('["toy"]', "[]", "data set 'toy' is not in [policy.admits] datasets"),
+        ("bases", "min_cohort = 4\nbases", ""),
+        ("bases", "min_cohort = 5\nbases", "min_cohort is 4, [policy.admits] has 5"),
+        ("bases", 'max_epsilon = { other = "1" }\nbases', ""),
+        ("bases", 'max_epsilon = { toy = "100" }\nbases', "it has no [privacy], [policy.admits] has max_epsilon 100"),
+    ],
+)
+def test_a_plan_outside_of_what_is_admitted_waits_and_says_why(old: str, new: str, reason: str) -> None:
+    found = outside(OPEN.replace(old, new), job())
+    assert reason in found
+    assert bool(found) == bool(reason)
+
+
+def test_a_plan_that_would_cost_more_than_is_admitted_waits() -> None:
+    plan = private()
+    policy = Policy(delta="0.00001", epsilon=None, order=6, protected=True)
+    cost = enforced_epsilon(policy, (terms.mechanism(plan.plan),))
+    for most, waits in ((cost + 0.01, False), (cost - 0.01, True)):
+        found = outside(f'{OPEN}max_epsilon = {{ toy = "{most:.3f}" }}\n', plan)
+        assert bool(found) == waits
+        assert not waits or f"it would cost epsilon {cost:.3f}, [policy.admits] has max_epsilon {most:.3f}" in found
+
+
+def test_all_stages_of_a_plan_count() -> None:
+    plan = private(('task = "classification"', 'task = "classification"\nstages = 3'))
+    policy = Policy(delta="0.00001", epsilon=None, order=6, protected=True)
+    once, thrice = (enforced_epsilon(policy, (terms.mechanism(plan.plan),) * times) for times in (1, 3))
+    found = outside(f'{OPEN}max_epsilon = {{ toy = "{once + 0.1:.3f}" }}\n', plan)
+    assert f"it would cost epsilon {thrice:.3f}" in found
+
+
+def test_a_plan_with_weaker_terms_than_the_data_set_has_waits() -> None:
+    plan = private(('delta = "1e-5"', 'delta = "1e-3"'))
+    assert "it has delta 0.001, the budget allows 0.00001" in outside(OPEN + 'max_epsilon = { toy = "100" }\n', plan)
+
+
+def test_an_approval_is_consent_and_nothing_more() -> None:
+    settings = site('plans = ["toy"]', "min_cohort = 5")
+    with pytest.raises(Refusal, match="demands at least 5"):
+        admit(job(), settings, approved=True)
+
+
+@pytest.mark.parametrize(
+    ("hours", "minute", "inside"),
+    [
+        (None, 0, True),
+        ("08:05-17:30", 484, False),
+        ("08:05-17:30", 485, True),
+        ("08:05-17:30", 1049, True),
+        ("08:05-17:30", 1050, False),
+        ("20:00-06:10", 1199, False),
+        ("20:00-06:10", 1200, True),
+        ("20:00-06:10", 0, True),
+        ("20:00-06:10", 369, True),
+        ("20:00-06:10", 370, False),
+        ("00:00-00:00", 700, True),
+    ],
+)
+def test_hours(hours: str | None, minute: int, inside: bool) -> None:
+    if inside:
+        begin(hours, minute)
+        return
+    with pytest.raises(Waits, match=f"training begins here at {hours and hours[:5]}"):
+        begin(hours, minute)

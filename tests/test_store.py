@@ -381,13 +381,13 @@ def test_two_rounds_of_one_number_are_refused(tmp_path: Path) -> None:
     assert list(store.events(Y)) == []
 
 
-@pytest.mark.parametrize("version", [4, 99, -1])
+@pytest.mark.parametrize("version", [5, 99, -1])
 def test_a_database_of_another_version_is_refused_and_left_alone(tmp_path: Path, version: int) -> None:
     database(tmp_path).close()
     raw = sqlite3.connect(tmp_path / "state.db")
     raw.execute(f"pragma user_version={version}")
     raw.close()
-    with pytest.raises(UserError, match=f"expected a database of version 3 or older, found {version}") as caught:
+    with pytest.raises(UserError, match=f"expected a database of version 4 or older, found {version}") as caught:
         database(tmp_path)
     assert "run the version of veilsum that wrote it" in caught.value.hint
 

@@ -164,6 +164,39 @@ class ReadyReply(google.protobuf.message.Message):
 Global___ReadyReply: typing_extensions.TypeAlias = ReadyReply
 
 @typing.final
+class DeclineRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: builtins.int
+    WAITING_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    plan: builtins.bytes
+    waiting: builtins.bool
+    """for people at the site, or for an hour of the day; else refused"""
+    reason: builtins.str
+    """at most 500 characters"""
+    def __init__(
+        self,
+        *,
+        plan: builtins.bytes = ...,
+        waiting: builtins.bool = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["plan", b"plan", "reason", b"reason", "waiting", b"waiting"]) -> None: ...
+
+Global___DeclineRequest: typing_extensions.TypeAlias = DeclineRequest
+
+@typing.final
+class DeclineReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___DeclineReply: typing_extensions.TypeAlias = DeclineReply
+
+@typing.final
 class NextRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -456,6 +489,26 @@ class UploadBlock(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["data", b"data", "path", b"path"]) -> None: ...
 
 Global___UploadBlock: typing_extensions.TypeAlias = UploadBlock
+
+@typing.final
+class ReloadRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___ReloadRequest: typing_extensions.TypeAlias = ReloadRequest
+
+@typing.final
+class ReloadReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___ReloadReply: typing_extensions.TypeAlias = ReloadReply
 
 @typing.final
 class SubmitPlanRequest(google.protobuf.message.Message):

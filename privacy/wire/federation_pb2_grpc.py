@@ -49,6 +49,11 @@ class FederationStub(object):
                 request_serializer=privacy_dot_wire_dot_federation__pb2.ReadyRequest.SerializeToString,
                 response_deserializer=privacy_dot_wire_dot_federation__pb2.ReadyReply.FromString,
                 _registered_method=True)
+        self.Decline = channel.unary_unary(
+                '/veilsum.v1.Federation/Decline',
+                request_serializer=privacy_dot_wire_dot_federation__pb2.DeclineRequest.SerializeToString,
+                response_deserializer=privacy_dot_wire_dot_federation__pb2.DeclineReply.FromString,
+                _registered_method=True)
         self.Next = channel.unary_unary(
                 '/veilsum.v1.Federation/Next',
                 request_serializer=privacy_dot_wire_dot_federation__pb2.NextRequest.SerializeToString,
@@ -103,6 +108,13 @@ class FederationServicer(object):
 
     def Ready(self, request, context):
         """The member's delta for this plan and stage is trained; it waits for a cohort.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Decline(self, request, context):
+        """The member takes no part in this plan, or not yet, and why; for the operator's eyes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -173,6 +185,11 @@ def add_FederationServicer_to_server(servicer, server):
                     servicer.Ready,
                     request_deserializer=privacy_dot_wire_dot_federation__pb2.ReadyRequest.FromString,
                     response_serializer=privacy_dot_wire_dot_federation__pb2.ReadyReply.SerializeToString,
+            ),
+            'Decline': grpc.unary_unary_rpc_method_handler(
+                    servicer.Decline,
+                    request_deserializer=privacy_dot_wire_dot_federation__pb2.DeclineRequest.FromString,
+                    response_serializer=privacy_dot_wire_dot_federation__pb2.DeclineReply.SerializeToString,
             ),
             'Next': grpc.unary_unary_rpc_method_handler(
                     servicer.Next,
@@ -291,6 +308,33 @@ class Federation(object):
             '/veilsum.v1.Federation/Ready',
             privacy_dot_wire_dot_federation__pb2.ReadyRequest.SerializeToString,
             privacy_dot_wire_dot_federation__pb2.ReadyReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Decline(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/veilsum.v1.Federation/Decline',
+            privacy_dot_wire_dot_federation__pb2.DeclineRequest.SerializeToString,
+            privacy_dot_wire_dot_federation__pb2.DeclineReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -516,6 +560,11 @@ class OperatorStub(object):
                 request_serializer=privacy_dot_wire_dot_federation__pb2.ReportRequest.SerializeToString,
                 response_deserializer=privacy_dot_wire_dot_federation__pb2.ReportReply.FromString,
                 _registered_method=True)
+        self.Reload = channel.unary_unary(
+                '/veilsum.v1.Operator/Reload',
+                request_serializer=privacy_dot_wire_dot_federation__pb2.ReloadRequest.SerializeToString,
+                response_deserializer=privacy_dot_wire_dot_federation__pb2.ReloadReply.FromString,
+                _registered_method=True)
 
 
 class OperatorServicer(object):
@@ -540,6 +589,13 @@ class OperatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Reload(self, request, context):
+        """Read the roster file again: everything starts anew with what is there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OperatorServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -557,6 +613,11 @@ def add_OperatorServicer_to_server(servicer, server):
                     servicer.Report,
                     request_deserializer=privacy_dot_wire_dot_federation__pb2.ReportRequest.FromString,
                     response_serializer=privacy_dot_wire_dot_federation__pb2.ReportReply.SerializeToString,
+            ),
+            'Reload': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reload,
+                    request_deserializer=privacy_dot_wire_dot_federation__pb2.ReloadRequest.FromString,
+                    response_serializer=privacy_dot_wire_dot_federation__pb2.ReloadReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -641,6 +702,33 @@ class Operator(object):
             '/veilsum.v1.Operator/Report',
             privacy_dot_wire_dot_federation__pb2.ReportRequest.SerializeToString,
             privacy_dot_wire_dot_federation__pb2.ReportReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Reload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/veilsum.v1.Operator/Reload',
+            privacy_dot_wire_dot_federation__pb2.ReloadRequest.SerializeToString,
+            privacy_dot_wire_dot_federation__pb2.ReloadReply.FromString,
             options,
             channel_credentials,
             insecure,

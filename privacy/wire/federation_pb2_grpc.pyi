@@ -75,6 +75,22 @@ _FederationReadyType = typing_extensions.TypeVar(
     ],
 )
 
+_FederationDeclineType = typing_extensions.TypeVar(
+    '_FederationDeclineType',
+    grpc.UnaryUnaryMultiCallable[
+        privacy.wire.federation_pb2.DeclineRequest,
+        privacy.wire.federation_pb2.DeclineReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        privacy.wire.federation_pb2.DeclineRequest,
+        privacy.wire.federation_pb2.DeclineReply,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        privacy.wire.federation_pb2.DeclineRequest,
+        privacy.wire.federation_pb2.DeclineReply,
+    ],
+)
+
 _FederationNextType = typing_extensions.TypeVar(
     '_FederationNextType',
     grpc.UnaryUnaryMultiCallable[
@@ -187,7 +203,7 @@ _FederationFetchBlockType = typing_extensions.TypeVar(
     ],
 )
 
-class FederationStub(typing.Generic[_FederationHelloType, _FederationListPlansType, _FederationReadyType, _FederationNextType, _FederationSendType, _FederationBeginUploadType, _FederationFinishUploadType, _FederationListReleasesType, _FederationFetchTotalType, _FederationFetchBlockType]):
+class FederationStub(typing.Generic[_FederationHelloType, _FederationListPlansType, _FederationReadyType, _FederationDeclineType, _FederationNextType, _FederationSendType, _FederationBeginUploadType, _FederationFinishUploadType, _FederationListReleasesType, _FederationFetchTotalType, _FederationFetchBlockType]):
     @typing.overload
     def __init__(self: FederationStub[
         grpc.UnaryUnaryMultiCallable[
@@ -201,6 +217,10 @@ class FederationStub(typing.Generic[_FederationHelloType, _FederationListPlansTy
         grpc.UnaryUnaryMultiCallable[
             privacy.wire.federation_pb2.ReadyRequest,
             privacy.wire.federation_pb2.ReadyReply,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            privacy.wire.federation_pb2.DeclineRequest,
+            privacy.wire.federation_pb2.DeclineReply,
         ],
         grpc.UnaryUnaryMultiCallable[
             privacy.wire.federation_pb2.NextRequest,
@@ -247,6 +267,10 @@ class FederationStub(typing.Generic[_FederationHelloType, _FederationListPlansTy
             privacy.wire.federation_pb2.ReadyReply,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            privacy.wire.federation_pb2.DeclineRequest,
+            privacy.wire.federation_pb2.DeclineReply,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             privacy.wire.federation_pb2.NextRequest,
             privacy.wire.federation_pb2.NextReply,
         ],
@@ -283,6 +307,9 @@ class FederationStub(typing.Generic[_FederationHelloType, _FederationListPlansTy
     Ready: _FederationReadyType
     """The member's delta for this plan and stage is trained; it waits for a cohort."""
 
+    Decline: _FederationDeclineType
+    """The member takes no part in this plan, or not yet, and why; for the operator's eyes."""
+
     Next: _FederationNextType
     """Long poll: what the coordinator has for this member, once it differs from what was seen."""
 
@@ -316,6 +343,10 @@ FederationAsyncStub: typing_extensions.TypeAlias = FederationStub[
     grpc.aio.UnaryUnaryMultiCallable[
         privacy.wire.federation_pb2.ReadyRequest,
         privacy.wire.federation_pb2.ReadyReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        privacy.wire.federation_pb2.DeclineRequest,
+        privacy.wire.federation_pb2.DeclineReply,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         privacy.wire.federation_pb2.NextRequest,
@@ -369,6 +400,14 @@ class FederationServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[privacy.wire.federation_pb2.ReadyReply, collections.abc.Awaitable[privacy.wire.federation_pb2.ReadyReply]]:
         """The member's delta for this plan and stage is trained; it waits for a cohort."""
+
+    @abc.abstractmethod
+    def Decline(
+        self,
+        request: privacy.wire.federation_pb2.DeclineRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[privacy.wire.federation_pb2.DeclineReply, collections.abc.Awaitable[privacy.wire.federation_pb2.DeclineReply]]:
+        """The member takes no part in this plan, or not yet, and why; for the operator's eyes."""
 
     @abc.abstractmethod
     def Next(
@@ -476,7 +515,23 @@ _OperatorReportType = typing_extensions.TypeVar(
     ],
 )
 
-class OperatorStub(typing.Generic[_OperatorSubmitPlanType, _OperatorCancelPlanType, _OperatorReportType]):
+_OperatorReloadType = typing_extensions.TypeVar(
+    '_OperatorReloadType',
+    grpc.UnaryUnaryMultiCallable[
+        privacy.wire.federation_pb2.ReloadRequest,
+        privacy.wire.federation_pb2.ReloadReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        privacy.wire.federation_pb2.ReloadRequest,
+        privacy.wire.federation_pb2.ReloadReply,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        privacy.wire.federation_pb2.ReloadRequest,
+        privacy.wire.federation_pb2.ReloadReply,
+    ],
+)
+
+class OperatorStub(typing.Generic[_OperatorSubmitPlanType, _OperatorCancelPlanType, _OperatorReportType, _OperatorReloadType]):
     """On a socket file that only the operator's account can open."""
 
     @typing.overload
@@ -492,6 +547,10 @@ class OperatorStub(typing.Generic[_OperatorSubmitPlanType, _OperatorCancelPlanTy
         grpc.UnaryUnaryMultiCallable[
             privacy.wire.federation_pb2.ReportRequest,
             privacy.wire.federation_pb2.ReportReply,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            privacy.wire.federation_pb2.ReloadRequest,
+            privacy.wire.federation_pb2.ReloadReply,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -509,6 +568,10 @@ class OperatorStub(typing.Generic[_OperatorSubmitPlanType, _OperatorCancelPlanTy
             privacy.wire.federation_pb2.ReportRequest,
             privacy.wire.federation_pb2.ReportReply,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            privacy.wire.federation_pb2.ReloadRequest,
+            privacy.wire.federation_pb2.ReloadReply,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     SubmitPlan: _OperatorSubmitPlanType
@@ -516,6 +579,9 @@ class OperatorStub(typing.Generic[_OperatorSubmitPlanType, _OperatorCancelPlanTy
     CancelPlan: _OperatorCancelPlanType
 
     Report: _OperatorReportType
+
+    Reload: _OperatorReloadType
+    """Read the roster file again: everything starts anew with what is there."""
 
 OperatorAsyncStub: typing_extensions.TypeAlias = OperatorStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -529,6 +595,10 @@ OperatorAsyncStub: typing_extensions.TypeAlias = OperatorStub[
     grpc.aio.UnaryUnaryMultiCallable[
         privacy.wire.federation_pb2.ReportRequest,
         privacy.wire.federation_pb2.ReportReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        privacy.wire.federation_pb2.ReloadRequest,
+        privacy.wire.federation_pb2.ReloadReply,
     ],
 ]
 
@@ -555,5 +625,13 @@ class OperatorServicer(metaclass=abc.ABCMeta):
         request: privacy.wire.federation_pb2.ReportRequest,
         context: _ServicerContext,
     ) -> typing.Union[privacy.wire.federation_pb2.ReportReply, collections.abc.Awaitable[privacy.wire.federation_pb2.ReportReply]]: ...
+
+    @abc.abstractmethod
+    def Reload(
+        self,
+        request: privacy.wire.federation_pb2.ReloadRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[privacy.wire.federation_pb2.ReloadReply, collections.abc.Awaitable[privacy.wire.federation_pb2.ReloadReply]]:
+        """Read the roster file again: everything starts anew with what is there."""
 
 def add_OperatorServicer_to_server(servicer: OperatorServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

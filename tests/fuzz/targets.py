@@ -38,6 +38,7 @@ from privacy.budget.ledger import Ledger
 from privacy.encoding import decode, encode
 from privacy.errors import VeilsumError
 from privacy.evidence import EVIDENCE_FILE, read_evidence
+from privacy.invitation import Invitation, read_token
 from privacy.job import Job
 from privacy.plan import parse_plan
 from privacy.roster import Rules, parse_roster
@@ -216,6 +217,15 @@ def scratch() -> Path:
     return Path(_directory().name)
 
 
+def _invitation(data: bytes) -> None:
+    found = read_token(data.decode("utf-8", errors="replace"))
+    assert read_token(found.token()) == found
+
+
+def _invitation_seeds() -> list[bytes]:
+    return [Invitation("f", "north", 1 << 31, b"certificate", bytes(32)).token().encode()]
+
+
 @cache
 def _roster() -> Any:
     return parse_roster(seeds.rosters()[0])
@@ -374,6 +384,7 @@ TARGETS: dict[str, Target] = {
     "chunk": Target(_chunk, _chunk_seeds, 128),
     "plan": Target(_plan, seeds.plans, 1 << 12),
     "roster": Target(lambda data: void(parse_roster(data)), seeds.rosters, 1 << 12),
+    "invitation": Target(_invitation, _invitation_seeds, 1 << 10),
     "settings": Target(_settings, lambda: [b"p" + seeds.PARTICIPANT_TOML, b"c" + seeds.COORDINATOR_TOML], 1 << 12),
     "ledger": Target(_ledger, _ledger_seeds, 1 << 12),
     "checkpoint": Target(_checkpoint, _checkpoint_seeds, 1 << 10),

@@ -1,0 +1,80 @@
+"""The commands about consent: what is offered, and approving one plan."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from privacy.errors import shown
+
+#: A reason may quote the plan.
+MAX_REASON = 500
+Directory = Annotated[
+    Path, typer.Option("--dir", envvar="VEILSUM_PARTICIPANT", help="Directory of this site.", show_default=True)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+HERE = Path()
+
+
+def plans(directory: Directory = HERE, as_json: AsJson = False) -> None:
+    """List the plans that are offered, and what becomes of each here: admitted, waiting for approval, or refused.
+
+    Example: veilsum-participant plans --dir SITE
+    """
+    from participant.approvals import consider
+    from participant.site import Site
+
+    site = Site.open(directory)
+    client = site.client()
+    client.hello()
+    found = [_described(consider(site, offered)) for offered in client.plans()]
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    if not found:
+        typer.echo("no plans are offered")
+    for plan in found:
+        typer.echo(f"{plan['plan']}: {plan['state']}: {plan['reason']}")
+        typer.echo(
+            f"  trains {plan['train']} of {plan['base']} on {plan['dataset']}, {plan['privacy']}; {plan['digest']}"
+        )
+
+
+def _described(found: Any) -> dict[str, Any]:
+    plan = found.file.plan
+    privacy = "without differential privacy"
+    if plan.privacy is not None:
+        noise = f"epsilon {plan.privacy.epsilon}" if plan.privacy.epsilon else f"sigma {plan.privacy.sigma}"
+        privacy = f"{noise}, delta {plan.privacy.delta}, unit {plan.privacy.unit}"
+    return {
+        "plan": plan.name,
+        "state": found.state,
+        "reason": shown(found.reason, MAX_REASON),
+        "task": plan.task,
+        "base": shown(plan.base.name),
+        "dataset": plan.data.dataset,
+        "train": plan.adapter.train,
+        "stages": plan.stages,
+        "min_cohort": plan.round.min_cohort,
+        "privacy": privacy,
+        "digest": found.file.digest.hex(),
+    }
+
+
+def approve(
+    plan: Annotated[str, typer.Argument(help="Name of a plan that veilsum-participant plans has shown.")],
+    directory: Directory = HERE,
+    digest: Annotated[str, typer.Option(help="Approve only a plan with this digest.")] = "",
+) -> None:
+    """Agree to one plan as it was shown; what changes afterwards needs another approval.
+
+    Example: veilsum-participant approve newsrooms --dir SITE
+    """
+    from participant.approvals import approve as keep
+    from participant.config import load_home
+
+    found = keep(load_home(directory), plan, digest)
+    typer.echo(f"approved: plan '{found.plan.name}', digest {found.digest.hex()}")
