@@ -40,7 +40,8 @@ def host_of(value: str) -> str:
     """The name in a Host header, without its port."""
     name = value.strip().lower()
     if name.startswith("["):
-        return name[1:].partition("]")[0]
+        inside, closed, _ = name[1:].partition("]")
+        return inside if closed else ""
     return name.partition(":")[0]
 
 
