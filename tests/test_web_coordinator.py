@@ -168,12 +168,14 @@ def test_stages_and_the_evaluation_are_steps_and_the_chart_shows_the_elected_can
     }
     cohort = {"round": 1, "survivors": NAMES, "certified": False}
     release = {"cohorts": [cohort], "adapter_digest": "ab" * 32, "evaluation": judged}
+    before = {"cohorts": [cohort], "adapter_digest": "cd" * 32}
     history = [
-        {"stage": 1, "closed": True, "release": None},
-        {"stage": 2, "closed": True, "release": {"cohorts": [cohort], "adapter_digest": "cd" * 32}},
-        {"stage": 3, "closed": False, "release": release},
+        {"stage": 1, "closed": True, "released": NAMES[:4], "release": None},
+        {"stage": 2, "closed": True, "released": NAMES, "release": before},
+        {"stage": 3, "closed": False, "released": NAMES[:3], "release": release},
     ]
-    plan = {"plan": "toy", "state": "released", "stage": 3, "stages": 2, "history": history}
+    plan = {"plan": "toy", "state": "released", "stage": 3, "stages": 3, "history": history, "members": 5}
+    plan["evaluates"] = True
     assert [(s["name"], s["done"], s["now"]) for s in stages_of(plan)] == [
         ("stage 1", True, False),
         ("stage 2", True, False),

@@ -39,6 +39,7 @@ def _facts(engine: Engine, uploads: Uploads, plan: PlanRow) -> dict[str, Any]:
     with engine.lock:
         found = report.facts(engine, plan, MOST_ROUNDS)
         since = engine.store.ready(plan.digest, found["stage"])
+    found["evaluates"] = engine.jobs[plan.digest].plan.evaluation is not None
     found["ready_since"] = {name(m): at for m, at in since.items()}
     for row in found["rounds"]:
         under_way = uploads.progress(bytes.fromhex(row["id"]))

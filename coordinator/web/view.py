@@ -86,6 +86,7 @@ def plan_of(plan: Facts, names: Sequence[str], now: float) -> dict[str, Any]:
         "of": plan["members"],
         "received": size(sum(counts["sent"] for counts in traffic)),
         "sent": size(sum(counts["received"] for counts in traffic)),
+        "shown": counted(len(plan["rounds"]), "round"),
         "rounds": [_line(one, plan) for one in reversed(plan["rounds"])],
         "releases": releases_of(plan),
         "faults": faults_of(plan),
@@ -94,17 +95,17 @@ def plan_of(plan: Facts, names: Sequence[str], now: float) -> dict[str, Any]:
 
 def stages_of(plan: Facts) -> list[dict[str, Any]]:
     """The stages of a plan as steps; none where there is one only."""
-    if plan["stages"] == 1 and plan["stage"] == 1:
+    if plan["stages"] == 1:
         return []
-    closed = {one["stage"] for one in plan["history"] if one["closed"]}
+    done = {one["stage"] for one in plan["history"] if one["closed"] or len(one["released"]) == plan["members"]}
     ended = plan["state"] in ("cancelled", "aborted")
     return [
         {
-            "name": f"stage {number}" if number <= plan["stages"] else "evaluation",
-            "done": number in closed,
-            "now": number == plan["stage"] and not ended,
+            "name": "evaluation" if plan["evaluates"] and number == plan["stages"] else f"stage {number}",
+            "done": number in done,
+            "now": number == plan["stage"] and number not in done and not ended,
         }
-        for number in range(1, max(plan["stages"], plan["stage"]) + 1)
+        for number in range(1, plan["stages"] + 1)
     ]
 
 
@@ -169,7 +170,7 @@ def _progress(here: int, of: int) -> dict[str, Any]:
 def _line(row: Facts, plan: Facts) -> dict[str, Any]:
     """One round in the table of cohorts."""
     return {
-        "stage": row["stage"] if plan["stages"] > 1 or plan["stage"] > 1 else None,
+        "stage": row["stage"] if plan["stages"] > 1 else None,
         "round": row["round"],
         "opened": moment(row["opened"]),
         "state": row["state"],
@@ -191,7 +192,7 @@ def _release(plan: Facts, stage: int, release: Facts) -> dict[str, Any]:
     judged: Facts = release.get("evaluation") or {"candidates": [], "elected": None}
     candidates = judged["candidates"]
     loss = release.get("training_loss")
-    several = plan["stages"] > 1 or stage > 1
+    several = plan["stages"] > 1
     return {
         "stage": stage,
         "title": "Release" + (" of the evaluation" if candidates else f" of stage {stage}" if several else ""),

@@ -8,8 +8,8 @@ from typing import Any
 
 WIDTH, HEIGHT = 640, 220
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 30
-#: Of a bar with the space below it, of the bar, and what stands left of all bars.
-ROW, THICK, NAMES = 34, 20, 150
+#: Heights of a bar with and without the space below it; widths of what stands left and right of all bars.
+ROW, THICK, NAMES, VALUES = 34, 20, 150, 100
 #: Steps of a scale in which labels look tidy.
 TIDY = (1.0, 2.0, 2.5, 5.0, 10.0)
 
@@ -22,7 +22,7 @@ def bars(values: Sequence[tuple[str, float, bool]]) -> dict[str, Any] | None:
     """
     if not values:
         return None
-    room = WIDTH - NAMES - 64
+    room = WIDTH - NAMES - VALUES
     rows = [
         {
             "name": name,
