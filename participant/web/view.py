@@ -30,7 +30,7 @@ def view_of(facts: Facts) -> View:
     plans = sorted(facts["plans"].items(), key=lambda item: item[1]["since"], reverse=True)
     parts = (
         Part("plans", "plans.html", {"plans": [_plan(name, note, facts) for name, note in plans[:MOST_PLANS]]}),
-        Part("training", "training.html", {"curves": [_curve(c) for c in facts["curves"]]}),
+        Part("training", "training.html", {"curves": [_curve(c, facts["plans"]) for c in facts["curves"]]}),
         Part("data", "data.html", {"sets": [_dataset(a) for a in facts["accounts"][:MOST_DATASETS]]}),
         Part("approved", "approved.html", _approved(facts["policy"])),
     )
@@ -43,17 +43,18 @@ def view_of(facts: Facts) -> View:
 
 def said(plans: Sequence[tuple[str, Facts]], curves: Sequence[Curve]) -> str:
     """What goes on, without counts: it is spoken whenever it changes."""
-    training = next((c for c in curves if _goes_on(c)), None)
-    if training is not None:
-        return f"Training for {training.plan}."
+    if curves and _goes_on(curves[0], dict(plans)):
+        return f"Training for {curves[0].plan}."
     if not plans:
         return "No plan has been seen yet."
     name, note = plans[0]
     return f"{text(name)} is {note['state']}."
 
 
-def _goes_on(curve: Curve) -> bool:
-    return curve.steps == 0 or curve.step < curve.steps
+def _goes_on(curve: Curve, plans: Facts) -> bool:
+    """Is there more to train? A note about the plan comes after its training, however that ended."""
+    is_noted = curve.plan in plans and plans[curve.plan]["since"] >= curve.began
+    return not is_noted and (curve.steps == 0 or curve.step < curve.steps)
 
 
 def _plan(name: str, note: Facts, facts: Facts) -> dict[str, Any]:
@@ -77,14 +78,14 @@ def _approved(policy: Facts) -> dict[str, Any]:
     return {"plans": plans, "demands": demands}
 
 
-def _curve(curve: Curve) -> dict[str, Any]:
+def _curve(curve: Curve, plans: Facts) -> dict[str, Any]:
     return {
         "plan": curve.plan,
         "stage": curve.stage,
         "began": moment(curve.began),
         "step": curve.step,
         "steps": curve.steps,
-        "over": not _goes_on(curve),
+        "over": not _goes_on(curve, plans),
         "chart": line(curve.points, curve.steps),
     }
 
