@@ -101,7 +101,7 @@ def test_who_says_nothing_is_silent_since_the_phase_began(world: OnDisk) -> None
 
 
 def test_an_upload_on_its_way_shows_how_much_is_here_and_when_the_last_came() -> None:
-    plan = {"released": [], "ready_since": {}, "rounds": []}
+    plan: dict[str, Any] = {"released": [], "ready_since": {}, "rounds": []}
     row = {
         "phase": "uploading",
         "invited": NAMES,
@@ -224,7 +224,12 @@ def test_lists_are_bounded(world: OnDisk) -> None:
 
 def test_the_lock_is_free_between_two_plans_and_is_needed(world: OnDisk) -> None:
     done = threading.Event()
-    looking = threading.Thread(target=lambda: (gather(world.engine, world.uploads), done.set()))
+
+    def look() -> None:
+        gather(world.engine, world.uploads)
+        done.set()
+
+    looking = threading.Thread(target=look)
     with world.engine.lock:
         looking.start()
         assert not done.wait(0.3), "facts are read under the engine's lock"

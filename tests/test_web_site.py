@@ -56,6 +56,7 @@ def test_an_empty_site_says_what_it_would_take_part_in(world: World) -> None:
     assert found["plans"]["plans"] == []
     assert found["approved"]["plans"] == ["every plan that the policy below allows"]
     assert {"name": "members in a round, at least", "value": 3} in found["approved"]["demands"]
+    assert {"name": "colluders to withstand, at least", "value": 0} in found["approved"]["demands"]
     assert {"name": "a sum of two is allowed", "value": "no"} in found["approved"]["demands"]
     assert not found["data"]["sets"][0]["registered"]
 
@@ -143,7 +144,12 @@ def test_only_the_newest_trainings_are_kept(world: World) -> None:
 
 def test_the_daemon_writes_while_the_page_reads(world: World) -> None:
     curves, job = Curves(), world.job()
-    writing = threading.Thread(target=lambda: [trained(curves, job, [1.0] * 500) for _ in range(20)])
+
+    def write() -> None:
+        for _ in range(20):
+            trained(curves, job, [1.0] * 500)
+
+    writing = threading.Thread(target=write)
     writing.start()
     while writing.is_alive():
         for curve in curves.seen():

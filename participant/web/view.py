@@ -71,11 +71,13 @@ def _plan(name: str, note: Facts, facts: Facts) -> dict[str, Any]:
 def _approved(policy: Facts) -> dict[str, Any]:
     plans = ["every plan that the policy below allows" if name == "*" else name for name in policy["plans"]]
     demands = [
-        {"name": words, "value": {True: "yes", False: "no"}.get(policy[key], policy[key])}
-        for key, words in DEMANDS.items()
-        if policy[key] is not None
+        {"name": words, "value": _plain(policy[key])} for key, words in DEMANDS.items() if policy[key] is not None
     ]
     return {"plans": plans, "demands": demands}
+
+
+def _plain(value: object) -> object:
+    return ("no", "yes")[value] if isinstance(value, bool) else value
 
 
 def _curve(curve: Curve, plans: Facts) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 WIDTH, HEIGHT = 640, 220
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 30
+LEFT, RIGHT, TOP, BOTTOM = 72, 12, 14, 34
 #: Heights of a bar with and without the space below it; widths of what stands left and right of all bars.
-ROW, THICK, NAMES, VALUES = 34, 20, 150, 100
+ROW, THICK, NAMES, VALUES = 36, 20, 190, 112
 #: Steps of a scale in which labels look tidy.
 TIDY = (1.0, 2.0, 2.5, 5.0, 10.0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.chrome.service import Service
@@ -103,7 +105,8 @@ class Browser:
         """The whole page as an image of the documentation."""
         about = {"captureBeyondViewport": True, "format": "png"}
         found = self.driver.execute_cdp_cmd("Page.captureScreenshot", about | {"clip": self._whole()})
-        (IMAGES / name).write_bytes(base64.b64decode(found["data"]))
+        with Image.open(io.BytesIO(base64.b64decode(found["data"]))) as whole:  # few colours: a third of the bytes
+            whole.convert("RGB").quantize(64).save(IMAGES / name, optimize=True)
 
     def _whole(self) -> dict[str, float]:
         script = (

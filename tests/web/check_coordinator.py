@@ -57,7 +57,7 @@ def test_a_live_round_without_a_reload(browser: Browser, live: tuple[Federation,
     browser.wait(lambda: browser.text("#said") == "No round is running. toy is released.")
     assert len(browser.all(".badge.in-the-release")) == 4
     assert browser.driver.execute_script("return window.marked"), "the page was never loaded again"
-    assert browser.find("#manifest-toy-1").get_attribute("href").endswith("/releases/toy/1/manifest.json")
+    assert str(browser.find("#manifest-toy-1").get_attribute("href")).endswith("/releases/toy/1/manifest.json")
     federation.stop("coordinator")
     browser.wait(lambda: browser.text("#link") == "connection lost, trying again")
     lost = [line for line in browser.complaints() if "ERR_" not in line]  # that it stopped is no complaint

@@ -59,7 +59,7 @@ def trains(world: World) -> Iterator[int]:
         prepare.prepare(world.site, world.job(name, PRIVACY), 1)
     site, curves = world.site, Curves()
     site.note("quiet-1", "released", "releases/quiet-1/stage-1/adapter")
-    site.note("stranger", "refused", "plan 'stranger': this site has not agreed to it")
+    site.note("other", "failed", "expected a base model 'large' in participant.toml, found tiny")
     report = curves.watching(lambda *_: lambda *_: None)(world.job("quiet-2"), 1)
     for step in range(1, DONE + 1):
         report(step, STEPS, 0.4 + 1.9 * math.exp(-step / 40) + 0.08 * math.sin(step * 1.7))
@@ -81,6 +81,6 @@ def test_the_page_on_screens_of_all_kinds(browser: Browser, trains: int) -> None
         assert browser.overflow() == [], f"at {width} pixels"
         browser.picture(name)
     assert len(browser.all("svg")) == 1
-    assert browser.find("svg").get_attribute("aria-label").startswith("Loss: from ")
+    assert str(browser.find("svg").get_attribute("aria-label")).startswith("Loss: from ")
     assert browser.find("meter").get_attribute("aria-label") == "Epsilon left of toy"
     assert browser.complaints() == []
