@@ -106,7 +106,7 @@ class Browser:
         about = {"captureBeyondViewport": True, "format": "png"}
         found = self.driver.execute_cdp_cmd("Page.captureScreenshot", about | {"clip": self._whole()})
         with Image.open(io.BytesIO(base64.b64decode(found["data"]))) as whole:  # few colours: a third of the bytes
-            whole.convert("RGB").quantize(64).save(IMAGES / name, optimize=True)
+            whole.convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE).save(IMAGES / name, optimize=True)
 
     def _whole(self) -> dict[str, float]:
         script = (
