@@ -132,6 +132,17 @@ def test_a_long_training_keeps_few_points_and_its_last(world: World) -> None:
     assert all(step % curve.every == 0 for step in steps[:-1])
 
 
+def test_what_was_trained_before_is_no_training(world: World) -> None:
+    curves = Curves()
+    curves.watching(lambda *_: lambda *_: None)(world.job(), 1)
+    assert curves.seen() == []
+
+
+def test_a_note_in_the_second_of_the_last_step_ends_a_training() -> None:
+    note = {"state": "ready", "reason": "", "since": round(1000.4)}
+    assert view_of(facts(plans={"toy": note}, curves=[Curve("toy", 1, 1000.3, 3, 9)])).said == "toy is ready."
+
+
 def test_only_the_newest_trainings_are_kept(world: World) -> None:
     curves = Curves(clock=lambda: 7.0)
     for _ in range(MOST_CURVES + 3):

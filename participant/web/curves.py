@@ -52,11 +52,11 @@ class Curves:
 
         def start(job: Job, stage: int) -> Report:
             tell, curve = progress(job, stage), Curve(job.plan.name, stage, self._clock())
-            with self._lock:
-                self._curves = [*self._curves, curve][-MOST_CURVES:]
 
             def report(step: int, steps: int, loss: float) -> None:
                 with self._lock:
+                    if curve.steps == 0:  # the first step: what an earlier run trained is not trained again
+                        self._curves = [*self._curves, curve][-MOST_CURVES:]
                     curve.add(step, steps, loss)
                 tell(step, steps, loss)
 

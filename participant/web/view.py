@@ -53,8 +53,8 @@ def said(plans: Sequence[tuple[str, Facts]], curves: Sequence[Curve]) -> str:
 
 def _goes_on(curve: Curve, plans: Facts) -> bool:
     """Is there more to train? A note about the plan comes after its training, however that ended."""
-    is_noted = curve.plan in plans and plans[curve.plan]["since"] >= curve.began
-    return not is_noted and (curve.steps == 0 or curve.step < curve.steps)
+    is_noted = curve.plan in plans and plans[curve.plan]["since"] >= round(curve.began)  # notes have whole seconds
+    return not is_noted and curve.step < curve.steps
 
 
 def _plan(name: str, note: Facts, facts: Facts) -> dict[str, Any]:

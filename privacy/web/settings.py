@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from privacy.settings import Section
+from privacy.settings import Listen, Section
 
 HERE = "127.0.0.1"
 MOST_PORT = 65535
@@ -17,7 +16,7 @@ class Web(Section):
     """The status page; without an address there is none."""
 
     #: A port, or host:port; a port alone and the loopback interface are for this machine only. Empty: no page.
-    listen: Annotated[str, Field(pattern=r"^((.+:)?[0-9]{1,5})?$")] = ""
+    listen: Listen = ""
     #: File of mode 0600 with the password; needed for every address that others can reach.
     password_file: str = ""
     #: TLS certificate and key for an address that others can reach. Default: the coordinator's own; a site has none.
