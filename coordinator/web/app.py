@@ -52,7 +52,7 @@ def make_page(engine: Engine, uploads: Uploads) -> Page:
     roster = engine.roster.roster
     names = [member.name for member in roster.members]
 
-    async def published(request: Request) -> Response:
+    def published(request: Request) -> Response:  # in a thread: it asks the database
         """A published file of a stage; the path is built of numbers and of the name of a known plan only."""
         given = request.path_params
         known = {plan.name for plan in engine.store.plans()}
