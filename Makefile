@@ -1,7 +1,7 @@
 # Every target does its own set-up, and a second run skips what is done. `make help` lists them.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-compare demo-private demo-analytic evidence test proofs chaos mutants model fuzz bench offline check proto clean distclean
+.PHONY: help demo demo-compare demo-private demo-analytic evidence test test-web proofs chaos mutants model fuzz bench offline check proto clean distclean
 
 PY := .venv/bin/python
 # The set-up is done when this file exists. Its name follows from what the set-up depends on.
@@ -27,6 +27,10 @@ evidence: $(READY) ## one round against many, on real data (hours; goes on where
 
 test: $(READY) ## run the tests (ARGS="-k shamir" chooses some)
 	$(PY) -m pytest $(ARGS)
+
+test-web: $(READY) ## the status pages in a real browser (needs chromium and chromedriver); makes their pictures
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { echo "expected chromium and chromedriver, found none; on Debian: apt install chromium chromium-driver" >&2; exit 1; }
+	$(PY) -m pytest tests/web/check_coordinator.py tests/web/check_site.py $(ARGS)
 
 proofs: $(READY) ## all dropout patterns of up to six members (about half an hour)
 	$(PY) -m tests.proofs

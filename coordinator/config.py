@@ -14,6 +14,7 @@ from privacy.plan import Name
 from privacy.roster import RosterFile
 from privacy.secagg.keys import identity_public
 from privacy.settings import Listen, Section, load_toml
+from privacy.web.settings import Web
 
 CONFIG_FILE = "coordinator.toml"
 
@@ -35,6 +36,8 @@ class Settings(Section):
     keep_uploads: bool = False
     #: Address of the metrics, a port or host:port; a port alone is for this machine only, empty shows none.
     metrics_listen: Listen = ""
+    #: The status page; there is none unless it says where.
+    web: Web = Web()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import grpc
 import structlog
@@ -35,6 +35,7 @@ from coordinator.report import report
 from coordinator.service import FederationService, OperatorService, add_federation, add_operator
 from coordinator.store import Store
 from coordinator.uploads import Uploads
+from coordinator.web import status_page
 from coordinator.witnesses import Witnesses
 from coordinator.work import Worker
 from privacy.errors import UserError
@@ -77,6 +78,11 @@ class Rounds:
     engine: Engine
     wellbeing: Wellbeing
     counts: Counts
+
+    @cached_property
+    def uploads(self) -> Uploads:
+        """All uploads in progress: the members' port takes them, the status page tells of them."""
+        return Uploads(self.engine, self.engine.home.settings.max_uploads)
 
     @classmethod
     def of(cls, engine: Engine) -> Rounds:
@@ -138,9 +144,8 @@ async def _start_members(home: Home, identity: Ed25519PrivateKey, rounds: Rounds
     add_membership(server, MembershipService(home, members, identity))
     if rounds is not None:
         engine = rounds.engine
-        uploads = Uploads(engine, home.settings.max_uploads)
         witnesses = Witnesses(home.witnesses, engine.roster.roster, engine.clock)
-        add_federation(server, FederationService(engine, uploads, witnesses, members, rounds.counts))
+        add_federation(server, FederationService(engine, rounds.uploads, witnesses, members, rounds.counts))
         add_health(server, rounds.wellbeing)
         add_reflection(server)
     _listen(server, home.settings.listen, _credentials(home), "listen")
@@ -285,7 +290,8 @@ async def _wait_for_roster(stop: asyncio.Event) -> None:
 async def _work(home: Home, rounds: Rounds, stop: asyncio.Event) -> None:
     engine, wellbeing = rounds.engine, rounds.wellbeing
     worker = Worker(engine)
-    with metrics_page(home.settings.metrics_listen, rounds.counts.registry):
+    page = status_page(home, engine, rounds.uploads)
+    with metrics_page(home.settings.metrics_listen, rounds.counts.registry), page:
         await asyncio.gather(
             _repeat(engine.tick, stop, wellbeing.deadlines),
             _repeat(worker.work, stop, wellbeing.work),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from coordinator import phases
 from coordinator.engine import Engine
-from coordinator.running import Running, names_in
+from coordinator.running import Running, names_in, phase_seconds
 from coordinator.store import PlanRow
 from privacy.errors import UserError
 
@@ -23,13 +24,21 @@ def report(engine: Engine, name: str, fault: str = "") -> str:
             return json.dumps({"fault": fault, "plans": [_short(engine, p) for p in plans]})
         for plan in plans:
             if plan.name == name:
-                rounds = [_round(engine, r) for r in engine.rounds.values() if r.row.plan == plan.digest]
-                stages = [_stage(engine, plan, number) for number in range(1, engine.stage(plan.digest) + 1)]
-                released = [s["release"] for s in stages if s["release"]]
-                more = {"rounds": rounds, "history": stages, "release": released[-1] if released else None}
-                return json.dumps(_short(engine, plan) | more)
+                return json.dumps(facts(engine, plan))
     known = ", ".join(p.name for p in plans) or "none"
     raise UserError(f"expected the name of a plan, found '{name}'; known: {known}")
+
+
+def facts(engine: Engine, plan: PlanRow, most: int | None = None) -> dict[str, Any]:
+    """One plan with its rounds, the last ``most`` of them, and its stages. The caller holds the engine's lock."""
+    rounds = [r for r in engine.rounds.values() if r.row.plan == plan.digest]
+    stages = [_stage(engine, plan, number) for number in range(1, engine.stage(plan.digest) + 1)]
+    released = [s["release"] for s in stages if s["release"]]
+    return _short(engine, plan) | {
+        "rounds": [_round(engine, r) for r in (rounds if most is None else rounds[-most:])],
+        "history": stages,
+        "release": released[-1] if released else None,
+    }
 
 
 def _short(engine: Engine, plan: PlanRow) -> dict[str, object]:
@@ -65,6 +74,9 @@ def _round(engine: Engine, running: Running) -> dict[str, object]:
         "invited": [name(m) for m in row.invited],
         "waiting_for": [name(m) for m in running.machine.missing()],
         "shards": list(running.shards),
+        "members": [name(m) for m in running.machine.taking_part()],
+        "since": running.deadline - phase_seconds(phase, running.job.plan.deadlines),
+        "deadline": running.deadline,
         "seconds_left": max(0, round(running.deadline - engine.clock())),
         "coordinates": running.job.quantizer.total_size,
         "receipts": {name(m): {"root": r[0].hex(), "bytes": r[1]} for m, r in sorted(receipts.items())},

@@ -251,6 +251,17 @@ class CoordinatorRound:
             return tuple(i for i in phase.closed.survivors if i not in phase.shares)
         return ()
 
+    def taking_part(self) -> tuple[int, ...]:
+        """Members that are in the round still: invited, and not left out by a phase that is closed."""
+        phase = self.phase
+        if isinstance(phase, Joining):
+            return self.invited
+        if isinstance(phase, Sharing):
+            return phase.cohort.members
+        if isinstance(phase, Uploading):
+            return phase.sharers
+        return () if isinstance(phase, Aborted) else phase.closed.survivors
+
     def _complete(self) -> bool:
         if isinstance(self.phase, Aborted):
             return False

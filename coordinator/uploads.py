@@ -108,6 +108,12 @@ class Uploads:
         """How many chunks each upload may have in flight now."""
         return max(1, min(WINDOW, SLOTS // max(1, len(self._running))))
 
+    def progress(self, round_id: bytes) -> dict[int, tuple[int, int, float]]:
+        """member -> (bytes here without a gap, of how many, seconds since the last) of the uploads on their way."""
+        with self._lock:
+            found = {member: spool for (place, member), spool in self._running.items() if place == round_id}
+            return {member: (s.prefix, s.length, self._clock() - s.used) for member, s in found.items()}
+
     # --- admission ---------------------------------------------------------------------------------------------------
 
     def begin(self, round_id: bytes, message: Signed[MaskedInput]) -> int:

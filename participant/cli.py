@@ -59,6 +59,7 @@ def run(
     from participant.progress import training_progress
     from participant.rosters import wait_for_approval
     from participant.site import Site
+    from participant.web import status_page
     from privacy.exposition import metrics_page
     from privacy.files import only_one
     from privacy.notify import notify
@@ -73,9 +74,10 @@ def run(
                 site = Site.open(directory)
                 metrics.register(site)
                 try:
-                    with metrics_page(site.home.settings.metrics_listen, site.counts.registry):
+                    page = metrics_page(site.home.settings.metrics_listen, site.counts.registry)
+                    with page, status_page(site) as curves:
                         notify(READY=1)
-                        Daemon(site, site.client(), site.counts.watching(progress)).run(once=once)
+                        Daemon(site, site.client(), site.counts.watching(curves.watching(progress))).run(once=once)
                     return
                 except OtherRoster as error:
                     if once:

@@ -14,6 +14,7 @@ from privacy.budget import entries
 from privacy.guarantee import Number
 from privacy.plan import Name
 from privacy.settings import Listen, Positive, Section, load_toml
+from privacy.web.settings import Web
 
 CONFIG_FILE = "participant.toml"
 #: What the ledger says where the site's file has no budget; a budget set later, after a first job, has to agree.
@@ -142,6 +143,8 @@ class Settings(Section):
     #: Data set name in plans -> where it lies.
     datasets: dict[Name, DataSet] = Field(default_factory=dict)
     policy: SitePolicy = SitePolicy()
+    #: The status page; there is none unless it says where.
+    web: Web = Web()
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from privacy.secagg.messages import AbortStatement, SelfMaskShare, Share
 from privacy.secagg.signed import Signed, signing_input
 from privacy.secagg.threshold import abort_quorum, smallest_survivors, threshold
 from privacy.settings import parse_toml
+from privacy.web.settings import Web
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -244,7 +245,7 @@ def test_a_box_opens_by_the_description_alone() -> None:
 
 def test_every_key_of_the_configuration_files_is_explained_and_no_other() -> None:
     site = (config.Settings, config.DataSet, config.Budget, config.SitePolicy, config.Admits)
-    models = (*site, coordinator.config.Settings)
+    models = (*site, coordinator.config.Settings, Web)
     rows = re.findall(r"^\| (`[^|]+) \|", TEXT["docs/configuration.md"], re.MULTILINE)
     assert {key for row in rows for key in re.findall(r"`(\w+)`", row)} == {
         key for m in models for key in m.model_fields
@@ -257,3 +258,6 @@ def test_the_configuration_in_the_docs_is_one() -> None:
     found = parse_toml(config.Settings, block.encode(), "docs")
     assert found.datasets["news"].policy().unit == "user"
     assert parse_toml(coordinator.config.Settings, b"", "docs").keep_uploads is False
+    page = TEXT["docs/status-page.md"]
+    for block in re.findall(r"(\[web\]\n(?: +\w+ = .+\n)+)", page):
+        assert parse_toml(coordinator.config.Settings, block.encode(), "docs").web.listen

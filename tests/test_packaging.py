@@ -55,6 +55,13 @@ def test_the_wheel_carries_the_packages_and_nothing_else(installed: Path) -> Non
     assert top_level == PACKAGES
 
 
+def test_the_wheel_carries_what_the_status_pages_are_made_of(installed: Path) -> None:
+    folders = [f"{side}/web/{kind}" for side in PACKAGES for kind in ("templates", "static")]
+    wanted = {path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).glob("*")}
+    assert len(wanted) > 10
+    assert {path for path in wanted if not (installed / path).is_file()} == set()
+
+
 def test_the_wheel_carries_the_licence(installed: Path) -> None:
     [licence] = installed.glob("veilsum-*.dist-info/**/LICENSE")
     assert licence.read_bytes() == (ROOT / "LICENSE").read_bytes()

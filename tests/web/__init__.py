@@ -1,0 +1,1 @@
+"""The status pages: readers over plain HTTP for every test, and a browser for ``make test-web``."""
