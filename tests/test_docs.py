@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
+import yaml
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -34,6 +35,7 @@ from privacy.secagg.signed import Signed, signing_input
 from privacy.secagg.threshold import abort_quorum, smallest_survivors, threshold
 from privacy.settings import parse_toml
 from privacy.web.settings import Web
+from scripts import commands
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -101,6 +103,45 @@ def test_links_resolve(name: str) -> None:
         assert path.exists(), f"{name}: {target} leads nowhere"
         if anchor:
             assert anchor in anchors(path.read_text(encoding="utf-8")), f"{name}: no heading for {target}"
+
+
+# --- the site ------------------------------------------------------------------------------------------------------
+
+SITE = sorted(name.removeprefix("docs/") for name in TEXT if name.startswith("docs/"))
+
+
+def pages_of(nav: Any) -> list[str]:
+    """The files of mkdocs' nav, chapters and all."""
+    if isinstance(nav, str):
+        return [nav]
+    return [page for part in (nav.values() if isinstance(nav, dict) else nav) for page in pages_of(part)]
+
+
+def test_every_page_is_in_the_nav_of_the_site_once() -> None:
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    assert sorted(pages_of(nav)) == SITE
+    assert pages_of(nav)[0] == "index.md"
+    assert "](docs/index.md)" in README
+
+
+@pytest.mark.parametrize("page", SITE)
+def test_a_page_of_the_site_links_to_what_the_site_has(page: str) -> None:
+    for target in re.findall(r"\]\(([^)\s#]+)", TEXT[f"docs/{page}"]):
+        if not re.match(r"[a-z]+://", target):
+            path = ((ROOT / "docs" / page).parent / target).resolve()
+            assert path.is_relative_to(ROOT / "docs"), f"{page}: {target} is not on the site; name it as code instead"
+            assert path.is_file(), f"{page}: {target} is no page"
+
+
+@pytest.mark.parametrize("page", SITE)
+def test_lists_and_tables_follow_an_empty_line(page: str) -> None:
+    """Without one, GitHub shows a list or table and mkdocs shows one paragraph."""
+    text = re.sub(r"^```.*?^```", "", TEXT[f"docs/{page}"], flags=re.MULTILINE | re.DOTALL)
+    assert not re.search(r"^(?!\||\* |- |\d+\. | )\S.*\n(\* |- |1\. |\|)", text, re.MULTILINE)
+
+
+def test_the_page_of_commands_is_what_the_commands_say() -> None:
+    assert TEXT["docs/commands.md"] == commands.page(), "expected a fresh page; write it: python -m scripts.commands"
 
 
 def test_no_absolute_paths() -> None:
