@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import hmac
 import json
@@ -156,6 +157,32 @@ def test_every_test_named_exists() -> None:
     for file, function in named:
         source = (ROOT / "tests" / file).read_text()
         assert not function or f"def {function}(" in source, f"{file}::{function}"
+
+
+# --- the messages of troubleshooting ---------------------------------------------------------------------------------
+
+
+def texts_in_code() -> list[str]:
+    """Every constant text of the product, those between the braces of f-strings among them."""
+    trees = (
+        ast.parse(path.read_text("utf-8"))
+        for side in ("coordinator", "participant", "privacy")
+        for path in (ROOT / side).rglob("*.py")
+    )
+    return [
+        node.value
+        for t in trees
+        for node in ast.walk(t)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+
+
+def test_every_message_of_troubleshooting_is_one_of_the_code() -> None:
+    rows = re.findall(r"^\| (`[^|]+) \|", TEXT["docs/troubleshooting.md"], re.MULTILINE)
+    quoted = [part for row in rows for message in re.findall(r"`([^`]+)`", row) for part in message.split("…")]
+    assert len(quoted) > 50
+    known = texts_in_code()
+    assert [part for part in quoted if part.strip() and not any(part.strip() in text for text in known)] == []
 
 
 # --- the specification against the code ----------------------------------------------------------------------------
