@@ -97,9 +97,9 @@ def default(parameter: Any) -> str:
 
 def escaped(text: str) -> str:
     """Text that stands in a cell of a table and means nothing to Markdown."""
-    for character in "|<*_":
+    for character in "|*_":
         text = text.replace(character, f"\\{character}")
-    return text
+    return text.replace("<", "&lt;")  # mkdocs takes no backslash before it
 
 
 if __name__ == "__main__":
