@@ -1,7 +1,7 @@
 # Every target does its own set-up, and a second run skips what is done. `make help` lists them.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-compare demo-private demo-analytic evidence test test-web proofs chaos mutants model fuzz bench offline check proto clean distclean
+.PHONY: help demo demo-compare demo-private demo-analytic evidence test test-web proofs chaos mutants model fuzz bench offline docs check proto clean distclean
 
 PY := .venv/bin/python
 # The set-up is done when this file exists. Its name follows from what the set-up depends on.
@@ -56,6 +56,10 @@ bench: $(READY) ## measure against OpenSSL, a raw socket, Flower and CKKS (some 
 offline: ## collect every package in a folder, and install from it without a network (EXTRAS=participant for a site)
 	PYTHON=$${PYTHON:-python3} scripts/offline.sh $(EXTRAS)
 
+docs: $(READY) ## build the documentation as a site in build/site, strictly, with its page of commands from the code
+	$(PY) -m scripts.commands
+	scripts/docs.sh
+
 check: $(READY) ## formatting, lint, types, and whether the generated code is fresh
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
@@ -70,7 +74,7 @@ clean: ## remove what was built; the environments stay
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove the environments too
-	rm -rf .venv .venv-proto .venv-fuzz .venv-peers
+	rm -rf .venv .venv-proto .venv-fuzz .venv-peers .venv-docs
 
 $(READY):
 	@scripts/setup.sh $@

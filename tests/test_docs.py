@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import hmac
 import json
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
+import yaml
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -34,6 +36,7 @@ from privacy.secagg.signed import Signed, signing_input
 from privacy.secagg.threshold import abort_quorum, smallest_survivors, threshold
 from privacy.settings import parse_toml
 from privacy.web.settings import Web
+from scripts import commands
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -103,6 +106,45 @@ def test_links_resolve(name: str) -> None:
             assert anchor in anchors(path.read_text(encoding="utf-8")), f"{name}: no heading for {target}"
 
 
+# --- the site ------------------------------------------------------------------------------------------------------
+
+SITE = sorted(name.removeprefix("docs/") for name in TEXT if name.startswith("docs/"))
+
+
+def pages_of(nav: Any) -> list[str]:
+    """The files of mkdocs' nav, chapters and all."""
+    if isinstance(nav, str):
+        return [nav]
+    return [page for part in (nav.values() if isinstance(nav, dict) else nav) for page in pages_of(part)]
+
+
+def test_every_page_is_in_the_nav_of_the_site_once() -> None:
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    assert sorted(pages_of(nav)) == SITE
+    assert pages_of(nav)[0] == "index.md"
+    assert "](docs/index.md)" in README
+
+
+@pytest.mark.parametrize("page", SITE)
+def test_a_page_of_the_site_links_to_what_the_site_has(page: str) -> None:
+    for target in re.findall(r"\]\(([^)\s#]+)", TEXT[f"docs/{page}"]):
+        if not re.match(r"[a-z]+://", target):
+            path = ((ROOT / "docs" / page).parent / target).resolve()
+            assert path.is_relative_to(ROOT / "docs"), f"{page}: {target} is not on the site; name it as code instead"
+            assert path.is_file(), f"{page}: {target} is no page"
+
+
+@pytest.mark.parametrize("page", SITE)
+def test_lists_and_tables_follow_an_empty_line(page: str) -> None:
+    """Without one, GitHub shows a list or table and mkdocs shows one paragraph."""
+    text = re.sub(r"^```.*?^```", "", TEXT[f"docs/{page}"], flags=re.MULTILINE | re.DOTALL)
+    assert not re.search(r"^(?!\||\* |- |\d+\. | )\S.*\n(\* |- |1\. |\|)", text, re.MULTILINE)
+
+
+def test_the_page_of_commands_is_what_the_commands_say() -> None:
+    assert TEXT["docs/commands.md"] == commands.page(), "expected a fresh page; write it: python -m scripts.commands"
+
+
 def test_no_absolute_paths() -> None:
     images = {p.name: p.read_text() for p in (ROOT / "docs" / "images").glob("*.svg")}
     for name, text in (TEXT | images).items():
@@ -115,6 +157,32 @@ def test_every_test_named_exists() -> None:
     for file, function in named:
         source = (ROOT / "tests" / file).read_text()
         assert not function or f"def {function}(" in source, f"{file}::{function}"
+
+
+# --- the messages of troubleshooting ---------------------------------------------------------------------------------
+
+
+def texts_in_code() -> list[str]:
+    """Every constant text of the product, those between the braces of f-strings among them."""
+    trees = (
+        ast.parse(path.read_text("utf-8"))
+        for side in ("coordinator", "participant", "privacy")
+        for path in (ROOT / side).rglob("*.py")
+    )
+    return [
+        node.value
+        for t in trees
+        for node in ast.walk(t)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+
+
+def test_every_message_of_troubleshooting_is_one_of_the_code() -> None:
+    rows = re.findall(r"^\| (`[^|]+) \|", TEXT["docs/troubleshooting.md"], re.MULTILINE)
+    quoted = [part for row in rows for message in re.findall(r"`([^`]+)`", row) for part in message.split("…")]
+    assert len(quoted) > 50
+    known = texts_in_code()
+    assert [part for part in quoted if part.strip() and not any(part.strip() in text for text in known)] == []
 
 
 # --- the specification against the code ----------------------------------------------------------------------------
