@@ -156,8 +156,8 @@ def _making(plan: Plan, facts: Facts) -> list[str]:
     if judged:
         return lines
     seen = plan_at(plan, stage)
-    lines.append(f"* Trained: {TRAINED[seen.adapter.train]}.")
     if seen.aggregation.head != "analytic":
+        lines.append(f"* Trained: {TRAINED[seen.adapter.train]}.")
         lines.append(f"* Method `{seen.aggregation.method}`: {METHODS[seen.aggregation.method]}.")
         lines.append(f"* The mean is applied at a rate of {seen.aggregation.server_lr:g}.")
     if seen.aggregation.head != "trained":

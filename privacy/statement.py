@@ -66,7 +66,7 @@ def _guarantee(privacy: Privacy, stage: int) -> list[str]:
         f"Poisson-sampled DP-SGD with sampling rate {privacy.rate}, {privacy.steps} steps\n"
         f"and gradients of each record clipped to {privacy.clip}"
     )
-    lines = [f"**Differential privacy per site.** Each site's training in one stage was {how}."]
+    lines = [f"**Differential privacy per site.** By the plan a site's training in one stage was {how}."]
     if privacy.epsilon is None:
         lines += [
             f"The plan states its noise, a multiplier of {privacy.sigma} at delta {privacy.delta}, and no epsilon;",

@@ -27,8 +27,9 @@ from privacy.errors import ProtocolError
 from privacy.job import Job
 from privacy.outcome import Facts
 from privacy.plan import Plan, PlanFile
-from privacy.roster import parse_roster
+from privacy.roster import Rules, parse_roster
 from privacy.secagg.keys import identity_public
+from privacy.statement import privacy_statement
 from tests.helpers_learning import LABELS, TARGET, private_plan, regression_plan, tiny_base, tiny_plan
 from tests.helpers_text import text_plan, tiny_causal
 from tests.on_disk import OnDisk
@@ -85,6 +86,11 @@ def card_of(plan: Plan, stage: int = 1, **more: Any) -> str:
     return model_card(job, facts_of(job, stage, **more)).decode()
 
 
+def as_hub(card: str) -> Any:
+    """The card as the Hub's own library parses it."""
+    return ModelCard(card)
+
+
 def flowing(text: str) -> str:
     """The text with lines joined, as it reads."""
     return " ".join(text.split())
@@ -94,12 +100,12 @@ def flowing(text: str) -> str:
 
 
 def test_the_header_is_what_the_hub_reads(base: Path) -> None:
-    data = ModelCard(card_of(tiny_plan(base))).data
+    data = as_hub(card_of(tiny_plan(base))).data
     assert (data.base_model, data.library_name, data.pipeline_tag) == ("tiny", "peft", "text-classification")
     assert data.tags == ["lora", "federated-learning", "secure-aggregation", "veilsum"]
-    assert "differential-privacy" in ModelCard(card_of(private_plan(base))).data.tags
+    assert "differential-privacy" in as_hub(card_of(private_plan(base))).data.tags
     local = changed(tiny_plan(base), base={"name": "./a directory"})
-    assert ModelCard(card_of(local)).data.base_model is None, "the Hub refuses a card with such a name"
+    assert as_hub(card_of(local)).data.base_model is None, "the Hub refuses a card with such a name"
 
 
 def test_numbers_of_members_are_told_and_never_their_names(base: Path) -> None:
@@ -196,6 +202,20 @@ def test_noise_without_an_epsilon_is_told_as_noise(base: Path) -> None:
     assert "calibrated" not in text
 
 
+def test_a_sum_of_two_is_said_to_hide_nothing_from_its_members(base: Path) -> None:
+    said = "A member of a cohort of two knows the other's update"
+    assert said in flowing("\n".join(privacy_statement(tiny_plan(base), Rules(4, 0, 2, 2, 24), 1)))
+    assert said not in flowing(card_of(tiny_plan(base)))
+
+
+def test_sums_of_statistics_are_told(base: Path) -> None:
+    plan = changed(tiny_plan(base), aggregation={"head": "counted", "counted": {"min_class_count": 5}})
+    text = flowing(card_of(plan, head="counted"))
+    assert "They contain statistics of records" in text
+    assert "Head `counted`: each row of the head counts by a site's records of its class." in text
+    assert "statistics of records" not in card_of(tiny_plan(base))
+
+
 # --- what no plan can make it say ------------------------------------------------------------------------------------
 
 
@@ -203,12 +223,12 @@ def test_noise_without_an_epsilon_is_told_as_noise(base: Path) -> None:
 def test_words_of_a_plan_stay_words(base: Path, word: str) -> None:
     """Neither header nor structure of a card depends on what base model and labels are called."""
     plain, plan = tiny_plan(base), tiny_plan(base)
-    names = {"base": {"name": word}, "data": {"labels": (word, "metal", "river")}}
+    names: dict[str, dict[str, Any]] = {"base": {"name": word}, "data": {"labels": (word, "metal", "river")}}
     text, usual = card_of(changed(plan, **names)), card_of(changed(plain, base={"name": "no hub name"}))
-    assert ModelCard(text).data.to_dict() == ModelCard(usual).data.to_dict()
+    assert as_hub(text).data.to_dict() == as_hub(usual).data.to_dict()
 
     def structure(card: str) -> list[tuple[str, str]]:
-        tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(ModelCard(card).text)
+        tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(as_hub(card).text)
         flat = [one for token in tokens for one in (token, *(token.children or ()))]
         return [(t.type, t.tag) for t in flat if t.type not in ("text", "softbreak")]
 
@@ -282,6 +302,21 @@ def test_the_operator_is_told_where_it_lies(world: OnDisk, monkeypatch: pytest.M
     assert card.exists()
     del found["release"]["card"]
     assert "model card" not in CliRunner().invoke(coordinator_app, ["show", "toy"]).output
+
+
+def test_adapter_and_card_are_replaced_together(base: Path, tmp_path: Path) -> None:
+    plan, target = tiny_plan(base), tmp_path / "adapter"
+    tensors = start_adapter(plan.adapter)
+
+    def save(card: bytes) -> int:
+        save_peft(target, tensors, adapter=plan.adapter, base_name="tiny", card=card)
+        assert (target / CARD_FILE).read_bytes() == card
+        return target.stat().st_ino
+
+    first = save(b"one")
+    assert save(b"one") == first
+    assert save(b"two") != first
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 # --- what it says of loading is so -----------------------------------------------------------------------------------
