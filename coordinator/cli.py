@@ -161,6 +161,8 @@ def show(
         for line in _judged(found["release"].get("evaluation")):
             typer.echo(line)
         typer.echo(f"  adapter: {found['release']['adapter']}")
+        if "card" in found["release"]:  # releases of earlier versions have none
+            typer.echo(f"  model card: {found['release']['card']}")
 
 
 def _judged(evaluation: dict[str, Any] | None) -> list[str]:

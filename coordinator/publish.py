@@ -1,7 +1,7 @@
 """The release of a stage: the weighted mean over its cohorts, as a PEFT directory, with the evidence beside it.
 
 releases/PLAN/stage-K/
-    adapter/            what peft.PeftModel.from_pretrained loads
+    adapter/            what peft.PeftModel.from_pretrained loads, with the model card
     manifest.json       cohorts, totals, weights, digests
     plan.toml, roster.toml
     factors/            those of the method "core", for who has no base model
@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from privacy.adapter import save_peft
+from privacy.adapter import CARD_FILE, save_peft
+from privacy.card import model_card
 from privacy.encoding import encode
 from privacy.evidence import TOTAL_FILE, write_evidence
 from privacy.factors import FACTORS, keep_factors
@@ -104,9 +105,10 @@ def _publish(
         keep_factors(directory / FACTORS, factors, private=False)
     write_durably(directory / "plan.toml", job.plan_file.raw, private=False)
     write_durably(directory / "roster.toml", job.roster_file.raw, private=False)
-    save_peft(directory / "adapter", combined.tensors, adapter=job.plan.adapter, base_name=job.plan.base.name)
     facts = manifest(job, stage, held, combined, start.digest, start.cohorts)
-    facts["adapter"] = str(directory / "adapter")
+    adapter, card = directory / "adapter", model_card(job, facts)
+    save_peft(adapter, combined.tensors, adapter=job.plan.adapter, base_name=job.plan.base.name, card=card)
+    facts |= {"adapter": str(adapter), "card": str(adapter / CARD_FILE)}
     for entry, cohort in zip(facts["cohorts"], cohorts, strict=True):
         entry["id"] = cohort.round_id.hex()
         entry["joined"] = [job.roster.name(k.sender) for k in cohort.outcome.transcript.keys]

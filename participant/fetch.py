@@ -18,7 +18,8 @@ from participant.patience import patiently
 from participant.phases import Checking
 from participant.site import Site
 from participant.starts import keep_start, kept_start
-from privacy.adapter import check_start, save_peft
+from privacy.adapter import CARD_FILE, check_start, save_peft
+from privacy.card import model_card
 from privacy.errors import ProtocolError
 from privacy.files import make_private_directory, write_durably
 from privacy.job import Job
@@ -107,8 +108,10 @@ def _write_release(
     _settle(site, job, stage, cohorts)
     directory = site.release_directory(job.plan.name, stage)
     adapter, combined = directory / "adapter", release_of(job, stage, cohorts, start)
-    save_peft(adapter, combined.tensors, adapter=job.plan.adapter, base_name=job.plan.base.name)
-    facts = manifest(job, stage, cohorts, combined, start.digest, start.cohorts) | {"adapter": str(adapter)}
+    facts = manifest(job, stage, cohorts, combined, start.digest, start.cohorts)
+    card = model_card(job, facts)
+    save_peft(adapter, combined.tensors, adapter=job.plan.adapter, base_name=job.plan.base.name, card=card)
+    facts |= {"adapter": str(adapter), "card": str(adapter / CARD_FILE)}
     facts["rounds"] = sorted(_summary(c) for c in offered)
     write_durably(directory / RELEASE_NOTE, json.dumps(facts, indent=2).encode() + b"\n")
 

@@ -37,7 +37,8 @@ START_LABEL = b"veilsum/1/start-adapter\0"
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-FILES = (WEIGHTS_FILE, CONFIG_FILE)
+#: The model card of a release, which other adapters do not have.
+CARD_FILE = "README.md"
 
 #: Coordinates that are computed at a time, which bounds the extra memory.
 TILE = 1 << 16
@@ -292,11 +293,21 @@ def peft_config(adapter: Adapter, base_name: str) -> dict[str, object]:
     }
 
 
-def save_peft(directory: Path, tensors: Mapping[str, NDArray[np.float32]], *, adapter: Adapter, base_name: str) -> None:
+def save_peft(
+    directory: Path,
+    tensors: Mapping[str, NDArray[np.float32]],
+    *,
+    adapter: Adapter,
+    base_name: str,
+    card: bytes | None = None,
+) -> None:
     """Write a directory that ``peft.PeftModel.from_pretrained(base, directory)`` loads bit for bit.
 
     The files appear together or not at all: they are written beside ``directory``, fsynced, and renamed. A repeat with
     the same tensors changes nothing; other tensors replace the whole directory, never a part of it.
+
+    Args:
+        card: the model card of a release (``privacy/card.py``).
 
     Raises:
         ValueError: ``tensors`` are not the plan's adapter.
@@ -308,15 +319,17 @@ def save_peft(directory: Path, tensors: Mapping[str, NDArray[np.float32]], *, ad
         staging = directory.with_name(f".{directory.name}-{secrets.token_hex(8)}")
         staging.mkdir()
         try:
-            _write_files(staging, tensors, peft_config(adapter, base_name))
+            _write_files(staging, tensors, peft_config(adapter, base_name), card)
             if not _is_same(staging, directory):
                 _swap_in(staging, directory)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def _write_files(staging: Path, tensors: Mapping[str, NDArray[np.float32]], config: Mapping[str, object]) -> None:
-    """Both files of an adapter, durable; raises OSError."""
+def _write_files(
+    staging: Path, tensors: Mapping[str, NDArray[np.float32]], config: Mapping[str, object], card: bytes | None
+) -> None:
+    """The files of an adapter, durable; raises OSError."""
     faults.point("before-write", staging / WEIGHTS_FILE)
     try:
         # PEFT's own files carry this metadata; loaders outside PEFT ask for it.
@@ -324,15 +337,17 @@ def _write_files(staging: Path, tensors: Mapping[str, NDArray[np.float32]], conf
     except SafetensorError as error:  # how its library says that the disk is full
         raise OSError(f"cannot write {staging / WEIGHTS_FILE}: {error}") from error
     (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-    for name in FILES:
-        with (staging / name).open("rb+") as file:
-            fsync_file(file.fileno(), staging / name)
+    if card is not None:
+        (staging / CARD_FILE).write_bytes(card)
+    for path in staging.iterdir():
+        with path.open("rb+") as file:
+            fsync_file(file.fileno(), path)
     fsync_directory(staging)
 
 
 def _is_same(staging: Path, directory: Path) -> bool:
     """Does ``directory`` hold these very files already?"""
-    pairs = [(staging / name, directory / name) for name in FILES]
+    pairs = [(path, directory / path.name) for path in staging.iterdir()]
     return all(old.is_file() and filecmp.cmp(new, old, shallow=False) for new, old in pairs)
 
 

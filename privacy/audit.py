@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from privacy.adapter import load_peft
+from privacy.adapter import CARD_FILE, load_peft
+from privacy.card import foreign_layout, model_card
 from privacy.encoding import decode
 from privacy.errors import ProtocolError, UserError, shown
 from privacy.evidence import EVIDENCE_FILE, TOTAL_FILE, read_evidence
@@ -40,6 +41,8 @@ class ReleaseReport:
     confirmed: dict[int, list[str]]
     #: Members whom evidence in the manifest proves to have cheated, with round and kind.
     named: list[dict[str, Any]]
+    #: "holds"; "none" in a release of an earlier version; or "layout N", which this version cannot make again.
+    card: str
 
 
 def audit_release(directory: Path, roster_hash: bytes | None = None, uploads: Path | None = None) -> ReleaseReport:
@@ -74,7 +77,20 @@ def audit_release(directory: Path, roster_hash: bytes | None = None, uploads: Pa
     facts = manifest(job, stage, cohorts, combined, start.digest, start.cohorts)
     if _manifest(directory / "manifest.json").get("start", facts["start"]) != facts["start"]:
         raise ProtocolError("the manifest names another start of the stage than the totals before give")
-    return ReleaseReport(facts, confirmed, _named(job, directory))
+    return ReleaseReport(facts, confirmed, _named(job, directory), _card(directory, model_card(job, facts)))
+
+
+def _card(directory: Path, expected: bytes) -> str:
+    """What there is to say of a release's model card; raises ProtocolError for one with other words."""
+    path = directory / "adapter" / CARD_FILE
+    if not path.exists():
+        return "none"
+    found = read_file(path, "the model card of a release")
+    if (layout := foreign_layout(found)) is not None:
+        return f"layout {layout}"
+    if found != expected:
+        raise ProtocolError(f"{path}: expected the model card that plan and totals give, found another")
+    return "holds"
 
 
 def _cohorts(directory: Path, job: Job, stage: int, start: Start) -> Iterator[tuple[Evidence, VerifiedCohort]]:

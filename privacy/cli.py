@@ -51,10 +51,11 @@ def transcript_command(
         not_shown.append("the sum was not recomputed here: the uploads are not part of a release, see --uploads")
     if pin is None:
         not_shown.append("the roster was taken from the release: give --roster to compare it with the pinned one")
+    if report.card != "holds":
+        not_shown.append(f"the model card was not compared: {_uncompared(report.card)}")
     if as_json:
-        typer.echo(
-            json.dumps(report.facts | {"confirmed": report.confirmed, "named": report.named, "not_shown": not_shown})
-        )
+        more = {"confirmed": report.confirmed, "named": report.named, "card": report.card, "not_shown": not_shown}
+        typer.echo(json.dumps(report.facts | more))
         return
     if before := report.facts["start"]["cohorts"]:
         rounds, stage = ", ".join(str(cohort["round"]) for cohort in before), report.facts["stage"]
@@ -70,9 +71,14 @@ def transcript_command(
         typer.echo(f"  the sum: {certified}; random projection: {cohort['projection']}")
     for entry in report.named:
         typer.echo(f"proven cheat in round {entry['round']}: {entry['member']} ({entry['kind']})")
-    typer.echo(f"adapter {report.facts['adapter_digest'][:16]}… is what these totals give")
+    card = ", and so is its model card" if report.card == "holds" else ""
+    typer.echo(f"adapter {report.facts['adapter_digest'][:16]}… is what these totals give{card}")
     for line in not_shown:
         typer.echo(f"note: {line}")
+
+
+def _uncompared(card: str) -> str:
+    return "the release has none" if card == "none" else f"it says it is of {card}, which this version does not write"
 
 
 app.command("ledger")(cli_budget.ledger_command)
