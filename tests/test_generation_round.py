@@ -220,7 +220,7 @@ def test_a_draft_of_the_command_line(base: Path) -> None:
     assert (plan.generation.template, plan.generation.packing, plan.data.max_length) == ("none", True, 40)
     assert plan.adapter.modules.keys() == {f"model.layers.{layer}.self_attn.k_proj" for layer in (0, 1)}
     for wrong, message in (
-        (["--task", "translation"], "expected --task classification or generation, found 'translation'"),
+        (["--task", "translation"], "expected --task classification, generation or regression, found 'translation'"),
         (["--template", "own"], "expected --template model, chatml or none, found 'own'"),
         (["--label", "a"], "expected no --label with --task generation"),
         (["--task", "classification", "--packing"], "expected --template and --packing with --task generation only"),
