@@ -249,7 +249,7 @@ class Engine:
         now, done, first = self.clock(), self.done(digest, stage), self.store.first_release(digest, stage)
         if not is_over(len(done), len(job.roster.members), first, now, job.plan.deadlines.stage_s):
             return False
-        certified = [c for c in self.released(digest, stage) if is_certified(job, c.evidence.votes)]
+        certified = [c for c in self.released(digest, stage) if is_certified(job.at(stage), c.evidence.votes)]
         self.held[digest] = "" if certified else f"no total of stage {stage} is certified: stage {stage + 1} must wait"
         if certified:
             cohorts = tuple((c.round_id, c.outcome.total) for c in certified)

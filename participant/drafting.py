@@ -46,7 +46,7 @@ dataset = {dataset}  # the name under which each site has registered its own dat
 
 {generation}[training]
 {loss_comment}loss = {loss}
-learning_rate = {learning_rate}  # {rate_is_for}
+{sharpness}learning_rate = {learning_rate}  # {rate_is_for}
 {schedule}
 [aggregation]
 method = {method}  # {says}
@@ -77,7 +77,7 @@ outcome_s = 3600
 # {coordinates} coordinates are sent.
 rank = {rank}
 alpha = {alpha}  # the adapter acts with alpha / rank
-train = {train}  # B and the head: "all"; A as well: "both"; or the "head" alone, on the base model's features
+train = {train}  # {trains}
 seed = {seed}
 # SHA-256 of the start adapter that every site computes from seed, modules and head.
 digest = {start_digest}
@@ -90,6 +90,9 @@ digest = {start_digest}
 _LOSS_COMMENT = """\
 # Adds the log of a {prior} class prior to the logits in training only (Menon et al. 2021): sites with different
 # label mixes can then be averaged. The alternative is "cross_entropy".
+"""
+_SHARPNESS = """\
+sharpness = 10.0  # logits of the loss are so many times the scores of the fixed head, which lie about 0 and 1
 """
 _HEAD = """
 [adapter.head]  # trained beside the adapter, starting at zero
@@ -123,6 +126,10 @@ _SAYS: dict[Method, str] = {
     "dense": "A and B trained, the products B A summed: exact up to the truncation, which the release gives",
     "core": "rank x rank numbers between frozen factors of the base model's weights: exact, and the shortest vector",
 }
+
+#: What it says of what is trained.
+_TRAINS = 'B and the head: "all"; A as well: "both"; or the "head" alone, on the base model\'s features'
+_TRAINS_B = "B alone, behind a head that stage 1 computes and that stays as it is from then on"
 
 #: What a plan says of its learning rate, where A is not frozen or B not trained.
 _RATES = {
@@ -182,6 +189,12 @@ feature_clip = 1.0
 min_class_count = 5  # a class with fewer different texts at a site is left out there
 """
 
+#: The same where stages follow in which the adapter is trained.
+_ALIGNED = _ANALYTIC.replace(
+    "of all records together. [training] is not read. The sums",
+    "of all records together. That is stage 1; in the later ones [training] applies, to B. The sums",
+)
+
 
 def draft_plan(
     *,
@@ -232,7 +245,8 @@ def draft_plan(
         rank: of each LoRA pair.
         alpha: LoRA's scale, the adapter acts with alpha / rank; 2 * rank where None.
         seed: public 32-byte seed of the frozen A; drawn at random where None.
-        head: "analytic" for a head computed from sums of statistics, see ``privacy/analytic.py``; nothing is trained.
+        head: "analytic" for a head computed from sums of statistics, see ``privacy/analytic.py``; nothing is trained
+            but B, in the ``stages`` after the first.
             "counted" for a trained one whose rows count by the records of their class.
         learning_rate: 0.002 where None, and 0.05 for the method "core", whose few numbers have further to go.
         clip: 0.5 where None, and 4 for the method "core".
@@ -248,9 +262,10 @@ def draft_plan(
     Raises:
         UserError: the base model cannot be loaded or adapted, or a value is out of the plan's range.
     """
+    aligned = head == "analytic" and stages > 1
+    trained: Literal["all", "both", "head", "lora"] = "both" if method in TRAINS_A else train
     if head == "analytic":
-        train = "head"
-    trained: Literal["all", "both", "head"] = "both" if method in TRAINS_A else train
+        trained = "lora" if aligned else "head"
     modules, layer = _inspect(base, task, len(labels), TARGETS[task] if targets is None else targets)
     if task == "generation":
         loss = "cross_entropy"
@@ -274,7 +289,7 @@ def draft_plan(
         core = _CORE.format(factors=_toml(keep_factors(factors_to, factors, private=False)))
     digest = start_digest(first_start(adapter, factors)).hex()
     # The head's comes first: it begins with a key, and the other is a table.
-    section = {"analytic": _ANALYTIC, "counted": _COUNTED}.get(head, "")
+    section = {"analytic": _ALIGNED if aligned else _ANALYTIC, "counted": _COUNTED}.get(head, "")
     section += {"regmean": _REGMEAN, "fisher": _FISHER, "core": core}.get(method, "")
     if holdout is not None:
         section += _EVALUATION.format(holdout=holdout, rates=_toml(list(map(float, rates))))
@@ -294,6 +309,7 @@ def draft_plan(
         loss_comment=_LOSS_COMMENT.format(prior="public" if privacy else "site's own")
         if task == "classification"
         else "",
+        sharpness=_SHARPNESS if aligned else "",
         learning_rate=float(rate if learning_rate is None else learning_rate),
         schedule="\n" + privacy
         if privacy
@@ -305,10 +321,11 @@ def draft_plan(
         max_colluders=max_colluders,
         clip=float(reach if clip is None else clip),
         max_weight=max_weight,
-        coordinates=f"{_coordinates(adapter, len(labels), head, method):,}",
+        coordinates=_coordinates(adapter, len(labels), head, method),
         rank=rank,
         alpha=adapter.alpha,
         train=_toml(trained),
+        trains=_TRAINS_B if aligned else _TRAINS,
         seed=_toml(adapter.seed),
         start_digest=_toml(digest),
         modules=_table(modules),
@@ -336,11 +353,13 @@ def _inspect(
     return inspect_model(base, labels, targets)
 
 
-def _coordinates(adapter: Adapter, labels: int, head: str, method: Method) -> int:
+def _coordinates(adapter: Adapter, labels: int, head: str, method: Method) -> str:
+    trained = f"{parts_of(adapter, method, labels if head == 'counted' else 0).size:,}"
     if head != "analytic":
-        return parts_of(adapter, method, labels if head == "counted" else 0).size
+        return trained
     module, bias, features = linear_head(adapter, labels)
-    return Head(module, bias, features, labels).size
+    first = f"{Head(module, bias, features, labels).size:,}"
+    return f"{first} in stage 1, and then {trained}" if adapter.train == "lora" else first
 
 
 def _toml(value: str | Sequence[str] | Sequence[float]) -> str:

@@ -53,6 +53,7 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None, 
         Refusal: this stage's delta is spent, and was trained under another plan file of the same name, or from
             another start adapter.
     """
+    job = job.at(stage)
     name, digest = job.plan.name, job.plan_file.digest.hex()
     ensure_factors(site, job)
     start, origin = _start(site, job, stage, later)
@@ -67,6 +68,7 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None, 
     data = site.home.settings.datasets[job.plan.data.dataset]
     everything = _examples(site, job, data)
     examples, held_out = split(everything, job.plan)
+    examples = _often_enough(site, job, examples)
     weight = _weight(job, len(examples))
     patiently(lambda: Registry(site.home).take(job.plan.data.dataset, everything.texts))
     identity = charging.reserve(site, job, stage)
@@ -124,14 +126,23 @@ def _examples(site: Site, job: Job, data: DataSet) -> Examples | Records:
         unit_column=data.unit if users else None,
         max_records_per_unit=privacy.max_records_per_unit if privacy is not None and users else None,
     )
-    aggregation, own = job.plan.aggregation, site.home.settings.policy
+    aggregation, own = job.plan_file.plan.aggregation, site.home.settings.policy  # of all stages
     if settings := aggregation.regmean or aggregation.fisher:
         _enough_texts(examples, max(settings.min_texts, own.min_texts or 1))
-    if aggregation.analytic is None:
+    return examples
+
+
+def _often_enough(site: Site, job: Job, examples: Examples | Records) -> Examples | Records:
+    """Beside an analytic head, those of a class that the site has often enough: what is held out does not count.
+
+    The same in all stages: an adapter that follows the head is trained on no record that the site kept out of it.
+    """
+    plan = job.plan_file.plan
+    if plan.aggregation.analytic is None or isinstance(examples, Records):
         return examples
     from participant.analytic import frequent
 
-    return frequent(examples, job.plan, own.min_class_count or 1)
+    return frequent(examples, plan, site.home.settings.policy.min_class_count or 1)
 
 
 def _enough_texts(examples: Examples, least: int) -> None:

@@ -129,7 +129,8 @@ def load_model(plan: Plan, base: Path, adapter: Mapping[str, Any], device: Devic
         in_lora = ("lora_B" in name and plan.adapter.train != "head") or (
             "lora_A" in name and plan.adapter.train == "both"
         )
-        parameter.requires_grad_(in_lora or "modules_to_save" in name)
+        in_head = "modules_to_save" in name and plan.adapter.train != "lora"
+        parameter.requires_grad_(in_lora or in_head)
     wrapped.eval()
     placed = read_adapter(wrapped)
     assert all(np.array_equal(placed[name], value) for name, value in adapter.items()), "PEFT lost a tensor"
@@ -209,7 +210,8 @@ def train(
     A language model's loss is told in ``participant/generation.py``. A classifier's is cross-entropy per example; with
     ``logit_adjusted`` the log of the site's own class prior is added to the logits in training only (Menon et al. 2021,
     arXiv 2007.07314; for federated learning Zhang et al. 2022, "FedLC"). The trained logits then stand for a uniform
-    prior at every site, so their average is not torn between the sites' label skews.
+    prior at every site, so their average is not torn between the sites' label skews. Behind a fixed analytic head the
+    logits are ``sharpness`` times its scores.
 
     Args:
         plan: what to train; base, adapter, data and training are read.
@@ -293,12 +295,12 @@ def _seen(loaded: Loaded, plan: Plan, examples: Examples | Records) -> Seen:
     prior = torch.zeros(len(plan.data.labels))
     if plan.training.loss == "logit_adjusted":
         prior = log_prior(examples.labels, len(prior))
-    prior = prior.to(loaded.device)
+    prior, sharpness = prior.to(loaded.device), plan.training.sharpness or 1.0
 
     def loss_of(chosen: list[int]) -> Tensor:
         with autocast(loaded.device):
             logits = logits_of(loaded, [texts[i] for i in chosen])
-        return cross_entropy(logits + prior, labels[chosen])
+        return cross_entropy(sharpness * logits + prior, labels[chosen])
 
     return Seen(texts, loss_of, lambda batch: logits_of(loaded, batch))
 
@@ -330,13 +332,15 @@ def delta_of(start: Mapping[str, Any], after: Tensors, adapter: Adapter, steps: 
     """Trained minus start, with the invariants that the sum relies on: A is untouched, B moved, all is finite.
 
     Behind a head of zeros B has no gradient, so the first step moves the head alone: a site with one batch ends there.
+    A fixed head is not zero.
     """
     layout = layout_of(adapter)
     check_tensors(after, layout)
     for name, _ in layout.frozen:
         assert np.array_equal(after[name], start[name]), f"{name} is frozen and moved"
     delta = flatten(trained_part(after, layout), layout) - flatten(trained_part(start, layout), layout)
-    in_b = [name for name, _ in layout.trained if name.endswith("lora_B.weight")] if steps > 1 else []
+    in_b = [name for name, _ in layout.trained if name.endswith("lora_B.weight")]
+    in_b = in_b if steps > 1 or adapter.train == "lora" else []
     moved = any(np.any(after[name] != start[name]) for name in in_b or trained_part(after, layout))
     assert moved, f"no {'LoRA B' if in_b else 'tensor of the head'} moved: it is not part of the graph"
     return delta

@@ -54,9 +54,10 @@ PREFIX = "base_model.model."
 class Layout:
     """Names and shapes of the adapter's tensors; both tuples are in sorted-name order, which orders the vector."""
 
-    #: LoRA A, (rank, in_features) each; frozen, from the public seed. Where the head alone is trained, B as well.
+    #: LoRA A, (rank, in_features) each; frozen, from the public seed. Where the head alone is trained, B as well; where
+    #: B alone is, the head.
     frozen: tuple[tuple[str, Shape], ...]
-    #: LoRA B, (out_features, rank) each, and the head, or the head alone, or with A; these are trained and released.
+    #: LoRA B, (out_features, rank) each, and the head, or one of the two, or with A; these are trained and released.
     trained: tuple[tuple[str, Shape], ...]
 
     @property
@@ -68,7 +69,10 @@ class Layout:
 def layout_of(adapter: Adapter) -> Layout:
     """The tensors that a plan's adapter has, under the names in a saved PEFT adapter."""
     frozen: dict[str, Shape] = {}
-    trained: dict[str, Shape] = {f"{PREFIX}{name}": tuple(shape) for name, shape in adapter.head.items()}
+    trained: dict[str, Shape] = {}
+    (frozen if adapter.train == "lora" else trained).update(
+        {f"{PREFIX}{name}": tuple(shape) for name, shape in adapter.head.items()}
+    )
     (trained if adapter.train == "both" else frozen).update(
         {a_name(module): (adapter.rank, inputs) for module, (_, inputs) in adapter.modules.items()}
     )

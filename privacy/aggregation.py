@@ -97,8 +97,8 @@ class Aggregation(Section):
             raise ValueError('head: "counted" counts records: expected weights "examples"')
         if self.counted is not None and self.fisher is not None:
             raise ValueError('head: expected "trained" with method "fisher", which weights the head itself')
-        if self.analytic is not None and (self.weights != "examples" or self.server_lr != 1.0):
-            raise ValueError('head: "analytic" counts every record once: expected weights "examples" and server_lr 1.0')
+        if self.analytic is not None and self.weights != "examples":
+            raise ValueError('head: "analytic" counts every record once: expected weights "examples"')
         return self
 
 

@@ -125,7 +125,8 @@ def _named(job: Job, directory: Path) -> list[dict[str, Any]]:
     found = []
     for member, kind, evidence in _accusations(directory / "manifest.json"):
         accusation = decode(Accusation, evidence)
-        culprit = job.roster.name(accused(job.context(accusation.header), accusation))
+        context = job.at(accusation.header.stage).context(accusation.header)
+        culprit = job.roster.name(accused(context, accusation))
         if culprit != member:
             raise ProtocolError(f"the manifest names '{shown(member)}', its evidence names '{culprit}'")
         found.append({"round": accusation.header.round, "member": culprit, "kind": kind})

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from privacy import PROTOCOL_VERSION
 from privacy.adapter import Layout, Tensors, layout_of
+from privacy.aligned import plan_at
 from privacy.errors import UserError
 from privacy.evaluation import counts_quantizer
 from privacy.factors import first_start, load_factors
@@ -30,6 +31,8 @@ class Job:
     plan_file: PlanFile
     roster_file: RosterFile
     rules: Rules
+    #: The plan as the stage sees it, see ``privacy/aligned.py``; for no stage in particular that of the file.
+    plan: Plan
     layout: Layout
     quantizer: Quantizer
     #: Where the factors of the method "core" lie on this disk; no other method has any.
@@ -39,24 +42,21 @@ class Job:
 
     @classmethod
     def of(cls, plan_file: PlanFile, roster_file: RosterFile, factors_directory: Path | None = None) -> Job:
-        rules = rules_for(plan_file.plan, roster_file.roster.policy)
-        layout = layout_of(plan_file.plan.adapter)
-        quantizer = quantizer_for(plan_file.plan, vector_size(plan_file.plan))
-        return cls(plan_file, roster_file, rules, layout, quantizer, factors_directory)
+        plan = plan_file.plan
+        rules = rules_for(plan, roster_file.roster.policy)
+        layout, quantizer = layout_of(plan.adapter), quantizer_for(plan, vector_size(plan))
+        return cls(plan_file, roster_file, rules, plan, layout, quantizer, factors_directory)
 
     def at(self, stage: int) -> Job:
-        """The same job with the vector of a stage: what is trained, or the counts of the evaluation."""
-        judging = self.plan.judges(stage)
-        if judging == self.judging:
+        """The same job with plan and vector of a stage: what is summed or trained there, or the counts."""
+        plan = plan_at(self.plan_file.plan, stage)
+        judging = plan.judges(stage)
+        if judging == self.judging and plan == self.plan:
             return self
-        training = Job.of(self.plan_file, self.roster_file, self.factors_directory)
-        if not judging:
-            return training
-        return replace(training, layout=Layout((), ()), quantizer=counts_quantizer(self.plan), judging=True)
-
-    @property
-    def plan(self) -> Plan:
-        return self.plan_file.plan
+        layout, quantizer = layout_of(plan.adapter), quantizer_for(plan, vector_size(plan))
+        if judging:
+            layout, quantizer = Layout((), ()), counts_quantizer(plan)
+        return replace(self, plan=plan, layout=layout, quantizer=quantizer, judging=judging)
 
     @property
     def roster(self) -> Roster:

@@ -157,13 +157,14 @@ def combine(
     """The mean over disjoint cohorts and the adapter it gives by the plan's method. O(d) memory: the adapter.
 
     Args:
+        job: at the stage of the cohorts, which is one of training.
         start: the whole adapter that the cohorts' stage starts from; without it that of stage 1.
         server_lr: instead of the plan's.
 
     Raises:
         ProtocolError: no cohorts, or one member in two of them.
     """
-    job = job.at(1)
+    assert not job.judging, "counts have no mean"
     plan = job.plan if server_lr is None else job.plan.with_server_lr(server_lr)
     extras, members = sums(job, cohorts), sum(len(cohort.survivors) for cohort in cohorts)
     weight = extras["weight"]

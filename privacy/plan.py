@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from privacy import aligned
 from privacy.aggregation import TRAINS_A, Aggregation, Evaluation
 from privacy.errors import UserError
 from privacy.guarantee import Privacy, unsuitable
@@ -55,8 +56,8 @@ class Adapter(Section):
     #: Tensors trained beside the adapter -> shape; they start at zero.
     head: dict[str, Annotated[tuple[Positive, ...], Field(min_length=1, max_length=8)]] = Field(default_factory=dict)
     #: B and the head ("all"); A as well ("both", for methods that can sum it); or the head alone: then A and B both
-    #: stay as they start, and the model's features too.
-    train: Literal["all", "both", "head"] = "all"
+    #: stay as they start, and the model's features too. Or B alone ("lora"), behind a head that stays as it starts.
+    train: Literal["all", "both", "head", "lora"] = "all"
 
     @model_validator(mode="after")
     def _something_is_trained(self) -> Adapter:
@@ -113,6 +114,9 @@ class Training(Section):
     """Local fine-tuning, the same at every site."""
 
     loss: Literal["logit_adjusted", "cross_entropy"] = "logit_adjusted"
+    #: Behind a fixed analytic head, and only there: its scores are regressions on 0 and 1, and so many times them are
+    #: the logits of the loss.
+    sharpness: Annotated[float, Field(ge=1, le=1000)] | None = None
     learning_rate: Annotated[float, Field(gt=0, le=1)]
     optimizer: Literal["adamw", "sgd"] = "adamw"
     #: These three not under [privacy], which counts steps and takes its batches by secret chance.
@@ -185,6 +189,11 @@ class Plan(Section):
     def last(self) -> int:
         """The last stage: that of the evaluation, or of the last training where there is none."""
         return self.stages + (self.evaluation is not None)
+
+    @property
+    def aligned(self) -> bool:
+        """Does the adapter follow an analytic head, which is then fixed?"""
+        return self.stages > 1 and self.aggregation.analytic is not None
 
     def judges(self, stage: int) -> bool:
         """Is this the stage that trains nothing and evaluates?"""
@@ -274,9 +283,17 @@ class Plan(Section):
             raise ValueError(
                 'aggregation.head: expected "trained" under [privacy]: statistics of records have no noise'
             )
-        if self.adapter.train != "head":
-            raise ValueError('adapter.train: expected "head" beside an analytic head, found "all"')
+        if self.stages == 1 and self.adapter.train != "head":
+            raise ValueError(f'adapter.train: expected "head" beside an analytic head, found "{self.adapter.train}"')
+        if self.stages == 1 and self.aggregation.server_lr != 1.0:
+            raise ValueError('head: "analytic" counts every record once: expected server_lr 1.0')
         linear_head(self.adapter, len(self.data.labels))
+        return self
+
+    @model_validator(mode="after")
+    def _aligned_fits(self) -> Plan:
+        if fault := aligned.misfit(self):
+            raise ValueError(fault)
         return self
 
     @model_validator(mode="after")
@@ -287,7 +304,7 @@ class Plan(Section):
             raise ValueError("evaluation: expected none under [privacy]: counts over records have no noise")
         if self.round.audit != "divided":
             raise ValueError('evaluation: expected round.audit "divided": a vote is on certified outcomes only')
-        if self.evaluation.server_lr and self.aggregation.analytic is not None:
+        if self.evaluation.server_lr and self.aggregation.analytic is not None and not self.aligned:
             raise ValueError("evaluation.server_lr: expected none for an analytic head, which is no mean to be scaled")
         return self
 
@@ -297,10 +314,6 @@ class Plan(Section):
             raise ValueError(
                 f'round.audit: expected "divided" with {self.stages} stages, found "{self.round.audit}": '
                 "a stage starts from totals that members recomputed"
-            )
-        if self.stages > 1 and self.aggregation.analytic is not None:
-            raise ValueError(
-                f"stages: expected 1 with an analytic head, which is exact after one round, found {self.stages}"
             )
         return self
 
@@ -327,7 +340,7 @@ class Plan(Section):
                 f'aggregation.method: expected at most {MAX_DENSE} numbers in the modules for "dense", found {products}'
             )
         wanted = ("both",) if method in TRAINS_A else ("all", "head") if method == "freeze_a" else ("all",)
-        if train not in wanted:
+        if train not in wanted and not self.aligned:
             raise ValueError(
                 f'adapter.train: expected {" or ".join(map(repr, wanted))} with method "{method}", found {train!r}'
             )

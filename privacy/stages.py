@@ -58,14 +58,15 @@ def next_start(job: Job, stage: int, before: Start, cohorts: Sequence[VerifiedCo
         if not cohort.certified:
             raise ProtocolError(f"round {cohort.number} has no outcome certificate: no stage starts from its total")
     totals = tuple((c.number, c.total) for c in cohorts)
-    if not job.plan.judges(stage):
-        tensors = combine(job, cohorts, before.tensors).tensors
+    trained, job = job.at(stage - 1), job.at(stage)
+    if not job.judging:
+        tensors = combine(trained, cohorts, before.tensors).tensors
         return Start(tensors, start_digest(tensors), totals)
 
     def candidate(number: int) -> Tensors:
         found = candidates_of(job.plan)[number]
         if found.server_lr is not None:
-            return combine(job, cohorts, before.tensors, found.server_lr).tensors
+            return combine(trained, cohorts, before.tensors, found.server_lr).tensors
         return job.start_tensors() if found.name == "base" else before.tensors
 
     return Start(candidate(0), candidates_digest(job, candidate), totals, candidate)
@@ -98,10 +99,11 @@ def release_of(job: Job, stage: int, cohorts: Sequence[VerifiedCohort], start: S
     Raises:
         ProtocolError: no cohorts, a member in two of them, or garbled totals.
     """
-    if not job.plan.judges(stage):
+    job = job.at(stage)
+    if not job.judging:
         return combine(job, cohorts, start.tensors)
     assert start.candidate is not None
-    extras = sums(job.at(stage), cohorts)
+    extras = sums(job, cohorts)
     results = results_of(job.plan, extras)
     best = elected(results)
     facts = {"evaluation": {"elected": best.candidate.name, "candidates": [_shown(result) for result in results]}}

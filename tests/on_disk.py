@@ -211,7 +211,7 @@ class OnDisk:
 
     def vector_of(self, member: int, stage: int = 1) -> NDArray[np.int32]:
         """The quantised vector of a member."""
-        quantizer = self.job.quantizer
+        quantizer = self.job.at(stage).quantizer
         delta = np.linspace(-0.4, 0.4, quantizer.size, dtype=np.float32) * np.float32((member + 1) / 5)
         delta = np.roll(delta, 5 * (stage - 1))
         rand = np.random.default_rng(member + 1000 * (stage - 1))
@@ -292,7 +292,7 @@ class OnDisk:
         raise AssertionError(f"expected the round to come to {until}, found {self.phase}")
 
     def plain_sum(self, members: tuple[int, ...], stage: int = 1) -> NDArray[np.int64]:
-        plain = np.zeros(self.job.quantizer.total_size, np.int64)
+        plain = np.zeros(self.job.at(stage).quantizer.total_size, np.int64)
         for i in members:
             plain += self.vector_of(i, stage)
         return plain

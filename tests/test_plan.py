@@ -203,18 +203,6 @@ def test_several_stages_demand_the_divided_audit(audit: str) -> None:
     parse_plan(staged(1, text).encode())
 
 
-def test_an_analytic_head_has_one_stage() -> None:
-    head = '[aggregation]\nhead = "analytic"\n[aggregation.analytic]\nridge = 0.1\nfeature_clip = 1.0\n'
-    head += "min_class_count = 2\n"
-    text = PLAN.replace("[round]", head + "[round]").replace("rank = 8", 'rank = 8\ntrain = "head"')
-    text = text.replace('"classifier.bias" = [5]', '"classifier.weight" = [2, 384]')
-    parse_plan(staged(1, text).encode())
-    with pytest.raises(
-        UserError, match=r"stages: expected 1 with an analytic head, which is exact after one round, found 2"
-    ):
-        parse_plan(staged(2, text).encode())
-
-
 def test_the_sum_of_products_is_for_small_models() -> None:
     text = PLAN.replace("[round]", '[aggregation]\nmethod = "dense"\n[round]').replace(
         "rank = 8", 'rank = 8\ntrain = "both"'
