@@ -66,7 +66,6 @@ ARMS: dict[str, Arm] = {
     "base": Arm("base"),
     "analytic": Arm("analytic", head="analytic"),
     "pooled-freeze_a": Arm("pooled", "freeze_a", 0, HIGH),
-    "pooled-both": Arm("pooled", "both", 0, LOW),
     "one-freeze_a": Arm("rounds", "freeze_a", 1, HIGH),
     "one-both": Arm("rounds", "both", 1, LOW),
     "one-counted": Arm("rounds", "freeze_a", 1, source="one-freeze_a", head="counted"),

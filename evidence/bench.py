@@ -17,8 +17,8 @@ from evidence.splits import deal
 from participant.data import Examples
 from participant.drafting import draft_plan
 from participant.sending import class_shares, vector_of
-from participant.training import TrainingResult, train
-from privacy.adapter import Tensors, Vector
+from participant.training import TrainingResult, load_model, logits_of, tokenise, train
+from privacy.adapter import Tensors, Vector, layout_of, release
 from privacy.factors import first_start, load_factors
 from privacy.methods import merged
 from privacy.plan import Plan, PlanFile, parse_plan
@@ -112,22 +112,23 @@ class Bench:
             factors=self.factors(plan),
         )
 
-    def vector(self, plan: Plan, delta: Vector, examples: Examples) -> Vector:
-        """What a site sends of a delta where its head is counted: trained like any other, it takes no new training."""
-        if plan.aggregation.counted is None:
+    def vector(self, plan: Plan, start: Tensors, delta: Vector, examples: Examples) -> Vector:
+        """What a site sends of what it trained, where that is another vector and takes no other training."""
+        if plan.aggregation.counted is None and plan.aggregation.regmean is None:
             return delta
-        shares = class_shares(examples, plan, 1)
+        after = release(start, delta, 1.0, layout_of(plan.adapter))
+        loaded = load_model(plan, self.base, after, "cpu")
         return vector_of(
             plan=plan,
-            start={},
-            after={},
+            start=start,
+            after=after,
             delta=delta,
             cores={},
-            model=None,
-            texts=(),
-            shares=shares,
+            model=loaded.model,
+            texts=tokenise(loaded.tokenizer, examples.texts, plan.data.max_length),
+            shares=class_shares(examples, plan, 1),
             squares={},
-            forward=len,
+            forward=lambda batch: logits_of(loaded, batch),
         )
 
     def judge(self, plan: Plan, adapter: Tensors) -> dict[str, Any]:

@@ -24,7 +24,7 @@ SEED = 2026
 #: One record in this many is test data, and one in this many of all validation data.
 TEST, VALIDATION = 5, 10
 #: Diagnoses of each chapter that take part.
-PER_CHAPTER = 300
+PER_CHAPTER = 200
 CHAPTERS = 10
 
 

@@ -76,28 +76,31 @@ def trained_sites(bench: Bench, plan: PlanFile, start: Tensors, round_number: in
     c = bench.cell
     before = hashlib.sha256(b"".join(start[name].tobytes() for name in sorted(start))).hexdigest()
     about = {"split": c.split, "seed": c.seed, "sites": c.sites, "corpus": bench.corpus.digest, "start": before}
-    key = digest_of(about | {"training": training_part(plan.plan)})
+    trained = trained_as(plan.plan)
+    key = digest_of(about | {"training": training_part(trained)})
     place = bench.out / "local" / (key if round_number == 1 else f"later-{c.digest}-{round_number}-{key}")
     place.mkdir(parents=True, exist_ok=True)
     found = []
     for site, examples in enumerate(bench.parts):
         path = place / f"site-{site}.npz"
         if not path.exists():
-            result = bench.train(uncounted(plan.plan), start, examples)
+            result = bench.train(trained, start, examples)
             staging = path.with_suffix(f".{time.time_ns()}.tmp.npz")
             np.savez(staging, delta=result.delta, about=np.array([result.examples, result.loss]))
             staging.replace(path)
         kept = np.load(path)
-        vector = bench.vector(plan.plan, kept["delta"], examples)
+        vector = bench.vector(plan.plan, start, kept["delta"], examples)
         found.append(Contribution(vector, int(kept["about"][0]), float(kept["about"][1])))
     return found
 
 
-def uncounted(plan: Plan) -> Plan:
-    """The plan without a counted head, which changes what is sent and not what is trained."""
-    if plan.aggregation.counted is None:
-        return plan
-    aggregation = plan.aggregation.model_copy(update={"head": "trained", "counted": None})
+def trained_as(plan: Plan) -> Plan:
+    """The plan that a site trains alike: a counted head and regmean change what is sent, and not what is trained."""
+    aggregation = plan.aggregation
+    if aggregation.counted is not None:
+        aggregation = aggregation.model_copy(update={"head": "trained", "counted": None})
+    if aggregation.regmean is not None:
+        aggregation = aggregation.model_copy(update={"method": "freeze_a", "regmean": None})
     return plan.model_copy(update={"aggregation": aggregation})
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from evidence.bars import DESKS, Bar, all_bars, wire
 from evidence.bars import points as in_points
 from evidence.cells import EPOCHS, SITES
 from evidence.grid import SEEDS, TUNED_SEED, TUNED_SPLIT, Grid
-from evidence.results import Results, Where, collect
+from evidence.results import Results, Where, collect, published
 from evidence.stats import Interval, difference, mean_accuracy, recovered
 
 TITLES = {
@@ -64,9 +62,10 @@ METHOD = """\
 * tau is the Frobenius norm of what the adapter adds over that of the adapted matrices."""
 
 
-PUBLISHED = """\
-This page, its plots and [results.jsonl](results.jsonl), which has all cells without the answers to single records, were
-written by `python -m evidence.run --publish docs/evidence` after `make evidence`.
+RESULTS = "results.jsonl"
+PUBLISHED = f"""\
+This page, its plots and [{RESULTS}]({RESULTS}), which has all cells, were written by `python -m evidence.run --publish
+docs/evidence` after `make evidence`. A later `make evidence` begins with these cells; `--afresh` measures all anew.
 """
 
 
@@ -86,11 +85,7 @@ def publish(out: Path, found: Grid, directory: Path) -> Path:
     results = collect(out, found.ready, found.waiting)
     for picture in plots.draw(directory, results):
         assert picture.name in report.read_text(), picture
-    rows = []
-    for cell, result in (*results.tuned, *results.reported):
-        kept = {key: value for key, value in result.items() if key not in ("right", "nats", "tokens")}
-        rows.append(json.dumps({"cell": asdict(cell), "result": kept}))
-    (directory / "results.jsonl").write_text("\n".join(rows) + "\n")
+    (directory / RESULTS).write_text(published(results))
     readme = directory / "README.md"
     readme.write_text(report.read_text() + "\n" + PUBLISHED)
     return readme

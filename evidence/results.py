@@ -1,9 +1,13 @@
-"""The kept results, sorted for the report: who measured what on which split, and what is missing."""
+"""The kept results, sorted for the report: who measured what on which split, and what is missing.
+
+They are published as one file, a line a cell, from which a later run goes on where an earlier one stopped.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evidence.arms import ARMS
-from evidence.cells import Cell, load_result
+from evidence.cells import SETTINGS, Cell, load_result, save_result
 from evidence.stats import Answers
+from privacy.errors import UserError
 
 Where = tuple[str, str, str]  # corpus, weights, split
 
@@ -69,3 +74,36 @@ def collect(out: Path, ready: Sequence[Cell], waiting: Sequence[Cell]) -> Result
         else:
             (reported if cell.part == "test" else tuned).append((cell, result))
     return Results(tuple(reported), tuple(tuned), tuple(missing))
+
+
+def published(results: Results) -> str:
+    """One line for each measured cell, with everything that was measured."""
+    rows = [
+        {"digest": cell.digest, "settings": SETTINGS, "cell": asdict(cell), "result": result}
+        for cell, result in (*results.tuned, *results.reported)
+    ]
+    return "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
+
+
+def restore(out: Path, file: Path) -> int:
+    """Take over published cells that are not kept below ``out`` and would be measured in the same way; their number.
+
+    Raises:
+        UserError: a line is not a published cell.
+    """
+    if not file.exists():
+        return 0
+    taken = 0
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            cell, result = Cell(**row["cell"]), dict(row["result"])
+            same = row["settings"] == SETTINGS and cell.arm in ARMS and row["digest"] == cell.digest
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{file}, line {number}: expected a published cell, found something else", hint="restore the file"
+            ) from error
+        if same and load_result(out, cell) is None:
+            save_result(out, cell, result)
+            taken += 1
+    return taken

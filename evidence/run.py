@@ -24,10 +24,12 @@ from typing import IO
 from evidence import report
 from evidence.cells import Cell, load_result
 from evidence.grid import Grid, estimate, grid
+from evidence.results import restore
 from privacy import console
 from privacy.errors import UserError, VeilsumError
 
 OUT = Path("build/evidence")
+PUBLISHED = Path("docs/evidence") / report.RESULTS
 #: One thread a process: two processes of one thread are faster than one of two.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 POLL_S = 0.2
@@ -175,6 +177,7 @@ def main(arguments: Sequence[str] | None = None, plan: Plan = grid) -> int:
     parser.add_argument("--list", action="store_true", help="show the cells and an estimate, and measure nothing")
     parser.add_argument("--report", action="store_true", help="write the report of what is there, and measure nothing")
     parser.add_argument("--publish", type=Path, metavar="DIR", help="the same, as a page with its plots in a directory")
+    parser.add_argument("--afresh", action="store_true", help=f"take over no cells that are in {PUBLISHED}")
     parser.add_argument("--hours", type=float, default=float("inf"), help="start no cell after so many hours")
     parser.add_argument(
         "--workers", type=int, default=2, help="cells at a time, of one core each (default: %(default)s)"
@@ -185,6 +188,8 @@ def main(arguments: Sequence[str] | None = None, plan: Plan = grid) -> int:
         return options.only is None or any(fnmatchcase(cell.name, f"*{pattern}*") for pattern in options.only)
 
     out: Path = options.out
+    if not options.afresh and (taken := restore(out, PUBLISHED)):
+        print(f"taken over: {taken} cells from {PUBLISHED}", flush=True)
     if options.list:
         print("\n".join(listed(plan(out), out, chosen)))
         return 0

@@ -210,8 +210,23 @@ def test_the_same_cell_gives_the_same_numbers_and_trains_no_site_twice(
     assert counted["rounds"][0]["coordinates"] == first["rounds"][0]["coordinates"] + 3, "the shares of three classes"
     assert counted["rounds"][0]["tau_sites"] == pytest.approx(first["rounds"][0]["tau_sites"])
     alone = measure.measure(toy_cell("alone", seed=5), toy_out)
+    regmean = measure.measure(toy_cell("one-regmean", seed=5), toy_out)
+    assert regmean["rounds"][0]["coordinates"] > first["rounds"][0]["coordinates"], "the Gram matrices"
     assert trained == []
     assert len(alone["by_site"]) == 5
+
+
+@pytest.mark.parametrize("arm", ["one-regmean", "one-counted"])
+def test_what_is_sent_of_another_arms_training_is_what_a_site_would_send(toy_out: Path, arm: str) -> None:
+    from evidence.measure import bench_of, trained_as
+
+    bench = bench_of(toy_cell(arm), toy_out)
+    plan, examples = bench.plan(epochs=2).plan, bench.parts[0]
+    start = bench.start(plan)
+    delta = bench.train(trained_as(plan), start, examples).delta
+    sent = bench.vector(plan, start, delta, examples)
+    assert sent.size > delta.size
+    np.testing.assert_allclose(sent, bench.train(plan, start, examples).delta, rtol=1e-5, atol=1e-7)
 
 
 def test_a_masked_mean_that_is_not_the_plain_one_ends_the_cell(toy_out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,12 @@ import pytest
 
 from evidence import report, stats
 from evidence.bars import all_bars, near_pooled
-from evidence.cells import Cell, save_result
+from evidence.cells import Cell, load_result, save_result
 from evidence.grid import Grid
 from evidence.report import lines
-from evidence.results import Results, collect
+from evidence.results import Results, collect, restore
 from evidence.stats import bootstrap, difference, recovered
+from privacy.errors import UserError
 from tests.evidence_toy import toy_cell
 
 
@@ -217,3 +219,21 @@ def test_the_report_is_written_with_its_plots(tmp_path: Path) -> None:
         [*(p.name for p in pictures), "README.md", "results.jsonl"]
     )
     assert len((page.parent / "results.jsonl").read_text().splitlines()) == len(cells)
+
+
+def test_a_later_run_goes_on_from_what_is_published(tmp_path: Path) -> None:
+    first, later = tmp_path / "first", tmp_path / "later"
+    for cell, result in made_up(0.93, 0.95).reported:
+        save_result(first, cell, result)
+    cells = list({cell.digest: cell for cell, _ in made_up(0.93, 0.95).reported}.values())
+    file = report.publish(first, Grid(cells), tmp_path / "docs").parent / report.RESULTS
+    other = dict(json.loads(file.read_text().splitlines()[0]))
+    file.write_text(file.read_text() + json.dumps(other | {"digest": "0" * 24}) + "\n")
+    save_result(later, cells[0], {"accuracy": 0.5})
+    assert restore(later, file) == len(cells) - 1, "what is kept stays, and what is defined otherwise now is not taken"
+    assert load_result(later, cells[0]) == {"accuracy": 0.5}
+    assert all(load_result(later, cell) == load_result(first, cell) for cell in cells[1:])
+    assert restore(later, file) == restore(later, tmp_path / "none") == 0
+    file.write_text('{"cell": {}}\n')
+    with pytest.raises(UserError, match="line 1: expected a published cell"):
+        restore(later, file)
