@@ -23,8 +23,9 @@ class Arm:
     """One way to use the sites' records.
 
     Attributes:
-        kind: "base", "alone", "pooled", "rounds" (federated training), "analytic" (a head from sums) or "tls" (one
-            round between processes over TLS; measured once).
+        kind: "base", "alone", "pooled", "rounds" (federated training), "analytic" (a head from sums), "tls" (one
+            round between processes over TLS; measured once); or "aligned": the head from sums, and then one round in
+            which the adapter is trained behind it.
         method: how the adapter is trained and aggregated, ``aggregation.method`` of the plan.
         rounds: rounds of an arm of kind "rounds"; its local epochs are shared out evenly.
         rates: learning rates tried first on the validation records, a part of :data:`LADDER`.
@@ -34,7 +35,7 @@ class Arm:
         head: whether it is trained, computed, or trained and averaged by the records of each class.
     """
 
-    kind: Literal["base", "alone", "pooled", "rounds", "analytic", "tls"]
+    kind: Literal["base", "alone", "pooled", "rounds", "analytic", "aligned", "tls"]
     method: Method = "freeze_a"
     rounds: int = 0
     rates: tuple[float, ...] = ()
@@ -50,7 +51,7 @@ class Arm:
         usual = {
             "server_lr": 1.0,
             "site_weights": "examples",
-            "head": "analytic" if self.kind == "analytic" else "trained",
+            "head": "analytic" if self.kind in ("analytic", "aligned") else "trained",
         }
         unusual = {key: value for key, value in merging.items() if value != usual[key]}
         return {"kind": self.kind, "method": self.method, "rounds": self.rounds, **unusual}
@@ -58,7 +59,7 @@ class Arm:
 
 #: Where the best of an arm's rates is the first or the last that was tried, the next of these is tried too.
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-#: With A frozen, B needs a higher rate than where both move.
+#: With A frozen, B needs a higher rate than where both move, or where its head is there already.
 HIGH, LOW = (1e-3, 3e-3, 1e-2), (3e-4, 1e-3, 3e-3)
 #: Of a core, whose few numbers have further to go.
 HIGHEST = (1e-2, 3e-2, 1e-1)
@@ -75,6 +76,7 @@ ARMS: dict[str, Arm] = {
     "one-core": Arm("rounds", "core", 1, HIGHEST),
     "one-fisher": Arm("rounds", "fisher", 1, source="one-freeze_a"),
     "one-regmean": Arm("rounds", "regmean", 1, HIGH),
+    "aligned": Arm("aligned", "freeze_a", 1, LOW, head="analytic"),
     "multi-freeze_a": Arm("rounds", "freeze_a", 3, HIGH),
     "multi-both": Arm("rounds", "both", 3, LOW),
     "tls-freeze_a": Arm("tls", "freeze_a", 1, source="one-freeze_a"),

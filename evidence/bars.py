@@ -74,6 +74,8 @@ def near_pooled(results: Results, where: Where, most: float, promise: str) -> Ba
     if chosen is not None and chosen != one:
         other = difference(results.answers(chosen, where), results.answers(pooled, where))
         words += f"; {chosen}, best on the validation records: {points(other)}" if other else ""
+    aligned = difference(results.answers("aligned", where), results.answers(pooled, where))
+    words += f"; beside it aligned, of two uploads: {points(aligned)}" if aligned else ""
     absent = [arm for arm in one_shot_arms() if len(results.of(arm, where)) < seeds]
     words += f"; not yet measured: {', '.join(absent)}" if absent else ""
     # A hundredth of a point is far below one record; it only keeps binary fractions from deciding.

@@ -17,11 +17,13 @@ from evidence.arms import CLIP
 from evidence.bases import base_of
 from evidence.bench import Bench, corpus_of
 from evidence.cells import Cell, digest_of
-from evidence.rounds import Aggregated, Contribution, plain_mean, rounding_bound, secure_round
+from evidence.rounds import Aggregated, Contribution, plain_mean, rounding_bound, secure_round, secure_stages
 from evidence.scoring import update_size
 from evidence.tls import federate, largest_difference
 from participant.analytic import collect, frequent
+from participant.data import Examples
 from privacy.adapter import Tensors
+from privacy.aligned import plan_at
 from privacy.methods import vector_size
 from privacy.plan import Plan, PlanFile
 from privacy.secagg.quantize import quantizer_for
@@ -51,6 +53,7 @@ def measure(cell: Cell, out: Path) -> dict[str, Any]:
         "pooled": _pooled,
         "rounds": _rounds,
         "analytic": _analytic,
+        "aligned": _aligned,
         "tls": _tls,
     }
     result = kinds[bench.arm.kind](bench)
@@ -71,17 +74,24 @@ def _pooled(bench: Bench) -> dict[str, Any]:
     return bench.judge(plan, tensors) | {"tau": update_size(plan, bench.base, start, tensors)}
 
 
-def trained_sites(bench: Bench, plan: PlanFile, start: Tensors, round_number: int) -> list[Contribution]:
-    """Every site's training of one round; what was trained before a kill, or for another arm, is not trained again."""
+def trained_sites(
+    bench: Bench, plan: Plan, start: Tensors, parts: Sequence[Examples], later: str = ""
+) -> list[Contribution]:
+    """Every site's training of one round; what was trained before a kill, or for another arm, is not trained again.
+
+    Args:
+        parts: what each site trains on.
+        later: names a later round of the cell, which nobody else needs.
+    """
     c = bench.cell
     before = hashlib.sha256(b"".join(start[name].tobytes() for name in sorted(start))).hexdigest()
     about = {"split": c.split, "seed": c.seed, "sites": c.sites, "corpus": bench.corpus.digest, "start": before}
-    trained = trained_as(plan.plan)
+    trained = trained_as(plan)
     key = digest_of(about | {"training": training_part(trained)})
-    place = bench.out / "local" / (key if round_number == 1 else f"later-{c.digest}-{round_number}-{key}")
+    place = bench.out / "local" / (f"later-{c.digest}-{later}-{key}" if later else key)
     place.mkdir(parents=True, exist_ok=True)
     found = []
-    for site, examples in enumerate(bench.parts):
+    for site, examples in enumerate(parts):
         path = place / f"site-{site}.npz"
         if not path.exists():
             result = bench.train(trained, start, examples)
@@ -89,7 +99,7 @@ def trained_sites(bench: Bench, plan: PlanFile, start: Tensors, round_number: in
             np.savez(staging, delta=result.delta, about=np.array([result.examples, result.loss]))
             staging.replace(path)
         kept = np.load(path)
-        vector = bench.vector(plan.plan, start, kept["delta"], examples)
+        vector = bench.vector(plan, start, kept["delta"], examples)
         found.append(Contribution(vector, int(kept["about"][0]), float(kept["about"][1])))
     return found
 
@@ -121,7 +131,7 @@ def _alone(bench: Bench) -> dict[str, Any]:
     plan = bench.plan(epochs=bench.cell.epochs)
     start = bench.start(plan.plan)
     found = []
-    for one in trained_sites(bench, plan, start, 1):
+    for one in trained_sites(bench, plan.plan, start, bench.parts):
         tensors = bench.alone(plan.plan, start, one.delta)
         found.append(bench.judge(plan.plan, tensors))
     accuracies = [one["accuracy"] for one in found]
@@ -140,26 +150,25 @@ def _rounds(bench: Bench) -> dict[str, Any]:
     rounds: list[dict[str, Any]] = []
     for number in range(1, arm.rounds + 1):
         plan = bench.plan(number, cell.epochs // arm.rounds)
-        contributions = trained_sites(bench, plan, tensors, number)
+        later = str(number) if number > 1 else ""
+        contributions = trained_sites(bench, plan.plan, tensors, bench.parts, later)
         before = tensors
         found = secure_round(plan, contributions, before, bench.out / "scratch", bench.factors_directory)
         tensors = found.tensors
         sites = [bench.alone(plan.plan, before, c.delta) for c in contributions]
         rounds.append(_facts(found) | {"tau_sites": _mean_tau(bench, plan, before, sites)})
-    clear = bench.merge(plan.plan, before, found.plain.astype(np.float32))
-    result, in_clear = bench.judge(plan.plan, tensors), bench.judge(plan.plan, clear)
+    result = _judged(bench, plan.plan, before, found)
     _forget_later_rounds(bench)
-    return result | {
-        "rounds": rounds,
-        "tau": update_size(plan.plan, bench.base, start, tensors),
-        "clear": {
-            "accuracy": in_clear["accuracy"],
-            "loss": in_clear["loss"],
-            "other_answers": sum(
-                a != b for a, b in zip(in_clear.get("right", ()), result.get("right", ()), strict=True)
-            ),
-        },
-    }
+    return result | {"rounds": rounds, "tau": update_size(plan.plan, bench.base, start, tensors)}
+
+
+def _judged(bench: Bench, plan: Plan, before: Tensors, found: Aggregated) -> dict[str, Any]:
+    """How good a release is, and beside it what the same mean gives in the clear."""
+    clear = bench.merge(plan, before, found.plain.astype(np.float32))
+    result, in_clear = bench.judge(plan, found.tensors), bench.judge(plan, clear)
+    pairs = zip(in_clear.get("right", ()), result.get("right", ()), strict=True)
+    other = {"other_answers": sum(a != b for a, b in pairs)}
+    return result | {"clear": {"accuracy": in_clear["accuracy"], "loss": in_clear["loss"]} | other}
 
 
 def _tls(bench: Bench) -> dict[str, Any]:
@@ -169,7 +178,7 @@ def _tls(bench: Bench) -> dict[str, Any]:
     (bench.out / "scratch").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=bench.out / "scratch") as place:
         tensors, facts = federate(Path(place) / "tls", plan, bench.base, bench.parts)
-    contributions = trained_sites(bench, plan, start, 1)
+    contributions = trained_sites(bench, plan.plan, start, bench.parts)
     mean = plain_mean(contributions, [c.examples for c in contributions], CLIP)
     clear = bench.merge(plan.plan, start, mean.astype(np.float32))
     quantizer = quantizer_for(plan.plan, vector_size(plan.plan))
@@ -194,14 +203,36 @@ def _facts(found: Aggregated) -> dict[str, Any]:
     return {name: value for name, value in asdict(found).items() if name in names}
 
 
+def _statistics(bench: Bench, plan: Plan, start: Tensors, parts: Sequence[Examples]) -> list[Contribution]:
+    """What each site sends for an analytic head."""
+    contributions = []
+    for examples in parts:
+        found = collect(plan=plan, base=bench.base, start=start, examples=examples, device="cpu", threads=1)
+        contributions.append(Contribution(found.delta, found.examples, found.loss))
+    return contributions
+
+
 def _analytic(bench: Bench) -> dict[str, Any]:
     plan = bench.plan()
-    start = bench.start(plan.plan)
-    contributions = []
-    for examples in bench.parts:
-        kept = frequent(examples, plan.plan, 1)
-        found = collect(plan=plan.plan, base=bench.base, start=start, examples=kept, device="cpu", threads=1)
-        contributions.append(Contribution(found.delta, found.examples, found.loss))
+    start, parts = bench.start(plan.plan), [frequent(examples, plan.plan, 1) for examples in bench.parts]
+    contributions = _statistics(bench, plan.plan, start, parts)
     aggregated = secure_round(plan, contributions, start, bench.out / "scratch", bench.factors_directory)
     result = bench.judge(plan.plan, aggregated.tensors)
     return result | {"rounds": [_facts(aggregated)]}
+
+
+def _aligned(bench: Bench) -> dict[str, Any]:
+    """One plan of two stages: the analytic head, and then all epochs of the adapter behind it."""
+    plan = bench.plan(epochs=bench.cell.epochs)
+    start, parts = bench.start(plan.plan), [frequent(examples, plan.plan, 1) for examples in bench.parts]
+
+    def gives(stage: int, before: Tensors) -> list[Contribution]:
+        if stage == 1:
+            return _statistics(bench, plan_at(plan.plan, 1), before, parts)
+        return trained_sites(bench, plan_at(plan.plan, stage), before, bench.parts)
+
+    head, after = secure_stages(plan, gives, start, bench.out / "scratch", bench.factors_directory)
+    return _judged(bench, plan_at(plan.plan, 2), head.tensors, after) | {
+        "rounds": [_facts(head), _facts(after)],
+        "tau": update_size(plan.plan, bench.base, start, after.tensors),
+    }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,12 @@ class Counting(Direct):
         super().__init__(world, me)
         self.bytes_sent = self.bytes_received = 0
 
+    def taken(self) -> tuple[int, int]:
+        """(sent, received) since this was last asked."""
+        found = self.bytes_sent, self.bytes_received
+        self.bytes_sent = self.bytes_received = 0
+        return found
+
     def send(self, round_id: bytes, message: FromMember) -> None:
         self.bytes_sent += _bytes(message, FromMember)
         super().send(round_id, message)
@@ -116,12 +122,16 @@ def _bytes(message: Any, union: Any) -> int:
     return found
 
 
+#: Stage, and where it starts -> what the training of each site gives.
+Gives = Callable[[int, Tensors], Sequence[Contribution]]
+
+
 class World(OnDisk):
-    """A coordinator and the sites of one round, with what training gave."""
+    """A coordinator and the sites of one plan, with what training gave."""
 
     def __init__(self, directory: Path, plan: PlanFile, contributions: Sequence[Contribution], factors: Path) -> None:
-        self.contributions, self.factors = contributions, factors
-        self.vectors: dict[int, NDArray[np.int32]] = {}
+        self.contributions, self.factors = {1: contributions}, factors
+        self.vectors: dict[tuple[int, int], NDArray[np.int32]] = {}
         p, r = plan.plan, plan.plan.round
         policy: dict[str, object] = {
             "max_colluders": r.max_colluders,
@@ -148,25 +158,32 @@ class World(OnDisk):
         self._give_factors(self.site(member).home.factors)
         self.daemons[member] = Daemon(self.site(member), Counting(self, member))
 
-    def weight_of(self, member: int) -> int:
-        return 1 if self.job.plan.aggregation.weights == "uniform" else self.contributions[member].examples
+    def go_on(self, stage: int, contributions: Sequence[Contribution]) -> None:
+        """Everybody comes to a later stage, and has trained for it."""
+        self.contributions[stage] = contributions
+        self.begin(stage)
+        self.train()
+
+    def weight_of(self, member: int, stage: int = 1) -> int:
+        return 1 if self.job.plan.aggregation.weights == "uniform" else self.contributions[stage][member].examples
 
     def vector_of(self, member: int, stage: int = 1) -> NDArray[np.int32]:
         """Quantised once: rounding is by chance."""
-        assert stage == 1  # a later round is a world of its own
-        if member not in self.vectors:
-            one, weight = self.contributions[member], self.weight_of(member)
+        if (member, stage) not in self.vectors:
+            one, weight = self.contributions[stage][member], self.weight_of(member, stage)
             extras = {"weight": weight, "loss": weighted_loss(one.loss, weight)}
-            self.vectors[member] = self.job.quantizer.quantize(one.delta, weight, extras)
-        return self.vectors[member]
+            self.vectors[member, stage] = self.job.at(stage).quantizer.quantize(one.delta, weight, extras)
+        return self.vectors[member, stage]
 
     def put_vector(self, member: int, vector: NDArray[np.int32], job: Job | None = None, stage: int = 1) -> None:
-        job, one = job or self.job, self.contributions[member]
-        trained = Trained(job.plan_file.digest.hex(), self.weight_of(member), one.loss, 1.0, one.examples)
+        job, one = job or self.job, self.contributions[stage][member]
+        start = self.site(member).start_digest(job, stage).hex()
+        weight = self.weight_of(member, stage)
+        trained = Trained(job.plan_file.digest.hex(), weight, one.loss, 1.0, one.examples, start)
         self.site(member).store.keep_trained(job.plan.name, stage, vector, trained)
 
     def tell(self, member: int) -> bool:
-        found = self.engine.message_for(self.digest, 1, member)
+        found = self.engine.message_for(self.digest, self.stage, member)
         if found is not None and self.seen.get(member) != seen_hash(found[1]):
             self.client(member).bytes_received += _bytes(found[1], ToMember)
         return super().tell(member)
@@ -176,11 +193,14 @@ class World(OnDisk):
         assert isinstance(client, Counting)
         return client
 
-    def cohorts(self) -> list[VerifiedCohort]:
-        """The released rounds, verified from plan, roster and evidence as a site or an auditor verifies them."""
-        start = start_digest(self.job.start_tensors())
-        found = self.engine.released(self.digest, 1)
-        return [verify_cohort(self.job, 1, start, cohort.evidence, cohort.total) for cohort in found]
+    def cohorts(self, start: bytes) -> list[VerifiedCohort]:
+        """The released rounds of the stage, verified as a site or an auditor verifies them.
+
+        Args:
+            start: digest of where the stage starts.
+        """
+        found = self.engine.released(self.digest, self.stage)
+        return [verify_cohort(self.job, self.stage, start, cohort.evidence, cohort.total) for cohort in found]
 
 
 def plain_mean(contributions: Sequence[Contribution], weights: Sequence[int], clip: float) -> NDArray[np.float64]:
@@ -200,10 +220,17 @@ def rounding_bound(quantizer: Quantizer, members: int, weight: int) -> float:
 def secure_round(
     plan: PlanFile, contributions: Sequence[Contribution], start: Tensors, scratch: Path, factors: Path
 ) -> Aggregated:
-    """Mask, sum, unmask, certify and verify one cohort of all sites; and the same sum in the clear.
+    """:func:`secure_stages` of a plan with one stage."""
+    (found,) = secure_stages(plan, lambda _stage, _start: contributions, start, scratch, factors)
+    return found
+
+
+def secure_stages(plan: PlanFile, gives: Gives, start: Tensors, scratch: Path, factors: Path) -> list[Aggregated]:
+    """Stage by stage: mask, sum, unmask, certify and verify one cohort of all sites; and the same sum in the clear.
 
     Args:
-        start: the adapter that the deltas are relative to.
+        gives: what the sites train in a stage.
+        start: the adapter that the deltas of stage 1 are relative to; a later stage starts from the release before.
         scratch: where the directories of the federation go; they are deleted.
         factors: directory with the factors of the method "core".
 
@@ -213,28 +240,36 @@ def secure_round(
     """
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     scratch.mkdir(parents=True, exist_ok=True)
+    results: list[Aggregated] = []
     with tempfile.TemporaryDirectory(dir=scratch) as place:
-        world = World(Path(place) / "federation", plan, contributions, factors)
-        world.ready()
-        world.run()
-        assert isinstance(world.phase, phases.Released), world.phase
-        world.assert_exact()  # bit for bit the plain integer sum
-        found = _result(world, start)
+        world = World(Path(place) / "federation", plan, gives(1, start), factors)
+        header = start_digest(world.job.start_tensors())
+        for stage in range(1, plan.plan.stages + 1):
+            if stage > 1:
+                start = results[-1].tensors
+                header = start_digest(start)
+                world.go_on(stage, gives(stage, start))
+            world.ready()
+            world.run()
+            assert isinstance(world.phase, phases.Released), world.phase
+            results.append(_result(world, start, header))
+            assert results[-1].difference <= results[-1].tolerance, (results[-1].difference, results[-1].tolerance)
+        world.assert_exact()  # bit for bit the plain integer sums
         world.engine.store.close()
-    assert found.difference <= found.tolerance, (found.difference, found.tolerance)
-    return found
+    return results
 
 
-def _result(world: World, start: Tensors) -> Aggregated:
-    job, contributions = world.job, world.contributions
+def _result(world: World, start: Tensors, header: bytes) -> Aggregated:
+    stage = world.stage
+    job, contributions = world.job.at(stage), world.contributions[stage]
     members = range(len(contributions))
-    cohorts = world.cohorts()
+    cohorts = world.cohorts(header)
     assert [c.survivors for c in cohorts] == [tuple(members)], "a site is missing in the total"
     assert all(c.certified for c in cohorts), "the sites did not recompute the total"
-    weights = [world.weight_of(i) for i in members]
-    decoded = job.quantizer.decode_sum(world.totals()[0][1], len(contributions))
+    weights = [world.weight_of(i, stage) for i in members]
+    decoded = job.quantizer.decode_sum(world.totals(stage)[0][1], len(contributions))
     plain = plain_mean(contributions, weights, job.quantizer.clip)
-    clients = [world.client(i) for i in members]
+    sent, received = zip(*(world.client(i).taken() for i in members), strict=True)
     found = combine(job, cohorts, start)
     return Aggregated(
         tensors=found.tensors,
@@ -244,6 +279,6 @@ def _result(world: World, start: Tensors) -> Aggregated:
         tolerance=rounding_bound(job.quantizer, len(contributions), decoded.weight),
         clipped=float(np.mean([np.mean(np.abs(c.delta) > job.quantizer.clip) for c in contributions])),
         coordinates=job.quantizer.size,
-        sent=float(np.mean([c.bytes_sent for c in clients])),
-        received=float(np.mean([c.bytes_received for c in clients])),
+        sent=float(np.mean(sent)),
+        received=float(np.mean(received)),
     )

@@ -165,6 +165,7 @@ def test_one_and_many_rounds_are_masked_and_equal_the_sum_in_the_clear(toy_out: 
         ("one-regmean", 1),
         ("multi-freeze_a", 3),
         ("multi-both", 3),
+        ("aligned", 2),
     ):
         found = measured(toy_cell(arm, rate=0.01 if arm == "one-core" else 0.003), toy_out)
         assert len(found["rounds"]) == rounds
@@ -286,7 +287,7 @@ def test_every_split_and_seed_of_every_arm_is_in_the_grid(tmp_path: Path) -> Non
     found = grid(tmp_path)
     cells = [c for c in (*found.ready, *found.waiting) if c.part == "test" and c.corpus == "bbc"]
     for arm, about in ARMS.items():
-        if about.kind in ("rounds", "alone", "analytic"):
+        if about.kind in ("rounds", "alone", "analytic", "aligned"):
             for weights, splits in (("pretrained", 2 if arm == "one-fisher" else 4), ("random", 2)):
                 wanted = 3 * splits if weights == "pretrained" or arm in RANDOM_ARMS else 0
                 assert sum(c.arm == arm and c.weights == weights for c in cells) == wanted
