@@ -91,7 +91,7 @@ class Hostile:
         self.world = OnDisk(self.directory, plan=large_plan(TWO_CHUNKS) if self.large else toy_plan())
         path = self.world.federation.coordinator / config.CONFIG_FILE
         path.write_text(path.read_text() + self.settings)
-        self.home = config.load_home(self.world.federation.coordinator)
+        self.home = self.world.engine.home = config.load_home(self.world.federation.coordinator)
         self.address = f"localhost:{self.home.settings.listen.rpartition(':')[2]}"
         for member, site in self.world.daemons.items():
             site.client.upload = self._keeping(member)  # type: ignore[method-assign]

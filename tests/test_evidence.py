@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evidence import run
+from evidence import report, run
 from evidence.arms import ARMS, LADDER
 from evidence.cells import Cell, cell_path, load_result, save_result
 from evidence.grid import RANDOM_ARMS, best_rate, estimate, grid, tuning_cell, tuning_cells
+from evidence.report import RESULTS
 from privacy.errors import UserError
-from tests.evidence_toy import fake_grid, register, toy_cell
+from tests.evidence_toy import fake, fake_grid, register, toy_cell
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,7 +62,7 @@ def test_a_result_is_kept_under_its_definition_and_no_other(tmp_path: Path) -> N
 def test_a_killed_run_goes_on_with_what_is_missing(tmp_path: Path) -> None:
     script = "from evidence import run; import sys\nfrom tests.evidence_toy import fake_grid\n"
     script += "run.COMMAND = (sys.executable, '-m', 'tests.evidence_toy', '--fake')\n"
-    script += f"sys.exit(run.main(['--out', {str(tmp_path)!r}, '--workers', '1'], fake_grid))"
+    script += f"sys.exit(run.main(['--out', {str(tmp_path)!r}, '--workers', '1', '--afresh'], fake_grid))"
     command = [sys.executable, "-c", script]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, start_new_session=True)
@@ -104,7 +105,7 @@ def test_an_interrupted_run_ends_its_workers_and_says_how_to_go_on(
     monkeypatch.setattr(run, "COMMAND", (sys.executable, "-c", "import time; time.sleep(60)"))
     monkeypatch.setattr(subprocess, "Popen", popen)
     monkeypatch.setattr(time, "sleep", interrupted)
-    assert run.main(["--out", str(tmp_path), "--workers", "2"], fake_grid) == 130
+    assert run.main(["--out", str(tmp_path), "--workers", "2", "--afresh"], fake_grid) == 130
     assert [process.poll() for process in started] == [-signal.SIGTERM] * 2
     assert "goes on" in capsys.readouterr().out
 
@@ -117,7 +118,7 @@ def test_a_cell_that_fails_is_said_and_does_not_stop_the_others(
     body += "sys.exit('error: it diverged') if cell.seed == 3 else fake(Path(sys.argv[1]), cell)"
     monkeypatch.setattr(run, "COMMAND", (sys.executable, "-c", body))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    assert run.main(["--out", str(tmp_path), "--workers", "2"], fake_grid) == 1
+    assert run.main(["--out", str(tmp_path), "--workers", "2", "--afresh"], fake_grid) == 1
     assert (
         "FAILED toy/pretrained/natural/one-freeze_a/test seed=3 lr=0.003: error: it diverged" in capsys.readouterr().out
     )
@@ -130,13 +131,28 @@ def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
 
 
 def test_only_list_and_hours_choose_what_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run.main(["--out", str(tmp_path), "--list", "--only", "*seed=2*", "*seed=4*"], fake_grid) == 0
+    assert run.main(["--out", str(tmp_path), "--afresh", "--list", "--only", "*seed=2*", "*seed=4*"], fake_grid) == 0
     listed = capsys.readouterr().out
     assert "seed=2" in listed
     assert "seed=3" not in listed
     assert "2 cells" in listed
-    assert run.main(["--out", str(tmp_path), "--hours", "0"], fake_grid) == 0
+    assert run.main(["--out", str(tmp_path), "--hours", "0", "--afresh"], fake_grid) == 0
     assert not list((tmp_path / "cells").glob("*.json")) if (tmp_path / "cells").exists() else True
+
+
+def test_a_run_begins_with_what_is_published_unless_it_is_told_not_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = tmp_path / "first"
+    first.mkdir()
+    for cell in fake_grid(first).ready:
+        fake(first, cell)
+    monkeypatch.setattr(run, "PUBLISHED", report.publish(first, fake_grid(first), tmp_path / "docs").parent / RESULTS)
+    assert run.main(["--out", str(tmp_path / "afresh"), "--list", "--afresh"], fake_grid) == 0
+    assert "taken over" not in capsys.readouterr().out
+    assert run.main(["--out", str(tmp_path / "second"), "--list"], fake_grid) == 0
+    assert "taken over: 6 cells" in capsys.readouterr().out
+    assert all(load_result(tmp_path / "second", cell) for cell in fake_grid(first).ready)
 
 
 # --- what is measured, on a toy
