@@ -22,6 +22,7 @@ from coordinator import config, phases
 from coordinator.engine import Engine
 from participant.client import seen_hash
 from participant.daemon import Daemon
+from participant.prepare import rounding_key
 from participant.store import Trained
 from privacy.adapter import Tensors, Vector, start_digest
 from privacy.factors import factors_file
@@ -168,11 +169,13 @@ class World(OnDisk):
         return 1 if self.job.plan.aggregation.weights == "uniform" else self.contributions[stage][member].examples
 
     def vector_of(self, member: int, stage: int = 1) -> NDArray[np.int32]:
-        """Quantised once: rounding is by chance."""
+        """As the product rounds: the same cell gives the same release."""
         if (member, stage) not in self.vectors:
             one, weight = self.contributions[stage][member], self.weight_of(member, stage)
             extras = {"weight": weight, "loss": weighted_loss(one.loss, weight)}
-            self.vectors[member, stage] = self.job.at(stage).quantizer.quantize(one.delta, weight, extras)
+            self.vectors[member, stage] = self.job.at(stage).quantizer.quantize(
+                one.delta, weight, extras, lambda size: rounding_key(self.job, stage, member)[:size]
+            )
         return self.vectors[member, stage]
 
     def put_vector(self, member: int, vector: NDArray[np.int32], job: Job | None = None, stage: int = 1) -> None:

@@ -193,7 +193,9 @@ def _keep(site: Site, job: Job, stage: int, delta: NDArray[np.float32], trained:
         log.warning("clipping", plan=job.plan.name, share=round(clipped, 4), clip=clip)
     extras = {"weight": trained.weight, "loss": weighted_loss(trained.loss, trained.weight)}
     try:
-        tiles = job.quantizer.tiles(delta, trained.weight, extras, lambda size: _rounding_key(site, job, stage)[:size])
+        tiles = job.quantizer.tiles(
+            delta, trained.weight, extras, lambda size: rounding_key(job, stage, site.me)[:size]
+        )
     except ValueError as error:
         raise UserError(f"plan '{job.plan.name}': {error}", hint="a lower learning rate may help") from error
     site.store.keep_trained(job.plan.name, stage, tiles, trained)
@@ -202,13 +204,13 @@ def _keep(site: Site, job: Job, stage: int, delta: NDArray[np.float32], trained:
         np.save(kept.path.with_name(PLAIN_VECTOR), np.memmap(kept.path, "<i4", "r"))
 
 
-def _rounding_key(site: Site, job: Job, stage: int) -> bytes:
-    """Key of the numbers that round this site's vector up or down: the same training gives the same release.
+def rounding_key(job: Job, stage: int, member: int) -> bytes:
+    """Key of the numbers that round a member's vector up or down: the same training gives the same release.
 
     It may be public, since it hides nothing: what is rounded is either not private, or has its noise already. Each
     member has its own, so that rounding errors of members do not add up.
     """
-    return hashlib.sha256(ROUNDING_LABEL + job.plan_file.digest + bytes([stage, site.me])).digest()
+    return hashlib.sha256(ROUNDING_LABEL + job.plan_file.digest + bytes([stage, member])).digest()
 
 
 def kept_vector(site: Site, job: Job, stage: int) -> Quantised:

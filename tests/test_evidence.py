@@ -189,8 +189,7 @@ def test_one_and_many_rounds_are_masked_and_equal_the_sum_in_the_clear(toy_out: 
             assert 0 < one["difference"] <= one["tolerance"] < 1e-3
             assert one["clipped"] == 0
             assert one["sent"] > 3 * one["coordinates"]
-        # Rounding is by chance: it may tip one text that lies on the edge, and the copies of it with it.
-        assert found["clear"]["other_answers"] <= 3
+        assert found["clear"]["other_answers"] == 0
         assert found["accuracy"] == sum(found["right"]) / 30 > 0.5
         assert found["tau"]["adapted"] > found["tau"]["network"] > 0
     assert not list((toy_out / "local").glob("later-*")), "what later rounds trained is of no further use"

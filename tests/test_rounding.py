@@ -36,5 +36,5 @@ def test_members_round_apart(world: World) -> None:
     keys = set()
     for member in range(3):
         site.me = member
-        keys.add(prepare._rounding_key(site, job, 1))
+        keys.add(prepare.rounding_key(job, 1, site.me))
     assert len(keys) == 3
