@@ -16,14 +16,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from decimal import Decimal
-from typing import Any, Literal
-
-import dp_accounting
-from dp_accounting.pld import PLDAccountant
+from typing import TYPE_CHECKING, Any, Literal
 
 from privacy.budget.events import MAX_SIGMA, MIN_SIGMA, DpSgd, Mechanism, Unprotected
 from privacy.budget.rdp import epsilon_of_rdp, rdp, rdp_epsilon
 from privacy.errors import UserError
+
+if TYPE_CHECKING:
+    import dp_accounting
 
 __all__ = [
     "LimitReached",
@@ -42,10 +42,8 @@ INTERVAL = 1e-4
 MIXTURE_INTERVAL = 1e-3
 #: Few orders that bracket the noise for a PLD to refine.
 _BRACKET_ORDERS = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0)
-_NEIGHBOURS = {
-    "add-remove": dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
-    "zero-out": dp_accounting.NeighboringRelation.REPLACE_SPECIAL,
-}
+#: Names of dp-accounting, which is imported where it computes: with it comes SciPy, half of what a site takes to start.
+_NEIGHBOURS = {"add-remove": "ADD_OR_REMOVE_ONE", "zero-out": "REPLACE_SPECIAL"}
 
 
 class LimitReached(UserError):
@@ -54,6 +52,8 @@ class LimitReached(UserError):
 
 def merged(mechanisms: Sequence[DpSgd]) -> list[dp_accounting.DpEvent]:
     """Events with equal steps counted together, which a PLD composes at the price of one."""
+    import dp_accounting
+
     steps: Counter[DpSgd] = Counter()
     for m in mechanisms:
         alike = replace(m, steps=1, clip="1", delta="0.001", nominal_batch=1, nominal_size=1, adjacency="add-remove")
@@ -74,9 +74,12 @@ def pld_epsilon(mechanisms: Sequence[Mechanism], delta: float, interval: float =
         return math.inf
     if not private:
         return 0.0
+    from dp_accounting import NeighboringRelation
+    from dp_accounting.pld import PLDAccountant
+
     relations = {m.adjacency for m in private}
     # Adding or removing and zeroing out give the same pair of distributions for these mechanisms.
-    relation = _NEIGHBOURS["add-remove" if len(relations) > 1 else relations.pop()]
+    relation = NeighboringRelation[_NEIGHBOURS["add-remove" if len(relations) > 1 else relations.pop()]]
     accountant = PLDAccountant(relation, value_discretization_interval=interval)
     for event in merged(private):
         accountant.compose(event)

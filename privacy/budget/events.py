@@ -13,11 +13,12 @@ import re
 from dataclasses import dataclass
 from decimal import ROUND_HALF_EVEN, Context, Decimal
 from math import comb
-from typing import Any, Literal
-
-from dp_accounting import dp_event
+from typing import TYPE_CHECKING, Any, Literal
 
 from privacy.errors import ProtocolError, shown
+
+if TYPE_CHECKING:
+    from dp_accounting import dp_event
 
 #: Accepted ranges; outside of them an answer would mean nothing, or take an accountant's memory.
 MIN_SIGMA, MAX_SIGMA = Decimal("0.2"), Decimal(100)
@@ -141,6 +142,8 @@ class DpSgd:
 
     def event(self) -> dp_event.DpEvent:
         """The event for dp-accounting; for k records of a user the mixture of Charles et al. (arXiv:2407.07737)."""
+        from dp_accounting import dp_event  # with it comes SciPy, and most who read a ledger compute no epsilon
+
         step: dp_event.DpEvent
         if self.max_records_per_unit == 1:
             noise = dp_event.GaussianDpEvent(float(self.sigma))
@@ -177,6 +180,8 @@ class Unprotected:
 
     def event(self) -> dp_event.DpEvent:
         """The event for dp-accounting."""
+        from dp_accounting import dp_event
+
         return dp_event.NonPrivateDpEvent()
 
 
