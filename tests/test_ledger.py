@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -234,21 +234,44 @@ def test_what_the_check_objects_to_is_not_written(ledger: Ledger) -> None:
 
 # --- crashes ----------------------------------------------------------------------------------------------------------
 
+#: Writes six lines for each request, in a fork that may die. One process for all: most of the time goes into importing.
 WRITE = """
-import sys
+import json, os, sys
 from pathlib import Path
+from privacy import faults
 from tests.ledgers import abort, commit, new_ledger, release, reserve, start
-new_ledger(Path(sys.argv[1]), reserve(1), start(1), release(1), commit(1), reserve(2), start(2))
+for request in sys.stdin:
+    path, fault, faults._trace = json.loads(request)
+    faults._fault, faults._on = faults.parse_fault(fault), True
+    child = os.fork()
+    if child:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    try:
+        new_ledger(Path(path), reserve(1), start(1), release(1), commit(1), reserve(2), start(2))
+        os._exit(0)
+    finally:
+        os._exit(1)
 """
 
 
-def write(path: Path, fault: str = "", trace: str = "") -> int:
-    """Write six lines in a process of its own, which may die."""
-    environment = {**os.environ, "VEILSUM_FAULT": fault, "VEILSUM_FAULT_TRACE": trace, "PYTHONPATH": os.getcwd()}
-    return subprocess.run([sys.executable, "-c", WRITE, str(path)], env=environment, check=False).returncode
+@pytest.fixture
+def write() -> Iterator[Callable[..., int]]:
+    """Writes a ledger; the exit status of the process that did."""
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-c", WRITE]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
+
+        def writing(path: Path, fault: str = "", trace: str = "") -> int:
+            assert writer.stdin is not None
+            assert writer.stdout is not None
+            print(json.dumps([str(path), fault, trace]), file=writer.stdin, flush=True)
+            return int(writer.stdout.readline())
+
+        yield writing
 
 
-def test_whenever_a_site_dies_its_ledger_opens_and_goes_on(tmp_path: Path) -> None:
+def test_whenever_a_site_dies_its_ledger_opens_and_goes_on(tmp_path: Path, write: Callable[..., int]) -> None:
     trace = tmp_path / "trace"
     assert write(tmp_path / "whole" / "ledger" / "news.jsonl", trace=str(trace)) == 0
     whole = verify_lines((tmp_path / "whole" / "ledger" / "news.jsonl").read_bytes(), SITE)
