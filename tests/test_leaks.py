@@ -39,9 +39,18 @@ def numbers(value: Any) -> Iterator[int]:
             yield from numbers(getattr(value, field.name))
 
 
-@pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OnDisk:
-    found = OnDisk(tmp_path, n=5, plan=plan("toy", PRIVACY))
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnDisk]:
+    """A round of five sites that is over."""
+    with pytest.MonkeyPatch.context() as patch:
+        found = prepared(tmp_path_factory.mktemp("world"), patch)
+        found.ready()
+        found.run()
+        yield found
+
+
+def prepared(directory: Path, monkeypatch: pytest.MonkeyPatch) -> OnDisk:
+    found = OnDisk(directory, n=5, plan=plan("toy", PRIVACY))
 
     def train_private(**about: Any) -> TrainingResult:
         assert len(about["examples"]) == RECORDS
@@ -61,8 +70,6 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OnDisk:
 
 
 def test_the_sum_counts_sites_by_their_public_size_and_has_no_loss(world: OnDisk) -> None:
-    world.ready()
-    world.run()
     ((survivors, total),) = world.totals()
     quantizer = world.job.quantizer
     extras = quantizer.decode_extras(total[quantizer.size :], len(survivors))
@@ -71,8 +78,6 @@ def test_the_sum_counts_sites_by_their_public_size_and_has_no_loss(world: OnDisk
 
 
 def test_no_message_and_no_ledger_line_says_what_the_records_are(world: OnDisk) -> None:
-    world.ready()
-    world.run()
     secret = {RECORDS, round(SECONDS), weighted_loss(LOSS, NOMINAL), weighted_loss(LOSS, RECORDS)}
     for member in range(world.n):
         sent = world.sent(member)
@@ -89,8 +94,6 @@ def test_no_message_and_no_ledger_line_says_what_the_records_are(world: OnDisk) 
 def test_what_the_coordinator_shows_is_the_same_whatever_the_records_are(world: OnDisk) -> None:
     from coordinator.report import report
 
-    world.ready()
-    world.run()
     found = json.loads(report(world.engine, "toy"))
     assert RECORDS not in set(numbers(found))
     assert "examples" not in json.dumps(found)
