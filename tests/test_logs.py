@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -16,11 +15,9 @@ import numpy as np
 import pytest
 import structlog
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
-from transformers import AutoTokenizer
 
 from coordinator import phases
 from participant import running
-from participant.drafting import draft_plan
 from participant.round import ParticipantRound
 from privacy import console
 from privacy.encoding import decode
@@ -29,7 +26,6 @@ from privacy.secagg.messages import UnmaskShares
 from privacy.wire import federation_pb2 as pb
 from tests.hostile import ANSWER_S, Hostile
 from tests.on_disk import OnDisk
-from tests.test_end_to_end import wait_for
 
 # --- looking for secrets ---------------------------------------------------------------------------------------------
 
@@ -134,47 +130,6 @@ def messages(world: OnDisk) -> Iterator[Any]:
         if event.kind == "message":
             found: Any = decode(FromMember, event.payload)  # type: ignore[arg-type]
             yield getattr(found, "body", None)
-
-
-@pytest.mark.slow
-def test_five_processes_say_nothing_of_records_tokens_and_vectors(tmp_path: Path) -> None:
-    from tests.helpers_learning import LABELS
-    from tests.test_end_to_end_stages import NAMES, with_words
-
-    federation = with_words(tmp_path, {"site-1": (14, 6, 10), "site-2": (9, 12, 8), "site-3": (10, 11, 12)})
-    base = federation.site("site-1") / "base"
-    about: dict[str, Any] = {"base_name": "tiny", "name": "words", "dataset": "words", "labels": LABELS, "rank": 4}
-    rest: dict[str, Any] = {"max_length": 8, "epochs": 2, "batch_size": 8, "max_cohort": 3, "min_cohort": 3}
-    (tmp_path / "plan.toml").write_text(draft_plan(base=base, **about, **rest, learning_rate=0.02, max_colluders=0))
-    try:
-        federation.start_coordinator()
-        federation.operator("plan", "submit", str(tmp_path / "plan.toml"))
-        for name in NAMES:
-            federation.start_site(name, "--once", "--json-logs")
-        for name in NAMES:
-            assert federation.processes[name].wait(180) == 0, federation.log_tail(name)
-        wait_for(lambda: federation.show("words")["state"] == "released")
-    finally:
-        federation.stop_all()
-    log = "".join(path.read_text() for path in tmp_path.glob("*.log"))
-    lines = [json.loads(line) for name in NAMES for line in (tmp_path / f"{name}.log").read_text().splitlines()]
-    assert {"training", "uploaded"} <= {line["event"] for line in lines}
-    for line in lines:
-        if line["event"] in ("training", "trained", "uploaded", "ready"):
-            assert (line["member"] in NAMES, line["plan"], line["stage"]) == (True, "words", 1), line
-        if line["event"] == "uploaded":
-            assert line["round"] == 1
-    tokenizer: Any = AutoTokenizer.from_pretrained(base)
-    texts = [json.loads(line)["text"] for path in tmp_path.rglob("*.jsonl") for line in _records(path)]
-    assert len(texts) > 50
-    assert not [text for text in texts if text in log or str(tokenizer(text)["input_ids"])[1:-1] in log]
-    vectors = [p.read_bytes() for pattern in ("spool-*.bin", "quantised.i32") for p in tmp_path.rglob(pattern)]
-    assert len(vectors) >= 6
-    assert leaked(log, {"keys": private_keys(tmp_path), "vectors": vectors}) == []
-
-
-def _records(path: Path) -> list[str]:
-    return [line for line in path.read_text().splitlines() if line.startswith('{"text"')]
 
 
 def test_a_bug_of_ours_shows_its_traceback_and_no_variable_of_a_frame(capsys: pytest.CaptureFixture[str]) -> None:
