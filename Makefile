@@ -25,8 +25,11 @@ demo-analytic: $(READY) ## a head from sums of statistics, which is that of the 
 evidence: $(READY) ## one round against many, on real data (hours; goes on where it stopped; ARGS="--list" shows what)
 	$(PY) -m evidence.run $(ARGS)
 
+# As many workers as cores, up to four: each takes whole files of tests, in the order of tests/turns.py. Their libraries get
+# one thread each, or all of them would wait for one another.
+WORKERS := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: $(READY) ## run the tests (ARGS="-k shamir" chooses some)
-	$(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) $(ARGS)
 
 test-web: $(READY) ## the status pages in a real browser (needs chromium and chromedriver); makes their pictures
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { echo "expected chromium and chromedriver, found none; on Debian: apt install chromium chromium-driver" >&2; exit 1; }

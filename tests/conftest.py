@@ -9,8 +9,9 @@ import structlog
 from hypothesis import settings
 
 from tests.charging import charged_site, set_up_federation
+from tests.turns import pytest_collection_modifyitems, pytest_runtest_protocol
 
-__all__ = ["charged_site", "set_up_federation"]
+__all__ = ["charged_site", "pytest_collection_modifyitems", "pytest_runtest_protocol", "set_up_federation"]
 
 # On a busy machine any example may take long; that says nothing about the code.
 settings.register_profile("veilsum", deadline=None)
