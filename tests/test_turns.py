@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from demo.federation import free_port
 from tests import turns
 from tests.turns import turn
 
@@ -110,6 +113,17 @@ def test_workers_begin_with_what_takes_long_and_end_with_what_runs_alone() -> No
 
 def test_the_long_files_are_there() -> None:
     assert [name for name in turns.LONG if not (ROOT / "tests" / name).is_file()] == []
+
+
+def test_a_free_port_is_free_and_none_that_a_connection_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.SystemRandom.randrange
+    with socket.create_server(("127.0.0.1", free_port())) as taken:
+        port: int = taken.getsockname()[1]
+        assert port < 32_768
+        first = [port]
+        monkeypatch.setattr(random.SystemRandom, "randrange", lambda *about: first.pop() if first else draw(*about))
+        assert free_port() != port
+        assert first == []
 
 
 #: Tests that say in one file when they begin and end.
