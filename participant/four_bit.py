@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.nn.functional import embedding, linear, pad
+from torch.nn.functional import linear, pad
 
 from privacy.errors import UserError
 
@@ -105,8 +105,9 @@ def _is_packed(module: torch.nn.Module) -> bool:
 def _unpacked(layer: Any) -> Tensor:
     """(out_features, in_features) float32."""
     state, packed = layer.quant_state, layer.weight.detach().reshape(-1)
-    pairs = torch.cartesian_prod(state.code, state.code)  # (256, 2): what the upper and the lower half of a byte say
-    numbers = embedding(packed.int(), pairs).reshape(-1)
+    # What the upper and the lower half of a byte say, as one number of eight bytes, so that one look-up does for both.
+    pairs = torch.cartesian_prod(state.code, state.code).view(torch.int64).reshape(-1)  # (256,)
+    numbers = pairs.index_select(0, packed.int()).view(torch.float32)
     scales = _scales(state)
     if lacking := len(scales) * state.blocksize - len(numbers):  # the last block is not full
         numbers = pad(numbers, (0, lacking))
