@@ -17,10 +17,12 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from privacy.errors import UserError
+from privacy.errors import UserError, shown
 
 #: Ends the name of the tensor that says how a weight is packed; what is before it is the name of the layer.
 STATE = ".weight.quant_state.bitsandbytes__nf4"
+#: Scales that share a scale of their own, where they are packed too; bitsandbytes knows no other number.
+NESTED = 256
 
 
 def packed_layers(base: Path) -> frozenset[str]:
@@ -83,11 +85,13 @@ def _fault(layer: Any) -> str:
         return "one that is not packed"
     if tuple(state.shape) != (layer.out_features, layer.in_features):
         return f"one of shape {list(state.shape)}"
+    if not isinstance(state.blocksize, int) or state.blocksize < 1 or state.code.dtype != torch.float32:
+        return f"blocks of {shown(str(state.blocksize))}, of {state.code.dtype} numbers"
     blocks = -(-count // state.blocksize)
     sizes = (layer.weight.numel(), len(state.absmax), len(state.code))
     if sizes != (-(-count // 2), blocks, 16):
         return "{} bytes, {} blocks and {} numbers for {} weights".format(*sizes, count)
-    if state.nested and len(state.state2.absmax) != -(-blocks // state.state2.blocksize):
+    if state.nested and (len(state.state2.absmax), len(state.state2.code)) != (-(-blocks // NESTED), 256):
         return f"{len(state.state2.absmax)} scales for {blocks} blocks"
     return ""
 
@@ -120,7 +124,7 @@ def _scales(state: Any) -> Tensor:
     if not state.nested:
         return state.absmax  # type: ignore[no-any-return]
     inner = state.state2
-    outer = inner.absmax.repeat_interleave(inner.blocksize)[: len(state.absmax)]
+    outer = inner.absmax.repeat_interleave(NESTED)[: len(state.absmax)]
     return inner.code[state.absmax.int()] * outer + state.offset  # type: ignore[no-any-return]
 
 

@@ -119,21 +119,50 @@ def test_a_config_of_4_bits_over_files_in_full_is_refused(causal: Pair, tmp_path
         load_causal(base)
 
 
+def stated(state: torch.Tensor, **changes: Any) -> torch.Tensor:
+    """What is said of a packed weight, said otherwise."""
+    about = json.loads(bytes(state.tolist())) | changes
+    return torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
+
+
+def damaged(tensors: dict[str, torch.Tensor], damage: str) -> None:
+    layer = "model.layers.0.mlp.up_proj"
+    weight, absmax, outer, state = (
+        f"{layer}{end}" for end in (".weight", ".weight.absmax", ".weight.nested_absmax", STATE)
+    )
+    match damage:
+        case "no scales":
+            del tensors[absmax]
+        case "fewer scales":
+            tensors[absmax] = tensors[absmax][:-1].clone()
+        case "more scales of scales":
+            tensors[outer] = tensors[outer].repeat(2)
+        case "fewer bytes":
+            tensors[weight] = tensors[weight][:-64].clone()
+        case "state is no JSON":
+            tensors[state] = torch.full((40,), 255, dtype=torch.uint8)
+        case "another shape":
+            tensors[state] = stated(tensors[state], shape=[32, 64])
+        case "blocks of nothing":
+            tensors[state] = stated(tensors[state], blocksize=0)
+        case "sixteen numbers of another kind":
+            tensors[f"{layer}.weight.quant_map"] = tensors[f"{layer}.weight.quant_map"].half()
+
+
 @needs
-@pytest.mark.parametrize("damage", ["no scales", "fewer scales", "state is no JSON", "fewer bytes"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *("no scales", "fewer scales", "more scales of scales", "fewer bytes", "state is no JSON", "another shape"),
+        *("blocks of nothing", "sixteen numbers of another kind"),
+    ],
+)
 def test_damaged_files_are_a_users_mistake(damage: str, causal: Pair, tmp_path: Path) -> None:
     base = shutil.copytree(causal.packed, tmp_path / "base")
-    tensors, layer = load_file(base / "model.safetensors"), "model.layers.0.mlp.up_proj"
-    if damage == "no scales":
-        del tensors[f"{layer}.weight.absmax"]
-    elif damage == "fewer scales":
-        tensors[f"{layer}.weight.absmax"] = tensors[f"{layer}.weight.absmax"][:-1].clone()
-    elif damage == "state is no JSON":
-        tensors[layer + STATE] = torch.full((40,), 255, dtype=torch.uint8)
-    else:
-        tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"][:-64].clone()
+    tensors = load_file(base / "model.safetensors")
+    damaged(tensors, damage)
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"expected a (weight in 4 bits|base model)") as caught:
         load_causal(base)
     assert "\n" not in str(caught.value)
 
