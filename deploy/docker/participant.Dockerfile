@@ -3,7 +3,7 @@
 ARG BASE=python:3.12-slim-bookworm
 
 FROM ${BASE} AS build
-# Extras of the distribution; "gguf" for base models in GGUF files, "fast" for masks on VAES instructions.
+# Extras of the distribution; "gguf" for base models in GGUF files, "quantized" for those in 4 bits, "fast" for masks on VAES instructions.
 ARG EXTRAS=participant,gguf,fast
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE constraints.txt ./
