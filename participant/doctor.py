@@ -16,6 +16,7 @@ from participant.client import OfferedPlan
 from participant.config import DataSet, Home, load_home
 from participant.diagnose import explain
 from participant.enrol import AUTHORITY, TLS_CERTIFICATE
+from participant.proxy import Route, ignored
 from participant.rows import Columns, read_rows
 from participant.site import Site
 from privacy.checks import (
@@ -91,6 +92,11 @@ def _site(home: Home) -> Iterator[Check]:
 
 def _coordinator(site: Site, offered: list[OfferedPlan]) -> Iterator[Check]:
     address = site.home.settings.coordinator
+    route = Route.to(address)
+    if text := ignored(route.host):
+        yield warn("proxy", text, "set it as gRPC reads it, or unset it: docs/how-to/proxy.md")
+    if route.proxy:
+        yield ok("proxy", f"connections to {address} go through {route.proxy}")
     if fault := explain(address, site.home.directory):
         yield fail("coordinator", fault, "mend that first; a coordinator that is down is its operator's to start")
         return
@@ -100,7 +106,7 @@ def _coordinator(site: Site, offered: list[OfferedPlan]) -> Iterator[Check]:
         offered += client.plans()
     finally:
         client.close()
-    yield ok("coordinator", f"{address} answers, with the pinned roster; {len(offered)} plans")
+    yield ok("coordinator", f"{address} answers{route.via}, with the pinned roster; {len(offered)} plans")
 
 
 def _disk(site: Site, offered: list[OfferedPlan]) -> Iterator[Check]:
