@@ -41,6 +41,8 @@ def plans(directory: Directory = HERE, as_json: AsJson = False) -> None:
         typer.echo(
             f"  trains {plan['train']} of {plan['base']} on {plan['dataset']}, {plan['privacy']}; {plan['digest']}"
         )
+        if plan["upload"] is not None:
+            typer.echo(f"  {plan['upload']['text']}")
 
 
 def _described(found: Any) -> dict[str, Any]:
@@ -61,7 +63,14 @@ def _described(found: Any) -> dict[str, Any]:
         "min_cohort": plan.round.min_cohort,
         "privacy": privacy,
         "digest": found.file.digest.hex(),
+        "upload": None if found.upload is None else _upload(found.upload),
     }
+
+
+def _upload(found: Any) -> dict[str, Any]:
+    tight = f"; that is tight: {found.todo}" if found.state == "tight" else ""
+    facts = {"bytes": found.bytes, "seconds": found.seconds, "deadline_s": found.deadline_s, "state": found.state}
+    return facts | {"text": f"{found}{tight}"}
 
 
 def approve(

@@ -21,6 +21,7 @@ import grpc
 from participant.counts import Counts
 from participant.diagnose import explain
 from participant.enrol import tls_files
+from participant.pace import Pace
 from privacy import PROTOCOL_VERSION, __version__
 from privacy.console import Unreachable
 from privacy.encoding import encode
@@ -120,10 +121,16 @@ class Client:
     """One connection to the coordinator."""
 
     def __init__(
-        self, directory: Path, address: str, roster: RosterFile, me: int, counts: Counts | None = None
+        self,
+        directory: Path,
+        address: str,
+        roster: RosterFile,
+        me: int,
+        counts: Counts | None = None,
+        pace: Pace | None = None,
     ) -> None:
         self._address, self._directory, self._roster, self._me = address, directory, roster, me
-        self._counts = counts or Counts()
+        self._counts, self._pace = counts or Counts(), pace or Pace(None)
         self._diagnosed = float("-inf")
         self._found: str | None = None
         #: Seconds of the quickest call so far: how far away the coordinator is.
@@ -158,6 +165,7 @@ class Client:
         return self._found
 
     def _call(self, method: str, request: Any) -> Any:
+        self._pace.take(request.ByteSize())
         began = time.monotonic()
         self._counts.moved(sent=request.ByteSize())
         with self._errors(), self._counts.call(method):
@@ -242,6 +250,7 @@ class Client:
             while offset < length or flying:
                 while offset < length and len(flying) < self._in_flight(window, size):
                     payload = file.read(size)
+                    self._pace.take(CHUNK_HEADER + len(payload))
                     call = self._chunk.future(put_chunk(round_id, offset, payload), timeout=CHUNK_S)
                     flying.append(call)
                     self._counts.moved(sent=CHUNK_HEADER + len(payload))

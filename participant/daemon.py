@@ -13,6 +13,7 @@ from participant import charging
 from participant.approvals import is_approved
 from participant.client import Client, OfferedPlan, seen_hash
 from participant.fetch import fetch_release, start_of
+from participant.pace import UploadTime
 from participant.patience import patiently
 from participant.phases import Confirmed, Finished, Stopped, Uploading
 from participant.policy import Waits, admit, begin
@@ -47,6 +48,8 @@ class Daemon:
     said: dict[str, str] = field(default_factory=dict)
     #: (digest of a plan, stage) whose training failed -> when it is tried again, and why it failed.
     failed: dict[tuple[bytes, int], tuple[float, VeilsumError]] = field(default_factory=dict)
+    #: Uploads that were said to be tight.
+    warned: set[UploadTime] = field(default_factory=set)
     #: Digest of a plan -> why this site takes no part, as the operator was told, and when.
     declined: dict[bytes, tuple[str, float]] = field(default_factory=dict)
 
@@ -158,6 +161,10 @@ class Daemon:
         if self.site.store.trained(job.plan.name, stage) is None:
             now = time.localtime()
             begin(self.site.home.settings.policy.hours, now.tm_hour * 60 + now.tm_min)
+            upload = UploadTime.of(job, self.site.home.settings.max_upload_rate, stage)
+            if upload.state == "tight" and upload not in self.warned:
+                self.warned.add(upload)
+                log.warning("upload will be tight", plan=job.plan.name, expected=str(upload), hint=upload.todo)
         key = (job.plan_file.digest, stage)
         until, error = self.failed.get(key, (0.0, None))
         if error is not None and time.monotonic() < until:

@@ -10,12 +10,14 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
+from participant.approvals import is_approved
 from participant.base_model import base_digest
 from participant.charging import Charges
 from participant.client import OfferedPlan
 from participant.config import DataSet, Home, load_home
 from participant.diagnose import explain
 from participant.enrol import AUTHORITY, TLS_CERTIFICATE
+from participant.pace import UploadTime
 from participant.proxy import Route, ignored
 from participant.rows import Columns, read_rows
 from participant.site import Site
@@ -84,6 +86,7 @@ def _site(home: Home) -> Iterator[Check]:
     yield ok("roster", f"pinned {site.roster.hash.hex()[:16]}…, and this site's identity key is in it")
     offered: list[OfferedPlan] = []
     yield from looked_at("coordinator", _coordinator(site, offered))
+    yield from looked_at("upload", _uploads(site, offered))
     yield from looked_at("disk", _disk(site, offered))
     for name, data in sorted(home.settings.datasets.items()):
         yield from looked_at(f"ledger of '{name}'", _ledger(site, name, data))
@@ -109,10 +112,26 @@ def _coordinator(site: Site, offered: list[OfferedPlan]) -> Iterator[Check]:
     yield ok("coordinator", f"{address} answers{route.via}, with the pinned roster; {len(offered)} plans")
 
 
-def _disk(site: Site, offered: list[OfferedPlan]) -> Iterator[Check]:
+def _jobs(site: Site, offered: list[OfferedPlan]) -> list[Job]:
+    """The open plans with consent."""
     open_now = [parse_plan(plan.toml) for plan in offered if plan.state in ("open", "released")]
-    consent = site.home.settings.policy.plans
-    jobs = [Job.of(plan, site.roster, site.home.factors) for plan in open_now if {"*", plan.plan.name} & set(consent)]
+    consent = set(site.home.settings.policy.plans)
+    agreed = [plan for plan in open_now if {"*", plan.plan.name} & consent or is_approved(site.home, plan)]
+    return [Job.of(plan, site.roster, site.home.factors) for plan in agreed]
+
+
+def _uploads(site: Site, offered: list[OfferedPlan]) -> Iterator[Check]:
+    """Can uploads be in time at the rate that the file allows?"""
+    rate = site.home.settings.max_upload_rate
+    for job in _jobs(site, offered) if rate is not None else ():
+        found = UploadTime.of(job, rate)
+        check = {"late": fail, "tight": warn}.get(found.state)
+        text = f"plan '{job.plan.name}' {found}"
+        yield check("upload", text, found.todo) if check else ok("upload", text)
+
+
+def _disk(site: Site, offered: list[OfferedPlan]) -> Iterator[Check]:
+    jobs = _jobs(site, offered)
     needed = sum(BYTES_A_COORDINATE * job.quantizer.total_size for job in jobs)
     yield disk(site.home.directory, LEAST_FREE + needed, f"{len(jobs)} plans with consent")
 

@@ -16,6 +16,7 @@ from structlog.contextvars import bound_contextvars
 from participant import charging
 from participant.client import Client
 from participant.fetch import audit_blocks, fetched_total
+from participant.pace import UploadTime
 from participant.patience import patiently
 from participant.phases import Checking, Masking, Projecting, Stopped
 from participant.prepare import kept_vector
@@ -51,6 +52,9 @@ def keep(site: Site, record: Record) -> None:
 def upload(site: Site, client: Client, job: Job, header: Header, message: Signed[MaskedInput]) -> None:
     """The spool of a round, the only bytes of it that ever leave, until they are there or come too late."""
     spool, bits = site.store.spool(job.plan.name, header), job.rules.bits
+    expected = UploadTime.of(job, site.home.settings.max_upload_rate, header.stage)
+    paced = {} if expected.seconds is None else {"expected_s": round(expected.seconds)}
+    log.info("uploading", plan=job.plan.name, bytes=message.body.length, upload_s=expected.deadline_s, **paced)
     try:
         patiently(lambda: client.upload(header.hash(), message, spool, bits), lambda: client.progress)
     except (ProtocolError, Refusal) as error:

@@ -16,6 +16,7 @@ from participant.client import Client
 from participant.config import Home, load_home
 from participant.counts import Counts
 from participant.enrol import ROSTER, ROSTER_PIN, pinned_before
+from participant.pace import Pace
 from participant.store import Store
 from privacy.budget.ledger import Ledger
 from privacy.errors import Refusal, UserError, shown
@@ -77,7 +78,9 @@ class Site:
 
     def client(self) -> Client:
         """A connection to the coordinator."""
-        return Client(self.home.directory, self.home.settings.coordinator, self.roster, self.me, self.counts)
+        settings = self.home.settings
+        pace = Pace(settings.max_upload_rate)
+        return Client(self.home.directory, settings.coordinator, self.roster, self.me, self.counts, pace)
 
     def ledger(self, dataset: str) -> Ledger:
         """The ledger of a data set, with every line that is on disk now."""
