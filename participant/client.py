@@ -231,6 +231,7 @@ class Client:
         own = to_wire(message, Signed[MaskedInput])
         request = pb.UploadRequest(round=round_id, input=own, checkpoint=self.checkpoint())
         state: pb.UploadState = self._call("BeginUpload", request)
+        self._counts.uploaded(message.body.length if state.finished else state.received, message.body.length)
         if not state.finished:
             self._send_chunks(round_id, spool, state, message.body.length, bits)
         receipt: pb.Receipt = self._call("FinishUpload", request)
@@ -245,6 +246,7 @@ class Client:
         if not 1 <= window <= WINDOW or (offset % size and offset != length):
             raise ProtocolError(f"BeginUpload: expected a window and whole chunks, found {window} and {offset} bytes")
         flying: deque[Any] = deque()
+        acknowledged = offset
         with self._errors(), spool.open("rb") as file:
             file.seek(offset)
             while offset < length or flying:
@@ -257,6 +259,8 @@ class Client:
                     offset += len(payload)
                 window = read_chunk_reply(flying.popleft().result())
                 self.progress += 1
+                acknowledged = min(acknowledged + size, length)
+                self._counts.uploaded(acknowledged, length)
 
     def _in_flight(self, window: int, size: int) -> int:
         """How much of its window an upload uses: what fills the line, and more only where there is room."""

@@ -21,6 +21,7 @@ from participant.prepare import Progress, prepare
 from participant.renewal import Renewal
 from participant.running import RoundRun, abort_unknown, join, resume_upload
 from participant.site import MAX_REASON, Site
+from privacy import endings
 from privacy.console import Unreachable
 from privacy.errors import ProtocolError, Refusal, UserError, VeilsumError, shown
 from privacy.job import Job
@@ -50,6 +51,8 @@ class Daemon:
     failed: dict[tuple[bytes, int], tuple[float, VeilsumError]] = field(default_factory=dict)
     #: Uploads that were said to be tight.
     warned: set[UploadTime] = field(default_factory=set)
+    #: What became of the last round of the stage that this site takes part in, if that was no total.
+    before: str = ""
     #: Digest of a plan -> why this site takes no part, as the operator was told, and when.
     declined: dict[bytes, tuple[str, float]] = field(default_factory=dict)
 
@@ -71,7 +74,7 @@ class Daemon:
                 if once and state == "released":
                     return
                 if once and state in ("aborted", "cancelled"):
-                    raise Refusal(f"no release: the plan is {state}: {offered.reason}")
+                    raise Refusal(f"the plan is {state}: {offered.reason}")
             time.sleep(IDLE_S)
             patiently(self.client.hello)  # another roster may be in force by now
 
@@ -98,14 +101,16 @@ class Daemon:
             refusal, reason = error, str(error)
             if isinstance(error, UserError) and error.hint:
                 reason += f" ({error.hint})"
-            if isinstance(error, Refusal) and offered.state in ("open", "released"):
-                self._decline(digest, reason, waiting=state == "waiting")
-        self.site.note(name, state, reason)
+            if offered.state in ("open", "released"):
+                # What failed here may quote files and records: nobody else's to know.
+                why = reason if isinstance(error, Refusal) else endings.site_failed()
+                self._decline(digest, why, waiting=state != "refused")
+        told = self.site.note(name, state, reason)
         if self.said.get(name) != state + reason:
             if refusal is not None:
                 self.site.counts.refused(refusal)
-            log.info("plan", plan=name, state=state, reason=reason)
-            notify(STATUS=f"plan '{name}' is {state}: {reason}")
+            log.info("plan", plan=name, state=state, **told.facts("site"))
+            notify(STATUS=f"plan '{name}' is {state}: {told.reason}")
             self.said[name] = state + reason
         return state
 
@@ -127,12 +132,18 @@ class Daemon:
             # A release made before stays a release; and one that holds this site's upload is what its ledger waits for.
             released = next((number for number in range(stage, 0, -1) if self._fetch(job, number)), None)
             charging.give_up(self.site, job, stage, f"the plan is {offered.state}: {offered.reason}")
-            if released is not None:
+            if released is None:
+                return offered.state, offered.reason
+            if released == last:
                 return "released", self._adapter(job, released)
-            return offered.state, offered.reason
+            kept = f"the release of stage {released} of {last} stays: {self._adapter(job, released)}"
+            return offered.state, f"{offered.reason}; {kept}"
         if not self._is_released(job, stage):
             self._prepare(job, stage)
-            self._take_part(job.at(stage), stage)
+            try:
+                self._take_part(job.at(stage), stage)
+            finally:
+                self.site.counts.no_round()
         if not self._fetch(job, stage):
             return "waiting", "for the release" if last == 1 else f"for the release of stage {stage} of {last}"
         if stage == last:
@@ -185,15 +196,18 @@ class Daemon:
         inputs = [c.evidence.outcome.transcript.inputs for c in cohorts]
         return any(self.site.me == i.sender for listed in inputs for i in listed)
 
-    def _ready(self, job: Job, stage: int) -> None:
+    def _ready(self, job: Job, stage: int, before: str = "") -> None:
+        """Say that this site is ready; ``before``: what became of its last round."""
         ready, expected = patiently(lambda: self.client.ready(job.plan_file.digest, stage))
-        self.site.note(job.plan.name, "ready", f"{ready} of {expected} members are ready")
+        self.before = before or self.before
+        text = f"{ready} of {expected} members are ready"
+        self.site.note(job.plan.name, "ready", f"{self.before}; {text}" if self.before else text)
         log.info("ready", plan=job.plan.name, ready=ready, of=expected)
 
     def _take_part(self, job: Job, stage: int) -> None:
         """Join rounds of a stage until this site's delta is in an outcome, or nothing can come of it any more."""
         run: RoundRun | None = None
-        seen = b""
+        seen, self.before = b"", ""
         self._ready(job, stage)
         while True:
             found = patiently(lambda: self.client.next(job.plan_file.digest, stage, seen))  # noqa: B023
@@ -203,9 +217,6 @@ class Daemon:
                 continue
             seen = seen_hash(found[1])
             run = self._hear(job, stage, run, *found)
-            if run is not None:
-                phase = type(run.machine.phase).__name__.lower()
-                self.site.counts.rounds[job.plan.name] = (run.machine.context.header.round, phase)
             if isinstance(found[1], Outcome) and run is None:
                 return  # of a round this process did not live through: the release says it all
             if run is not None and isinstance(run.machine.phase, Finished):
@@ -227,15 +238,19 @@ class Daemon:
             except VeilsumError as error:
                 self.site.counts.refused(error)
                 log.warning("offer refused", plan=job.plan.name, reason=str(error))
+                self.before = endings.offer_refused(message.header.round, error)
+                self.site.note(job.plan.name, "ready", self.before)
                 return run
         mine = run is not None and run.round_id == round_id
         if isinstance(message, RoundAborted):
-            log.warning("round aborted", plan=job.plan.name, reason=message.reason)
+            seen = endings.told("round", shown(message.reason, MAX_REASON), self.site.roster.roster.name)
+            log.warning("round aborted", plan=job.plan.name, **seen.facts("site"))
             if mine and run is not None:
                 run.handle(message)
             else:
                 abort_unknown(self.site, self.client, job, round_id, message)
-            self._ready(job, stage)
+            self.site.counts.no_round()
+            self._ready(job, stage, endings.round_aborted(message.header.round, message.reason))
             return None
         if mine and run is not None:
             run.handle(message)

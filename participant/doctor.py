@@ -153,7 +153,9 @@ def _plans(site: Site) -> Iterator[Check]:
     """What stopped here, in the words of the last try."""
     for name, note in sorted(site.notes().items()):
         if note["state"] in ("failed", "refused"):
-            yield warn("plans", f"'{name}' is {note['state']}: {note['reason']}", f"decide about plan '{name}'")
+            yield warn(
+                "plans", f"'{name}' is {note['state']}: {note['reason']}", note["todo"] or f"decide about '{name}'"
+            )
 
 
 def _training(home: Home) -> Iterator[Check]:

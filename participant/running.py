@@ -87,6 +87,7 @@ def resume_upload(site: Site, client: Client, job: Job, stage: int, round_id: by
         return
     length = job.context(spent.header).upload_length
     message = sign(site.identity, site.me, MaskedInput(spent.t2, spent.root, length), round_id)
+    site.counts.resuming(job, stage, spent.header.round)
     with bound_contextvars(round=spent.header.round):
         log.info("upload goes on", plan=job.plan.name)
         upload(site, client, job, spent.header, message)
@@ -115,7 +116,9 @@ def join(site: Site, client: Client, job: Job, stage: int, round_id: bytes, offe
         raise Refusal(f"the delta of stage {stage} that lies here was trained from another start adapter")
     charging.charged(site, job, stage)
     run = RoundRun(site, client, job, stage, round_id, ParticipantRound(context, site.round_site(job, digest, bond)))
-    run.answer(run.machine.join())
+    step = run.machine.join()
+    run.tell()
+    run.answer(step)
     return run
 
 
@@ -167,6 +170,7 @@ class RoundRun:
             self.site.counts.refused(error)
             log.warning("refused", plan=self.job.plan.name, message=type(message).__name__, reason=str(error))
             return
+        self.tell()
         if isinstance(message, KeyList) and step.records:
             store, header = self.site.store, self.machine.context.header
             patiently(lambda: store.keep_witnesses(header, message.members))
@@ -178,7 +182,16 @@ class RoundRun:
             self._confirm(phase)
         elif isinstance(phase, Projecting):
             vector = kept_vector(self.site, self.job, self.stage)
-            self.answer(self.machine.project(project(phase.key, vector)))
+            self._move(self.machine.project(project(phase.key, vector)))
+
+    def tell(self) -> None:
+        """Metrics and page hear which phase this is."""
+        self.site.counts.in_round(self.job, self.stage, self.machine.context.header.round, self.machine.phase)
+
+    def _move(self, step: Step) -> None:
+        """The answer to what the shell had to work for: the machine is in its next phase already."""
+        self.tell()
+        self.answer(step)
 
     def _mask(self, phase: Masking) -> None:
         """Ledger line and spool on disk, then the record that the delta is spent, then the upload."""
@@ -187,7 +200,7 @@ class RoundRun:
         charging.release(self.site, self.job, self.stage, header.round, phase.t2, self.machine.site.vector)
         spool, bits = store.spool(self.job.plan.name, header), self.job.rules.bits
         root = patiently(lambda: store.write_spool(spool, vector, phase.streams, bits))
-        self.answer(self.machine.commit(root))
+        self._move(self.machine.commit(root))
 
     def _upload(self, message: Signed[MaskedInput]) -> None:
         upload(self.site, self.client, self.job, self.machine.context.header, message)
@@ -199,8 +212,9 @@ class RoundRun:
         except (ProtocolError, Refusal) as error:
             log.error("the total does not hold", plan=self.job.plan.name, reason=str(error))
             self.machine.phase = Stopped(str(error))
+            self.tell()
             return
-        self.answer(self.machine.confirm(blocks))
+        self._move(self.machine.confirm(blocks))
 
     def _audit(self, phase: Checking) -> tuple[int, ...]:
         site, job, survivors = self.site, self.job, len(phase.verified.survivors)

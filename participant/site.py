@@ -19,6 +19,7 @@ from participant.enrol import ROSTER, ROSTER_PIN, pinned_before
 from participant.pace import Pace
 from participant.store import Store
 from privacy.budget.ledger import Ledger
+from privacy.endings import Told, told_at_site
 from privacy.errors import Refusal, UserError, shown
 from privacy.files import DiskError, make_private_directory, read_file, write_durably
 from privacy.identity import LOST, load_identity
@@ -131,22 +132,24 @@ class Site:
 
     # --- notes for `status`; nothing depends on them -----------------------------------------------------------------
 
-    def note(self, plan: str, state: str, reason: str = "") -> None:
-        """Remember what became of a plan here."""
+    def note(self, plan: str, state: str, reason: str = "") -> Told:
+        """Remember what became of a plan here; what of it people see."""
         notes = self.notes()
-        entry = {"state": state, "reason": shown(reason, MAX_REASON)}
+        told = told_at_site(state, shown(reason, MAX_REASON), self.roster.roster.name)
+        entry = {"state": state, **told.facts("site")}
         if {k: notes.get(plan, {}).get(k) for k in entry} != entry:
             notes[plan] = entry | {"since": round(time.time())}
             try:
                 write_durably(self.home.directory / NOTES, json.dumps(notes, indent=2).encode() + b"\n")
             except DiskError as error:
                 log.warning("note not kept", plan=plan, reason=str(error))
+        return told
 
     def notes(self) -> dict[str, dict[str, Any]]:
-        """Plan -> state, reason, since."""
+        """Plan -> state, since when, the reason, its cause, the sites concerned, and what to do."""
         path = self.home.directory / NOTES
         found: dict[str, dict[str, Any]] = json.loads(path.read_bytes()) if path.exists() else {}
-        return found
+        return {plan: {"cause": "", "concerns": [], "todo": ""} | note for plan, note in found.items()}
 
     def release_directory(self, plan: str, stage: int) -> Path:
         """Where a release lies at this site."""
