@@ -8,6 +8,7 @@ from typing import Any
 
 from coordinator import phases
 from coordinator.engine import Engine
+from coordinator.publish import has_adapter
 from coordinator.running import Running, names_in, phase_seconds
 from coordinator.store import PlanRow
 from privacy import endings
@@ -73,7 +74,7 @@ def why(engine: Engine, plan: PlanRow, stage: int) -> endings.Told:
         return endings.told("plan", plan.reason or "no reason given", name)
     if held := engine.held.get(plan.digest):
         return endings.told("held", held, name)
-    if plan.state == "released" and not any(_release(engine, plan.name, s) for s in range(1, stage + 1)):
+    if plan.state == "released" and not has_adapter(plan.name, engine.home.releases):
         return endings.told("held", endings.no_adapter(plan.name))
     last = rounds[-1] if rounds else None
     if last is None or not isinstance(last.machine.phase, phases.Aborted):

@@ -296,6 +296,7 @@ class Client:
             for _ in wanted:
                 for member, block in islice(ahead, WINDOW - len(flying)):
                     request = pb.FetchBlockRequest(round=round_id, member=member, block=block)
+                    self._pace.take(request.ByteSize())
                     flying.append(self._stub.FetchBlock.future(request, timeout=TIMEOUT_S))
                 reply: pb.UploadBlock = flying.popleft().result()
                 self.progress += 1

@@ -51,8 +51,6 @@ class Daemon:
     failed: dict[tuple[bytes, int], tuple[float, VeilsumError]] = field(default_factory=dict)
     #: Uploads that were said to be tight.
     warned: set[UploadTime] = field(default_factory=set)
-    #: What became of the last round of the stage that this site takes part in, if that was no total.
-    before: str = ""
     #: Digest of a plan -> why this site takes no part, as the operator was told, and when.
     declined: dict[bytes, tuple[str, float]] = field(default_factory=dict)
 
@@ -101,7 +99,7 @@ class Daemon:
             refusal, reason = error, str(error)
             if isinstance(error, UserError) and error.hint:
                 reason += f" ({error.hint})"
-            if offered.state in ("open", "released"):
+            if digest and offered.state in ("open", "released"):
                 # What failed here may quote files and records: nobody else's to know.
                 why = reason if isinstance(error, Refusal) else endings.site_failed()
                 self._decline(digest, why, waiting=state != "refused")
@@ -196,18 +194,17 @@ class Daemon:
         inputs = [c.evidence.outcome.transcript.inputs for c in cohorts]
         return any(self.site.me == i.sender for listed in inputs for i in listed)
 
-    def _ready(self, job: Job, stage: int, before: str = "") -> None:
-        """Say that this site is ready; ``before``: what became of its last round."""
+    def _ready(self, job: Job, stage: int) -> None:
         ready, expected = patiently(lambda: self.client.ready(job.plan_file.digest, stage))
-        self.before = before or self.before
-        text = f"{ready} of {expected} members are ready"
-        self.site.note(job.plan.name, "ready", f"{self.before}; {text}" if self.before else text)
+        text, ended = f"{ready} of {expected} members are ready", self.site.ended.get(job.plan.name)
+        self.site.note(job.plan.name, "ready", f"{ended}; {text}" if ended else text)
         log.info("ready", plan=job.plan.name, ready=ready, of=expected)
 
     def _take_part(self, job: Job, stage: int) -> None:
         """Join rounds of a stage until this site's delta is in an outcome, or nothing can come of it any more."""
         run: RoundRun | None = None
-        seen, self.before = b"", ""
+        seen = b""
+        self.site.ended.pop(job.plan.name, None)
         self._ready(job, stage)
         while True:
             found = patiently(lambda: self.client.next(job.plan_file.digest, stage, seen))  # noqa: B023
@@ -238,8 +235,7 @@ class Daemon:
             except VeilsumError as error:
                 self.site.counts.refused(error)
                 log.warning("offer refused", plan=job.plan.name, reason=str(error))
-                self.before = endings.offer_refused(message.header.round, error)
-                self.site.note(job.plan.name, "ready", self.before)
+                self.site.round_ended(job.plan.name, endings.offer_refused(message.header.round, error))
                 return run
         mine = run is not None and run.round_id == round_id
         if isinstance(message, RoundAborted):
@@ -250,7 +246,8 @@ class Daemon:
             else:
                 abort_unknown(self.site, self.client, job, round_id, message)
             self.site.counts.no_round()
-            self._ready(job, stage, endings.round_aborted(message.header.round, message.reason))
+            self.site.round_ended(job.plan.name, endings.round_aborted(message.header.round, message.reason))
+            self._ready(job, stage)
             return None
         if mine and run is not None:
             run.handle(message)

@@ -81,8 +81,8 @@ def allow(job: Job, settings: Settings, standing: Standing | None = None, stage:
             f"{name} protects users; data set '{plan.data.dataset}' does not say whose a record is: "
             "name the column under 'unit' in participant.toml"
         )
-    upload = UploadTime.of(job, settings.max_upload_rate, stage)
-    if upload.state == "late":
+    rate = settings.max_upload_rate
+    if rate is not None and (upload := UploadTime.of(job, rate, stage)).state == "late":
         raise Refusal(f"{name} {upload}: it would be late; {upload.todo}")
     if found := objection(standing or Standing(data.policy()), _mechanism(plan), plan.trainings_from(stage)):
         raise Refusal(f"{name} {found}")

@@ -16,7 +16,6 @@ from structlog.contextvars import bound_contextvars
 from participant import charging
 from participant.client import Client
 from participant.fetch import audit_blocks, fetched_total
-from participant.pace import UploadTime
 from participant.patience import patiently
 from participant.phases import Checking, Masking, Projecting, Stopped
 from participant.prepare import kept_vector
@@ -24,7 +23,7 @@ from participant.records import Aborted, Joined, Record, Spent, Step
 from participant.retry import check_proofs, may_state_abort
 from participant.round import ParticipantRound, abort_step, accept_offer
 from participant.site import Site
-from privacy import faults
+from privacy import endings, faults
 from privacy.errors import ProtocolError, Refusal
 from privacy.job import Job
 from privacy.secagg.dialogue import FromMember, ToMember, message_name
@@ -52,13 +51,14 @@ def keep(site: Site, record: Record) -> None:
 def upload(site: Site, client: Client, job: Job, header: Header, message: Signed[MaskedInput]) -> None:
     """The spool of a round, the only bytes of it that ever leave, until they are there or come too late."""
     spool, bits = site.store.spool(job.plan.name, header), job.rules.bits
-    expected = UploadTime.of(job, site.home.settings.max_upload_rate, header.stage)
-    paced = {} if expected.seconds is None else {"expected_s": round(expected.seconds)}
-    log.info("uploading", plan=job.plan.name, bytes=message.body.length, upload_s=expected.deadline_s, **paced)
+    length, rate = message.body.length, site.home.settings.max_upload_rate
+    paced = {} if rate is None else {"expected_s": round(length / rate)}
+    log.info("uploading", plan=job.plan.name, bytes=length, upload_s=job.plan.deadlines.upload_s, **paced)
     try:
         patiently(lambda: client.upload(header.hash(), message, spool, bits), lambda: client.progress)
     except (ProtocolError, Refusal) as error:
         log.warning("upload not taken", plan=job.plan.name, reason=str(error))
+        site.round_ended(job.plan.name, endings.not_uploaded(header.round, error))
         return
     charging.commit(site, job, header.stage, header.round, message.body.root)
     log.info("uploaded", plan=job.plan.name, bytes=message.body.length)
@@ -84,6 +84,7 @@ def resume_upload(site: Site, client: Client, job: Job, stage: int, round_id: by
         return
     if not _is_whole(site.store.spool(job.plan.name, spent.header), job, spent.root):
         log.error("upload cannot go on: its spool is gone or another", plan=job.plan.name, round=spent.header.round)
+        site.round_ended(job.plan.name, endings.upload_lost(spent.header.round))
         return
     length = job.context(spent.header).upload_length
     message = sign(site.identity, site.me, MaskedInput(spent.t2, spent.root, length), round_id)
@@ -176,7 +177,11 @@ class RoundRun:
             patiently(lambda: store.keep_witnesses(header, message.members))
         self.answer(step)
         phase = self.machine.phase
-        if isinstance(phase, Masking):
+        if isinstance(phase, Stopped) and not isinstance(message, RoundAborted):
+            number = self.machine.context.header.round
+            log.warning("complained", plan=self.job.plan.name, reason=phase.reason)
+            self.site.round_ended(self.job.plan.name, endings.complained(number, phase.reason))
+        elif isinstance(phase, Masking):
             self._mask(phase)
         elif isinstance(phase, Checking):
             self._confirm(phase)
@@ -211,6 +216,8 @@ class RoundRun:
             blocks = self._audit(phase)
         except (ProtocolError, Refusal) as error:
             log.error("the total does not hold", plan=self.job.plan.name, reason=str(error))
+            number = self.machine.context.header.round
+            self.site.round_ended(self.job.plan.name, endings.total_wrong(number, error))
             self.machine.phase = Stopped(str(error))
             self.tell()
             return

@@ -19,7 +19,7 @@ from participant.enrol import ROSTER, ROSTER_PIN, pinned_before
 from participant.pace import Pace
 from participant.store import Store
 from privacy.budget.ledger import Ledger
-from privacy.endings import Told, told_at_site
+from privacy.endings import Reason, Told, told_at_site
 from privacy.errors import Refusal, UserError, shown
 from privacy.files import DiskError, make_private_directory, read_file, write_durably
 from privacy.identity import LOST, load_identity
@@ -45,6 +45,8 @@ class Site:
     identity: Ed25519PrivateKey = field(repr=False)
     store: Store
     counts: Counts = field(default_factory=Counts, repr=False)
+    #: Plan -> what became of the last round of its stage here, if that was no total.
+    ended: dict[str, Reason] = field(default_factory=dict, repr=False)
     _ledgers: dict[str, Ledger] = field(default_factory=dict, repr=False)
     #: Identity keys by index in each roster that was pinned here, by its hash.
     _keys: dict[bytes, tuple[bytes, ...]] = field(default_factory=dict, repr=False)
@@ -131,6 +133,11 @@ class Site:
         return now.index(keys[member]) if member < len(keys) and keys[member] in now else None
 
     # --- notes for `status`; nothing depends on them -----------------------------------------------------------------
+
+    def round_ended(self, plan: str, reason: Reason) -> None:
+        """Remember how a round ended here without a total, until the next one gives one."""
+        self.ended[plan] = reason
+        self.note(plan, "ready", reason)
 
     def note(self, plan: str, state: str, reason: str = "") -> Told:
         """Remember what became of a plan here; what of it people see."""

@@ -138,7 +138,7 @@ ENDINGS: tuple[Ending, ...] = (
     Ending(
         *("held", "no-adapter", r"^expected an adapter in releases/"),
         "a round is released, and its files are gone from the coordinator's disk",
-        "restore the directory releases; each site that fetched the release still has it",
+        "start the coordinator again: it writes releases anew; each site that fetched the release still has it",
         "veilsum-participant fetch has it where it came here before",
     ),
     Ending(
@@ -148,8 +148,8 @@ ENDINGS: tuple[Ending, ...] = (
         LOOK,
     ),
     Ending(
-        *("site", "site-failed", r"cannot train: its administrator sees why$"),
-        "a site's own files or its training do not allow it; details never leave the site",
+        *("site", "site-failed", r"cannot go on: its administrator sees why$"),
+        "a site's files, its training or what it was sent do not allow it; details never leave the site",
         "ask the administrator of {members}: veilsum-participant status there says why",
         "veilsum-participant status",
     ),
@@ -268,6 +268,35 @@ ENDINGS: tuple[Ending, ...] = (
         "the offer does not fit what this site has on disk, or lacks a proof about an earlier round",
         "ask {members} for its log; a coordinator that was restored from an old copy offers what was before",
         "nothing, if a later offer is taken; else ask the operator whether the coordinator was restored",
+    ),
+    Ending(
+        *(
+            *("site", "release-wrong"),
+            r"^the total of round \d+ does not hold: |^M1[013]: |the total is wrong$|^a release is of another"
+            r"|^releases: |^audit: |disjoint cohorts in a release|the file (ends early|goes on)$"
+            r"|has no outcome certificate",
+        ),
+        "what the coordinator shows as a total or a release does not verify",
+        "look at the coordinator's log, disk and memory: {members} takes nothing that it cannot verify",
+        "use nothing of this release; keep the log, and tell the operator and the other sites",
+    ),
+    Ending(
+        *("site", "complained", r"^round \d+: complained: "),
+        "the shares that another site dealt to this one do not open; nothing was spent",
+        "ask {members}, who dealt them, for its software and its log; " + AGAIN,
+        "nothing, if the next round goes on; else tell the operator",
+    ),
+    Ending(
+        *("site", "not-uploaded", r"^the upload of round \d+ was not taken: "),
+        "the upload came too late, or is not what was signed",
+        "look at the line of {members} (max_upload_rate there, upload_s in the plan)",
+        "nothing: the same update goes into a later round. If it stays so: a faster line, or a higher max_upload_rate",
+    ),
+    Ending(
+        *("site", "upload-lost", r"^the upload of round \d+ cannot go on: "),
+        "after a crash the masked file of a round was gone or another one",
+        "wait: the round goes on without {members} if enough others are there",
+        "nothing: a later round masks the update again. Look at the disk: veilsum-participant doctor",
     ),
     Ending(
         *("site", "round-aborted", r"^round \d+ was aborted: "),

@@ -99,8 +99,8 @@ def unconfirmed(members: Sequence[int]) -> Reason:
 
 
 def site_failed() -> Reason:
-    """A site cannot train, for a reason that is nobody else's to know."""
-    return Reason("this site cannot train: its administrator sees why")
+    """A site cannot go on, for a reason that is nobody else's to know."""
+    return Reason("this site cannot go on: its administrator sees why")
 
 
 def offer_refused(number: int, error: Exception) -> Reason:
@@ -111,6 +111,26 @@ def offer_refused(number: int, error: Exception) -> Reason:
 def round_aborted(number: int, reason: str) -> Reason:
     """The last round that a site was in, as it is told there."""
     return Reason(f"round {number} was aborted: {reason}")
+
+
+def total_wrong(number: int, error: Exception) -> Reason:
+    """A site does not confirm a total."""
+    return Reason(f"the total of round {number} does not hold: {error}")
+
+
+def complained(number: int, reason: str) -> Reason:
+    """A site takes no further part in a round, since shares do not open."""
+    return Reason(f"round {number}: complained: {reason}")
+
+
+def not_uploaded(number: int, error: Exception) -> Reason:
+    """The coordinator did not take an upload."""
+    return Reason(f"the upload of round {number} was not taken: {error}")
+
+
+def upload_lost(number: int) -> Reason:
+    """What was to be uploaded after a crash is gone."""
+    return Reason(f"the upload of round {number} cannot go on: its spool is gone or another")
 
 
 def stored(text: str) -> Reason:
@@ -178,6 +198,8 @@ def told_at_site(state: str, reason: str, name: Callable[[int], str]) -> Told:
         of_round = told("round", found[2], name)
         text = round_aborted(int(found[1]), of_round.reason) + (found[3] or "")
         return Told(of_round.cause, text, of_round.concerns, of_round.operator, of_round.site)
-    if state in ("refused", "failed") or find("site", reason).code in ("no-consent", "hours", "offer-refused"):
+    if state in ("refused", "failed"):
         return told("site", reason)
+    if state in ("ready", "waiting") and find("site", reason).code != "other-refusal":
+        return told("site", reason, name)
     return Told(reason=reason)

@@ -6,6 +6,7 @@ import ast
 import inspect
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from participant.web.view import _plan
 from privacy import endings
 from privacy.advice import ENDINGS, Kind
 from privacy.endings import Reason, find, told, told_at_site
-from privacy.errors import Refusal, UserError
+from privacy.errors import ProtocolError, Refusal, UserError
 from scripts import endings as written
 from tests.on_disk import OnDisk
 
@@ -55,6 +56,10 @@ SAMPLES: dict[str, tuple[Kind, Callable[[], Reason]]] = {
     "unconfirmed": ("held", lambda: endings.unconfirmed((1,))),
     "site_failed": ("site", endings.site_failed),
     "offer_refused": ("site", lambda: endings.offer_refused(3, Refusal("x"))),
+    "total_wrong": ("site", lambda: endings.total_wrong(3, ValueError("x"))),
+    "complained": ("site", lambda: endings.complained(3, "the shares of member 1 do not open")),
+    "not_uploaded": ("site", lambda: endings.not_uploaded(3, Refusal("too late"))),
+    "upload_lost": ("site", lambda: endings.upload_lost(3)),
     "round_aborted": ("site", lambda: endings.round_aborted(3, "x")),
 }
 
@@ -254,7 +259,6 @@ def test_a_plan_that_is_over_says_what_comes_next(aborted: OnDisk) -> None:
 def test_a_site_sees_it_by_name_too(aborted: OnDisk) -> None:
     daemon = aborted.daemons[0]
     aborted.tell(0)
-    daemon._ready(aborted.job, 1, endings.round_aborted(1, next(iter(aborted.engine.rounds.values())).row.reason))
     note = daemon.site.notes()["toy"]
     silent = names_of(aborted, 2, 3, 4)
     assert (note["state"], note["cause"], note["concerns"]) == ("ready", "too-few-joined", silent)
@@ -267,18 +271,41 @@ def test_a_site_sees_it_by_name_too(aborted: OnDisk) -> None:
     assert page["todo"] == note["todo"]
 
 
+def test_an_upload_that_is_not_taken_is_told_until_the_next_round(tmp_path: Path) -> None:
+    world = OnDisk(tmp_path)
+    world.ready()
+    world.run(until=phases.Uploading)
+    daemon = world.daemons[0]
+
+    def too_late(*_: object) -> None:
+        raise ProtocolError("M5 of member 0 in phase Signing: too late")
+
+    daemon.client.upload = too_late  # type: ignore[assignment,method-assign]
+    world.tell(0)
+    note = daemon.site.notes()["toy"]
+    assert (note["state"], note["cause"], note["concerns"]) == ("ready", "not-uploaded", [world.names[0]])
+    assert note["reason"] == f"the upload of round 1 was not taken: M5 of '{world.names[0]}' in phase Signing: too late"
+    assert "a faster line" in note["todo"]
+    daemon._ready(world.job, 1)
+    assert daemon.site.notes()["toy"]["reason"].startswith("the upload of round 1 was not taken: ")
+    assert daemon.site.notes()["toy"]["cause"] == "not-uploaded"
+
+
 def test_a_release_says_nothing_and_one_without_its_files_is_no_release(tmp_path: Path) -> None:
     world = OnDisk(tmp_path)
     world.ready()
     world.run()
     found = json.loads(report.report(world.engine, "toy"))
     assert (found["state"], found["reason"], found["todo"]) == ("released", "", "")
-    manifest = world.engine.home.releases / "toy" / "stage-1" / "manifest.json"
-    manifest.unlink()
+    shutil.rmtree(world.engine.home.releases / "toy" / "stage-1" / "adapter")
     found = json.loads(report.report(world.engine, "toy"))
     assert found["cause"] == "no-adapter"
     assert found["reason"] == "expected an adapter in releases/toy, found none"
-    assert found["todo"].startswith("restore the directory releases")
+    assert found["todo"].startswith("start the coordinator again")
+    world.open()
+    world.run()
+    world.work()
+    assert json.loads(report.report(world.engine, "toy"))["todo"] == "", "and so it is"
 
 
 def test_what_failed_at_a_site_is_told_without_its_details(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +322,7 @@ def test_what_failed_at_a_site_is_told_without_its_details(tmp_path: Path, monke
     assert "a secret" in note["reason"]
     assert note["todo"].startswith("mend what the reason says")
     said = world.engine.declined[world.digest, 0]
-    assert said == "this site cannot train: its administrator sees why"
+    assert said == "this site cannot go on: its administrator sees why"
 
 
 def test_a_plan_of_several_stages_that_is_cancelled_is_not_called_released() -> None:
