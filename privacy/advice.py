@@ -42,7 +42,7 @@ ENDINGS: tuple[Ending, ...] = (
     Ending(
         *("round", "too-few-shares", r"^expected at least \d+ members with shares"),
         "too few sites dealt their shares within share_s",
-        f"start the daemon at {{members}} and look at its log; {AGAIN}",
+        f"start the daemon at {{members}} and look at the log there; {AGAIN}",
         LOOK,
     ),
     Ending(
@@ -61,7 +61,7 @@ ENDINGS: tuple[Ending, ...] = (
     Ending(
         *("round", "too-few-releases", r"^expected at least \d+ members to release shares"),
         "too few sites released their shares within unmask_s, so that the sum stays masked",
-        "start the daemon at {members}, with its directory as it was: the sites of this sum are the only ones that "
+        "start the daemon at {members}, with the directory as it was: the sites of this sum are the only ones that "
         "may go on, and they do it by themselves",
         LOOK,
     ),
@@ -144,7 +144,7 @@ ENDINGS: tuple[Ending, ...] = (
     Ending(
         *("held", "unconfirmed", r"^not confirmed by "),
         "the total stands, and some sites in it have not said that they verified it",
-        "audit the transcript: veilsum-audit transcript; ask {members} what its log says",
+        "audit the transcript: veilsum-audit transcript; ask {members} what the log says there",
         LOOK,
     ),
     Ending(
@@ -224,7 +224,7 @@ ENDINGS: tuple[Ending, ...] = (
     Ending(
         *("site", "records", r"records these are registered already"),
         "the same records are known under another name, with a budget of its own",
-        "use the name of the data set that {members} has registered",
+        "use in plans the name under which the data set is registered at {members}",
         "use the first name in plans, or take the records out",
     ),
     Ending(
@@ -234,7 +234,7 @@ ENDINGS: tuple[Ending, ...] = (
             r"the ledger of |the policy of its ledger|stay what they were at the first job|were witnessed|a fork$",
         ),
         "ledger, registry and participant.toml of a data set do not go together, or the ledger is an old copy",
-        "wait for {members}; do not tell it to delete its ledger",
+        "wait for {members}; no ledger may be deleted",
         "restore the newest copy of the directory, or enter the change: veilsum-participant dataset policy",
     ),
     Ending(
@@ -260,13 +260,13 @@ ENDINGS: tuple[Ending, ...] = (
             r"; the coordinator now shows |has not computed where stage |from another start adapter",
         ),
         "the coordinator shows other totals than those from which this site has begun the stage",
-        "restore the newest state of the coordinator; {members} has seen another release",
+        "restore the newest state of the coordinator: another release was seen at {members}",
         "do not go on; telephone the operator and the other sites",
     ),
     Ending(
         *("site", "offer-refused", r"^the offer of round |^M0: |was not trained under this file"),
         "the offer does not fit what this site has on disk, or lacks a proof about an earlier round",
-        "ask {members} for its log; a coordinator that was restored from an old copy offers what was before",
+        "ask {members} for the log; a coordinator that was restored from an old copy offers what was before",
         "nothing, if a later offer is taken; else ask the operator whether the coordinator was restored",
     ),
     Ending(
@@ -277,13 +277,13 @@ ENDINGS: tuple[Ending, ...] = (
             r"|has no outcome certificate",
         ),
         "what the coordinator shows as a total or a release does not verify",
-        "look at the coordinator's log, disk and memory: {members} takes nothing that it cannot verify",
+        "look at the coordinator's log, disk and memory: no site takes what it cannot verify",
         "use nothing of this release; keep the log, and tell the operator and the other sites",
     ),
     Ending(
         *("site", "complained", r"^round \d+: complained: "),
         "the shares that another site dealt to this one do not open; nothing was spent",
-        "ask {members}, who dealt them, for its software and its log; " + AGAIN,
+        "ask {members}, where they were dealt, for version and log; " + AGAIN,
         "nothing, if the next round goes on; else tell the operator",
     ),
     Ending(
