@@ -126,6 +126,16 @@ def status(directory: Directory = HERE, as_json: AsJson = False) -> None:
             f"released {len(plan['released'])} of {plan['members']} members"
             + (f"; not taking part: {', '.join(plan['declined'])}" if plan["declined"] else "")
         )
+        _say_what_to_do(plan)
+
+
+def _say_what_to_do(plan: dict[str, Any]) -> None:
+    """One line for the plan, and one for each site that takes no part."""
+    if plan["todo"]:
+        typer.echo(f"  what to do: {plan['todo']}")
+    for member, why in plan["declined"].items():
+        typer.echo(f"  {member} {why}")
+        typer.echo(f"    what to do: {plan['declined_todo'][member]}")
 
 
 @app.command()
@@ -141,8 +151,7 @@ def show(
         typer.echo(json.dumps(found))
         return
     typer.echo(f"{found['plan']}: {found['state']}" + (f": {found['reason']}" if found["reason"] else ""))
-    for member, why in found["declined"].items():
-        typer.echo(f"  {member} {why}")
+    _say_what_to_do(found)
     for stage in found["history"] if found["stages"] > 1 else ():
         over = "closed" if stage["closed"] else "open"
         typer.echo(f"  stage {stage['stage']} of {found['stages']}: {over}, starts at {stage['start'][:16]}…")
@@ -155,6 +164,8 @@ def show(
         if row["phase"] == "publishing":
             line += ", unmasked {} of {} shards".format(*row["shards"])
         typer.echo(line + (f"; {row['reason']}" if row["reason"] else ""))
+        if row["state"] == "aborted" and row["todo"]:
+            typer.echo(f"    what to do: {row['todo']}")
         for entry in row["named"]:
             typer.echo(f"    proven cheat: {entry['member']} ({entry['kind']})")
     if found["release"]:

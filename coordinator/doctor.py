@@ -14,6 +14,7 @@ from cryptography import x509
 
 from coordinator.config import Home, check_identity, load_home
 from coordinator.operator import Operator
+from coordinator.publish import has_adapter
 from coordinator.schema import SCHEMA
 from coordinator.space import space_needed
 from privacy.checks import (
@@ -137,10 +138,7 @@ def _database(home: Home) -> Iterator[Check]:
 def _releases(home: Home, plans: Iterable[tuple[str, str, str]]) -> Iterator[Check]:
     """A plan that says "released" has an adapter."""
     for name, state, _ in plans:
-        missing = state == "released" and not list(
-            (home.releases / name).glob("stage-*/adapter/adapter_model.safetensors")
-        )
-        if missing:
+        if state == "released" and not has_adapter(name, home.releases):
             yield fail(
                 "releases",
                 f"plan '{name}' is released and its adapter is not there",
@@ -180,7 +178,7 @@ def _process(home: Home) -> Iterator[Check]:
         yield ok("process", f"a coordinator serves {len(found['plans'])} plans here")
     for plan in found["plans"]:
         if plan["reason"] and plan["state"] != "cancelled":
-            todo = f"veilsum-coordinator show {plan['plan']}"
+            todo = plan["todo"] or f"veilsum-coordinator show {plan['plan']}"
             yield warn("plans", f"'{plan['plan']}' is {plan['state']}: {plan['reason']}", todo)
 
 

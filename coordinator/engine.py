@@ -21,6 +21,7 @@ from coordinator.running import Running, keep_accusations, replay
 from coordinator.space import missing_space
 from coordinator.stage import is_over, next_cohort
 from coordinator.store import Event, PlanRow, RoundRow, StageRow, Store
+from privacy import endings
 from privacy.encoding import decode, encode
 from privacy.errors import Refusal, UserError, VeilsumError
 from privacy.job import Job
@@ -47,7 +48,7 @@ class Engine:
         self.jobs: dict[bytes, Job] = {}
         self.rounds: dict[bytes, Running] = {}
         #: Why no round of a plan can open for now: bytes missing on the disk, or too many failures.
-        self.held: dict[bytes, str] = {}
+        self.held: dict[bytes, endings.Reason] = {}
         #: (plan, member) -> why it takes no part, or not yet; in memory only, members say it again.
         self.declined: dict[tuple[bytes, int], str] = {}
         #: Called whenever a member may have something new to hear.
@@ -86,9 +87,9 @@ class Engine:
                 known = ", ".join(p.name for p in self.store.plans()) or "none"
                 raise UserError(f"expected the name of a plan, found '{name}'; known: {known}")
             for running in [r for r in self.rounds.values() if r.row.plan == plan.digest]:
-                self.abort(running, f"plan cancelled: {reason}")
+                self.abort(running, endings.plan_cancelled(reason))
             if plan.state in ("open", "released"):
-                self.store.set_plan_state(plan.digest, "cancelled", reason)
+                self.store.set_plan_state(plan.digest, "cancelled", endings.cancelled(reason))
         self.changed()
 
     def open_plan(self, digest: bytes) -> tuple[PlanRow, Job]:
@@ -234,7 +235,7 @@ class Engine:
         """The start of a stage is computed, and the release before it is final: members may hear of it."""
         with self.lock:
             self.store.set_start(digest, stage, start)
-            self.held[digest] = ""
+            self.held[digest] = endings.NONE
         log.info("stage begun", plan=self.jobs[digest].plan.name, stage=stage, start=start.hex()[:16])
         self.changed()
 
@@ -258,7 +259,7 @@ class Engine:
         if not is_over(len(done), len(job.roster.members), first, now, job.plan.deadlines.stage_s):
             return False
         certified = [c for c in self.released(digest, stage) if is_certified(job.at(stage), c.evidence.votes)]
-        self.held[digest] = "" if certified else f"no total of stage {stage} is certified: stage {stage + 1} must wait"
+        self.held[digest] = endings.NONE if certified else endings.uncertified(stage)
         if certified:
             cohorts = tuple((c.round_id, c.outcome.total) for c in certified)
             self.store.open_stage(digest, StageRow(stage + 1, now, cohorts))
@@ -300,12 +301,13 @@ class Engine:
         if len(failed) < ATTEMPTS:
             return False
         if any(p.state == "open" for p in self.store.plans() if p.digest == digest):
-            reason = f"{len(failed)} rounds failed, the last: {failed[-1].reason}"
+            reason = endings.gave_up(len(failed), failed[-1].reason)
             self.store.set_plan_state(digest, "aborted", reason)
+            seen = endings.told("plan", reason, self.roster.roster.name)
+            log.error("plan given up", plan=self.jobs[digest].plan.name, **seen.facts("operator"))
             return True
         waits = self.clock() < failed[-1].opened + self.jobs[digest].plan.deadlines.join_s
-        text = f"{len(failed)} rounds failed since the last release, the last: {failed[-1].reason}"
-        self.held[digest] = text if waits else ""
+        self.held[digest] = endings.pause(len(failed), failed[-1].reason) if waits else endings.NONE
         return waits
 
     def _eligible(
@@ -354,7 +356,7 @@ class Engine:
         elif isinstance(phase, phases.HasTotal):
             running.row = self.store.end_round(row, "released", "", None, phase.closed.survivors)
 
-    def abort(self, running: Running, reason: str) -> None:
+    def abort(self, running: Running, reason: endings.Reason) -> None:
         """End a round without a total; a released one stays released."""
         if isinstance(running.machine.phase, phases.Released | phases.Aborted):
             return
@@ -370,7 +372,7 @@ class Engine:
                 self.phase_ended(running.timed, self.clock() - running.since)
             running.begin_phase(self.clock())
         if isinstance(phase, phases.Aborted) and running.row.state != "aborted":
-            running.log.warning("round aborted", reason=phase.reason)
+            running.log.warning("round aborted", **running.told().facts("operator"))
             keep_accusations(running, self.store.round_directory(running.row.id))
         self._settle(running)
         running.unfinished = isinstance(phase, phases.Released | phases.Aborted)

@@ -141,10 +141,18 @@ def _copy_total(total: Path, target: Path) -> None:
         staging.unlink(missing_ok=True)
 
 
+def has_adapter(plan: str, releases: Path) -> bool:
+    """Does an adapter of this plan lie in the directory of releases?"""
+    return any((releases / plan).glob("stage-*/adapter/adapter_model.safetensors"))
+
+
 def is_published(job: Job, stage: int, cohorts: Sequence[CohortTotal], releases: Path) -> bool:
-    """Does the release hold these cohorts with this very evidence already? Its manifest, written last, says so."""
+    """Does the release hold these cohorts with this very evidence already? Its manifest, written last, says so.
+
+    Files that somebody took away since are written anew.
+    """
     path = _directory(job, stage, releases) / MANIFEST
-    if not path.exists():
+    if not path.exists() or not (path.parent / "adapter" / "adapter_model.safetensors").exists():
         return False
     listed = [(c["round"], c.get("evidence_sha256")) for c in json.loads(path.read_bytes())["cohorts"]]
     return listed == [(c.number, _evidence_hash(c)) for c in cohorts]

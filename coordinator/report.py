@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from coordinator import phases
 from coordinator.engine import Engine
+from coordinator.publish import has_adapter
 from coordinator.running import Running, names_in, phase_seconds
 from coordinator.store import PlanRow
+from privacy import endings
 from privacy.errors import UserError
 
 
@@ -45,18 +48,39 @@ def _short(engine: Engine, plan: PlanRow) -> dict[str, object]:
     name = engine.roster.roster.name
     stage, job = engine.stage(plan.digest), engine.jobs[plan.digest]
     done = engine.done(plan.digest, stage)
+    declined = {name(m): why for (p, m), why in sorted(engine.declined.items()) if p == plan.digest}
     return {
         "plan": plan.name,
         "digest": plan.digest.hex(),
         "state": plan.state,
-        "reason": plan.reason or engine.held.get(plan.digest, ""),
+        **why(engine, plan, stage).facts("operator"),
         "stage": stage,
         "stages": job.plan.last,
         "ready": [name(m) for m in sorted(engine.store.ready(plan.digest, stage))],
         "released": [name(m) for m in sorted(done)],
-        "declined": {name(m): why for (p, m), why in sorted(engine.declined.items()) if p == plan.digest},
+        "declined": declined,
+        "declined_todo": {
+            member: endings.told("site", text.partition(": ")[2], concerns=[member]).operator
+            for member, text in declined.items()
+        },
         "members": len(engine.roster.roster.members),
     }
+
+
+def why(engine: Engine, plan: PlanRow, stage: int) -> endings.Told:
+    """Why a plan is over, why it does not go on, or how its last round failed; nothing while all is well."""
+    name, rounds = engine.roster.roster.name, engine.stage_rounds(plan.digest, stage)
+    if plan.state in ("cancelled", "aborted"):
+        return endings.told("plan", plan.reason or "no reason given", name)
+    if held := engine.held.get(plan.digest):
+        return endings.told("held", held, name)
+    if plan.state == "released" and not has_adapter(plan.name, engine.home.releases):
+        return endings.told("held", endings.no_adapter(plan.name))
+    last = rounds[-1] if rounds else None
+    if last is None or not isinstance(last.machine.phase, phases.Aborted):
+        return endings.Told() if last is None else last.told()
+    found = last.told()
+    return replace(found, reason=endings.round_aborted(last.row.number, found.reason))
 
 
 def _round(engine: Engine, running: Running) -> dict[str, object]:
@@ -69,7 +93,7 @@ def _round(engine: Engine, running: Running) -> dict[str, object]:
         "id": row.id.hex(),
         "state": row.state,
         "phase": type(phase).__name__.lower(),
-        "reason": row.reason,
+        **running.told().facts("operator"),
         "culprit": name(row.culprit) if row.culprit is not None else None,
         "invited": [name(m) for m in row.invited],
         "waiting_for": [name(m) for m in running.machine.missing()],

@@ -29,7 +29,7 @@ from coordinator.phases import (
     Unmasking,
     Uploading,
 )
-from privacy import merkle
+from privacy import endings, merkle
 from privacy.encoding import encode
 from privacy.errors import ProtocolError
 from privacy.secagg import dealing, transcript
@@ -287,14 +287,13 @@ class CoordinatorRound:
         elif isinstance(phase, Projecting):
             self.phase = Released(phase.closed, phase.outcome, phase.votes, dict(phase.shares))
 
-    def _too_few(self, what: str, found: int, needed: int) -> bool:
+    def _too_few(self, step: endings.Step, found: int, needed: int) -> bool:
         if found >= needed:
             return False
-        silent = ", ".join(map(str, self.missing())) or "none"
-        self.abort(f"expected at least {needed} members {what}, found {found}; silent: {silent}")
+        self.abort(endings.too_few(step, needed, found, self.missing()))
         return True
 
-    def abort(self, reason: str, culprit: int | None = None) -> None:
+    def abort(self, reason: endings.Reason, culprit: int | None = None) -> None:
         """End the round without a total; a released one stays released."""
         phase = self.phase
         if isinstance(phase, Confirming | Projecting | Released | Aborted):
@@ -356,7 +355,7 @@ class CoordinatorRound:
         except ProtocolError as error:  # every share matched its hash: the dealer is to blame, and the sum is lost
             for evidence in evidence_against(phase, error.culprit, self._owned_leaf):
                 self._accuse(phase.closed, evidence)
-            self.abort(str(error), error.culprit)
+            self.abort(endings.wrong_shares(error), error.culprit)
             return
         streams = transcript.total_streams(closed.t2, closed.survivors, opened, pairs)
         record = Transcript(

@@ -11,6 +11,7 @@ import structlog
 from coordinator import phases
 from coordinator.round import CoordinatorRound
 from coordinator.store import Event, RoundRow
+from privacy import endings
 from privacy.encoding import decode, encode
 from privacy.files import write_durably
 from privacy.job import Job
@@ -53,6 +54,16 @@ class Running:
         bound: structlog.BoundLogger = log.bind(**self.about)
         return bound
 
+    def told(self) -> endings.Told:
+        """Why the round is over without a total, or by whom its total is not confirmed, for people."""
+        phase, name = self.machine.phase, self.job.roster.name
+        if isinstance(phase, phases.Aborted):
+            concerns = () if phase.culprit is None else (name(phase.culprit),)
+            return endings.told("round", phase.reason, name, concerns)
+        if isinstance(phase, phases.Released) and (silent := set(phase.closed.survivors) - set(phase.votes)):
+            return endings.told("held", endings.unconfirmed(sorted(silent)), name)
+        return endings.Told()
+
     def begin_phase(self, now: float) -> None:
         """The phase that the machine is in begins now, and with it its time."""
         phase = self.machine.phase
@@ -84,7 +95,7 @@ def replay(machine: CoordinatorRound, event: Event) -> None:
     elif event.kind == "publish":
         machine.publish(event.payload)
     elif event.kind == "abort":
-        machine.abort(event.payload.decode())
+        machine.abort(endings.stored(event.payload.decode()))
 
 
 def keep_accusations(running: Running, directory: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from privacy.endings import NONE, Reason, no_space
 from privacy.job import Job
 from privacy.secagg.masking import packed_length
 
@@ -16,9 +17,9 @@ def space_needed(job: Job, members: int) -> int:
     return (members + 2) * packed + 3 * size
 
 
-def missing_space(job: Job, members: int, directory: Path) -> str:
-    """One line if the disk is too full for a round of so many members, else nothing."""
+def missing_space(job: Job, members: int, directory: Path) -> Reason:
+    """Why no round can open, if the disk is too full for a round of so many members."""
     needed, free = space_needed(job, members), shutil.disk_usage(directory).free
     if free >= needed:
-        return ""
-    return f"expected {needed / 1e6:,.1f} MB free for the uploads of {members} members, found {free / 1e6:,.1f} MB"
+        return NONE
+    return no_space(needed, members, free)

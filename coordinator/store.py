@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.schema import SCHEMA
-from privacy import faults
+from privacy import endings, faults
+from privacy.endings import Reason
 from privacy.errors import UserError
 from privacy.files import DiskError, disk_errors, make_private_directory
 from privacy.vectors import round_name, upload_name
@@ -176,10 +177,10 @@ class Store:
             db.execute("update plans set roster = ? where roster = x''", (roster,))  # of an older version
             db.execute(
                 "update plans set state = 'cancelled', reason = ? where roster != ? and state = 'open'",
-                ("the roster changed; what is left to do needs a plan of another name", roster),
+                (endings.roster_changed(), roster),
             )
 
-    def set_plan_state(self, digest: bytes, state: str, reason: str = "") -> None:
+    def set_plan_state(self, digest: bytes, state: str, reason: Reason) -> None:
         self._write("plans", "update plans set state = ?, reason = ? where digest = ?", state, reason, digest)
 
     # --- stages ------------------------------------------------------------------------------------------------------

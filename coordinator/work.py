@@ -18,6 +18,7 @@ from coordinator.round import outcome_of
 from coordinator.running import Running, names_in
 from coordinator.store import Event, StageRow
 from coordinator.unmask import fold, shard_count, unmask
+from privacy import endings
 from privacy.errors import ProtocolError
 from privacy.files import DiskError
 from privacy.outcome import is_certified
@@ -69,7 +70,7 @@ class Worker:
             waiting.log.error("not published", reason=str(error))
             with engine.lock:
                 waiting.unfinished = False  # or a released round would come up again at once, for ever
-                engine.abort(waiting, str(error))
+                engine.abort(waiting, endings.not_published(error))
 
     def _waits(self, running: Running) -> bool:
         phase = running.machine.phase
@@ -103,7 +104,7 @@ class Worker:
             self._begin(*waiting)
         except (DiskError, ProtocolError) as error:
             log.error("stage cannot begin", plan=engine.jobs[waiting[0]].plan.name, reason=str(error))
-            engine.held[waiting[0]] = f"stage {waiting[1].stage} cannot begin: {error}"
+            engine.held[waiting[0]] = endings.stage_blocked(waiting[1].stage, error)
             self._begin_again = engine.clock() + RETRY_S
         return True
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from participant import charging
 from participant.client import OfferedPlan
 from participant.config import Home
+from participant.pace import UploadTime
 from participant.policy import allow, consent
 from participant.site import MAX_REASON, Site
 from privacy.errors import Refusal, UserError, VeilsumError, shown
@@ -28,6 +29,8 @@ class Considered:
     file: PlanFile
     state: str  # admitted, waiting, refused; or cancelled, aborted, released there
     reason: str
+    #: What its upload takes here; ``None`` where the federation does not allow it, or it is over.
+    upload: UploadTime | None = None
 
 
 def approved(home: Home) -> dict[str, str]:
@@ -61,18 +64,20 @@ def consider(site: Site, offered: OfferedPlan) -> Considered:
     write_durably(make_private_directory(site.home.directory / SHOWN) / f"{file.plan.name}.toml", file.raw)
     if offered.state in ("cancelled", "aborted"):
         return Considered(file, offered.state, shown(offered.reason, MAX_REASON))
+    upload = None
     try:
         job = Job.of(file, site.roster, site.home.factors)
+        upload = UploadTime.of(job, site.home.settings.max_upload_rate, min(offered.stage, job.plan.last))
         allow(job, site.home.settings, charging.standing(site, job, offered.stage), offered.stage)
     except VeilsumError as error:
-        return Considered(file, "refused", str(error))
+        return Considered(file, "refused", str(error), upload)
     if is_approved(site.home, file):
-        return Considered(file, "admitted", "approved")
+        return Considered(file, "admitted", "approved", upload)
     try:
         consent(job, site.home.settings)
     except Refusal as error:
-        return Considered(file, "waiting", str(error))
-    return Considered(file, "admitted", "by participant.toml")
+        return Considered(file, "waiting", str(error), upload)
+    return Considered(file, "admitted", "by participant.toml", upload)
 
 
 def approve(home: Home, name: str, expected: str = "") -> PlanFile:

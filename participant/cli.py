@@ -107,6 +107,8 @@ def status(directory: Directory = HERE, as_json: AsJson = False) -> None:
     for plan in plans:
         reason = f": {plan['reason']}" if plan["reason"] else ""
         typer.echo(f"{plan['plan']}: {plan['state']}{reason}")
+        if plan["todo"]:
+            typer.echo(f"  what to do: {plan['todo']}")
 
 
 @app.command()

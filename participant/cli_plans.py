@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +31,7 @@ def plans(directory: Directory = HERE, as_json: AsJson = False) -> None:
     site = Site.open(directory)
     client = site.client()
     client.hello()
-    found = [_described(consider(site, offered)) for offered in client.plans()]
+    found = [_described(consider(site, offered), site.roster.roster.name) for offered in client.plans()]
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -38,12 +39,18 @@ def plans(directory: Directory = HERE, as_json: AsJson = False) -> None:
         typer.echo("no plans are offered")
     for plan in found:
         typer.echo(f"{plan['plan']}: {plan['state']}: {plan['reason']}")
+        if plan["todo"]:
+            typer.echo(f"  what to do: {plan['todo']}")
         typer.echo(
             f"  trains {plan['train']} of {plan['base']} on {plan['dataset']}, {plan['privacy']}; {plan['digest']}"
         )
+        if plan["upload"] is not None:
+            typer.echo(f"  {plan['upload']['text']}")
 
 
-def _described(found: Any) -> dict[str, Any]:
+def _described(found: Any, names: Callable[[int], str]) -> dict[str, Any]:
+    from privacy.endings import told_at_site
+
     plan = found.file.plan
     privacy = "without differential privacy"
     if plan.privacy is not None:
@@ -52,7 +59,7 @@ def _described(found: Any) -> dict[str, Any]:
     return {
         "plan": plan.name,
         "state": found.state,
-        "reason": shown(found.reason, MAX_REASON),
+        **told_at_site(found.state, shown(found.reason, MAX_REASON), names).facts("site"),
         "task": plan.task,
         "base": shown(plan.base.name),
         "dataset": plan.data.dataset,
@@ -61,7 +68,14 @@ def _described(found: Any) -> dict[str, Any]:
         "min_cohort": plan.round.min_cohort,
         "privacy": privacy,
         "digest": found.file.digest.hex(),
+        "upload": None if found.upload is None else _upload(found.upload),
     }
+
+
+def _upload(found: Any) -> dict[str, Any]:
+    tight = f"; that is tight: {found.todo}" if found.state == "tight" else ""
+    facts = {"bytes": found.bytes, "seconds": found.seconds, "deadline_s": found.deadline_s, "state": found.state}
+    return facts | {"text": f"{found}{tight}"}
 
 
 def approve(

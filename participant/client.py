@@ -21,6 +21,7 @@ import grpc
 from participant.counts import Counts
 from participant.diagnose import explain
 from participant.enrol import tls_files
+from participant.pace import Pace
 from privacy import PROTOCOL_VERSION, __version__
 from privacy.console import Unreachable
 from privacy.encoding import encode
@@ -120,10 +121,16 @@ class Client:
     """One connection to the coordinator."""
 
     def __init__(
-        self, directory: Path, address: str, roster: RosterFile, me: int, counts: Counts | None = None
+        self,
+        directory: Path,
+        address: str,
+        roster: RosterFile,
+        me: int,
+        counts: Counts | None = None,
+        pace: Pace | None = None,
     ) -> None:
         self._address, self._directory, self._roster, self._me = address, directory, roster, me
-        self._counts = counts or Counts()
+        self._counts, self._pace = counts or Counts(), pace or Pace(None)
         self._diagnosed = float("-inf")
         self._found: str | None = None
         #: Seconds of the quickest call so far: how far away the coordinator is.
@@ -158,6 +165,7 @@ class Client:
         return self._found
 
     def _call(self, method: str, request: Any) -> Any:
+        self._pace.take(request.ByteSize())
         began = time.monotonic()
         self._counts.moved(sent=request.ByteSize())
         with self._errors(), self._counts.call(method):
@@ -223,6 +231,7 @@ class Client:
         own = to_wire(message, Signed[MaskedInput])
         request = pb.UploadRequest(round=round_id, input=own, checkpoint=self.checkpoint())
         state: pb.UploadState = self._call("BeginUpload", request)
+        self._counts.uploaded(message.body.length if state.finished else state.received, message.body.length)
         if not state.finished:
             self._send_chunks(round_id, spool, state, message.body.length, bits)
         receipt: pb.Receipt = self._call("FinishUpload", request)
@@ -237,17 +246,21 @@ class Client:
         if not 1 <= window <= WINDOW or (offset % size and offset != length):
             raise ProtocolError(f"BeginUpload: expected a window and whole chunks, found {window} and {offset} bytes")
         flying: deque[Any] = deque()
+        acknowledged = offset
         with self._errors(), spool.open("rb") as file:
             file.seek(offset)
             while offset < length or flying:
                 while offset < length and len(flying) < self._in_flight(window, size):
                     payload = file.read(size)
+                    self._pace.take(CHUNK_HEADER + len(payload))
                     call = self._chunk.future(put_chunk(round_id, offset, payload), timeout=CHUNK_S)
                     flying.append(call)
                     self._counts.moved(sent=CHUNK_HEADER + len(payload))
                     offset += len(payload)
                 window = read_chunk_reply(flying.popleft().result())
                 self.progress += 1
+                acknowledged = min(acknowledged + size, length)
+                self._counts.uploaded(acknowledged, length)
 
     def _in_flight(self, window: int, size: int) -> int:
         """How much of its window an upload uses: what fills the line, and more only where there is room."""
@@ -283,6 +296,7 @@ class Client:
             for _ in wanted:
                 for member, block in islice(ahead, WINDOW - len(flying)):
                     request = pb.FetchBlockRequest(round=round_id, member=member, block=block)
+                    self._pace.take(request.ByteSize())
                     flying.append(self._stub.FetchBlock.future(request, timeout=TIMEOUT_S))
                 reply: pb.UploadBlock = flying.popleft().result()
                 self.progress += 1

@@ -136,6 +136,8 @@ class Settings(Section):
     max_rank: Positive | None = None
     #: For tests and demonstrations: keep the quantised vector in the clear beside the spool. Never leaves the site.
     keep_plain_vector: bool = False
+    #: Most bytes a second that the daemon sends; a chunk of an upload, 1 MiB, is never cut. Default: no limit.
+    max_upload_rate: Annotated[int, Field(ge=20_000)] | None = None
     #: Address of the metrics, a port or host:port; a port alone is for this machine only, empty shows none.
     metrics_listen: Listen = ""
     #: Base model name in plans -> directory.

@@ -8,9 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from prometheus_client import CollectorRegistry
 
+from participant.live import GOES_ON, NAMES, Live, seconds_of
+from participant.phases import Phase
 from privacy.errors import ProtocolError, Refusal, UserError, VeilsumError
 from privacy.exposition import Family
 from privacy.job import Job
@@ -54,10 +57,39 @@ class Counts:
         self.training: dict[str, float] = {}
         #: Plan -> number and phase of the round that this process lives through.
         self.rounds: dict[str, tuple[int, str]] = {}
+        #: Where the daemon is in a round now; replaced as a whole, since the page reads it from another thread.
+        self.live: Live | None = None
 
     def refused(self, error: VeilsumError) -> None:
         """Something was refused here with this error."""
         self._refusals.labels(next(reason for kind, reason in REASONS.items() if isinstance(error, kind))).inc()
+
+    def in_round(self, job: Job, stage: int, number: int, phase: Phase) -> None:
+        """The daemon is in this phase of a round."""
+        self.rounds[job.plan.name] = (number, type(phase).__name__.lower())
+        name, before = NAMES.get(type(phase)), self.live
+        if name is None:
+            self.live = None
+            return
+        at, upload = time.time(), None
+        if before is not None and (before.plan, before.stage, before.round) == (job.plan.name, stage, number):
+            at = before.since if before.phase in (name, GOES_ON.get(name)) else at
+            upload = before.upload
+        deadline = at + seconds_of(name, job.plan.deadlines)
+        self.live = Live(job.plan.name, stage, job.plan.last, number, name, at, deadline, upload)
+
+    def resuming(self, job: Job, stage: int, number: int) -> None:
+        """The daemon goes on with an upload of a round whose phases it did not live through."""
+        self.live = Live(job.plan.name, stage, job.plan.last, number, "uploading", time.time(), None)
+
+    def uploaded(self, here: int, of: int) -> None:
+        """So much of this site's upload is at the coordinator."""
+        if self.live is not None:
+            self.live = replace(self.live, upload=(here, of))
+
+    def no_round(self) -> None:
+        """The daemon is in no round any more."""
+        self.live = None
 
     @contextmanager
     def call(self, method: str) -> Iterator[None]:

@@ -13,6 +13,7 @@ from participant import charging
 from participant.approvals import is_approved
 from participant.client import Client, OfferedPlan, seen_hash
 from participant.fetch import fetch_release, start_of
+from participant.pace import UploadTime
 from participant.patience import patiently
 from participant.phases import Confirmed, Finished, Stopped, Uploading
 from participant.policy import Waits, admit, begin
@@ -20,6 +21,7 @@ from participant.prepare import Progress, prepare
 from participant.renewal import Renewal
 from participant.running import RoundRun, abort_unknown, join, resume_upload
 from participant.site import MAX_REASON, Site
+from privacy import endings
 from privacy.console import Unreachable
 from privacy.errors import ProtocolError, Refusal, UserError, VeilsumError, shown
 from privacy.job import Job
@@ -47,6 +49,8 @@ class Daemon:
     said: dict[str, str] = field(default_factory=dict)
     #: (digest of a plan, stage) whose training failed -> when it is tried again, and why it failed.
     failed: dict[tuple[bytes, int], tuple[float, VeilsumError]] = field(default_factory=dict)
+    #: Uploads that were said to be tight.
+    warned: set[UploadTime] = field(default_factory=set)
     #: Digest of a plan -> why this site takes no part, as the operator was told, and when.
     declined: dict[bytes, tuple[str, float]] = field(default_factory=dict)
 
@@ -68,7 +72,7 @@ class Daemon:
                 if once and state == "released":
                     return
                 if once and state in ("aborted", "cancelled"):
-                    raise Refusal(f"no release: the plan is {state}: {offered.reason}")
+                    raise Refusal(f"the plan is {state}: {offered.reason}")
             time.sleep(IDLE_S)
             patiently(self.client.hello)  # another roster may be in force by now
 
@@ -95,14 +99,16 @@ class Daemon:
             refusal, reason = error, str(error)
             if isinstance(error, UserError) and error.hint:
                 reason += f" ({error.hint})"
-            if isinstance(error, Refusal) and offered.state in ("open", "released"):
-                self._decline(digest, reason, waiting=state == "waiting")
-        self.site.note(name, state, reason)
+            if digest and offered.state in ("open", "released"):
+                # What failed here may quote files and records: nobody else's to know.
+                why = reason if isinstance(error, Refusal) else endings.site_failed()
+                self._decline(digest, why, waiting=state != "refused")
+        told = self.site.note(name, state, reason)
         if self.said.get(name) != state + reason:
             if refusal is not None:
                 self.site.counts.refused(refusal)
-            log.info("plan", plan=name, state=state, reason=reason)
-            notify(STATUS=f"plan '{name}' is {state}: {reason}")
+            log.info("plan", plan=name, state=state, **told.facts("site"))
+            notify(STATUS=f"plan '{name}' is {state}: {told.reason}")
             self.said[name] = state + reason
         return state
 
@@ -124,12 +130,18 @@ class Daemon:
             # A release made before stays a release; and one that holds this site's upload is what its ledger waits for.
             released = next((number for number in range(stage, 0, -1) if self._fetch(job, number)), None)
             charging.give_up(self.site, job, stage, f"the plan is {offered.state}: {offered.reason}")
-            if released is not None:
+            if released is None:
+                return offered.state, offered.reason
+            if released == last:
                 return "released", self._adapter(job, released)
-            return offered.state, offered.reason
+            kept = f"the release of stage {released} of {last} stays: {self._adapter(job, released)}"
+            return offered.state, f"{offered.reason}; {kept}"
         if not self._is_released(job, stage):
             self._prepare(job, stage)
-            self._take_part(job.at(stage), stage)
+            try:
+                self._take_part(job.at(stage), stage)
+            finally:
+                self.site.counts.no_round()
         if not self._fetch(job, stage):
             return "waiting", "for the release" if last == 1 else f"for the release of stage {stage} of {last}"
         if stage == last:
@@ -158,6 +170,10 @@ class Daemon:
         if self.site.store.trained(job.plan.name, stage) is None:
             now = time.localtime()
             begin(self.site.home.settings.policy.hours, now.tm_hour * 60 + now.tm_min)
+            upload = UploadTime.of(job, self.site.home.settings.max_upload_rate, stage)
+            if upload.state == "tight" and upload not in self.warned:
+                self.warned.add(upload)
+                log.warning("upload will be tight", plan=job.plan.name, expected=str(upload), hint=upload.todo)
         key = (job.plan_file.digest, stage)
         until, error = self.failed.get(key, (0.0, None))
         if error is not None and time.monotonic() < until:
@@ -180,13 +196,15 @@ class Daemon:
 
     def _ready(self, job: Job, stage: int) -> None:
         ready, expected = patiently(lambda: self.client.ready(job.plan_file.digest, stage))
-        self.site.note(job.plan.name, "ready", f"{ready} of {expected} members are ready")
+        text, ended = f"{ready} of {expected} members are ready", self.site.ended.get(job.plan.name)
+        self.site.note(job.plan.name, "ready", f"{ended}; {text}" if ended else text)
         log.info("ready", plan=job.plan.name, ready=ready, of=expected)
 
     def _take_part(self, job: Job, stage: int) -> None:
         """Join rounds of a stage until this site's delta is in an outcome, or nothing can come of it any more."""
         run: RoundRun | None = None
         seen = b""
+        self.site.ended.pop(job.plan.name, None)
         self._ready(job, stage)
         while True:
             found = patiently(lambda: self.client.next(job.plan_file.digest, stage, seen))  # noqa: B023
@@ -196,9 +214,6 @@ class Daemon:
                 continue
             seen = seen_hash(found[1])
             run = self._hear(job, stage, run, *found)
-            if run is not None:
-                phase = type(run.machine.phase).__name__.lower()
-                self.site.counts.rounds[job.plan.name] = (run.machine.context.header.round, phase)
             if isinstance(found[1], Outcome) and run is None:
                 return  # of a round this process did not live through: the release says it all
             if run is not None and isinstance(run.machine.phase, Finished):
@@ -220,14 +235,18 @@ class Daemon:
             except VeilsumError as error:
                 self.site.counts.refused(error)
                 log.warning("offer refused", plan=job.plan.name, reason=str(error))
+                self.site.round_ended(job.plan.name, endings.offer_refused(message.header.round, error))
                 return run
         mine = run is not None and run.round_id == round_id
         if isinstance(message, RoundAborted):
-            log.warning("round aborted", plan=job.plan.name, reason=message.reason)
+            seen = endings.told("round", shown(message.reason, MAX_REASON), self.site.roster.roster.name)
+            log.warning("round aborted", plan=job.plan.name, **seen.facts("site"))
             if mine and run is not None:
                 run.handle(message)
             else:
                 abort_unknown(self.site, self.client, job, round_id, message)
+            self.site.counts.no_round()
+            self.site.round_ended(job.plan.name, endings.round_aborted(message.header.round, message.reason))
             self._ready(job, stage)
             return None
         if mine and run is not None:

@@ -1,7 +1,7 @@
 """Why does the coordinator not answer? gRPC says UNAVAILABLE for every failure of a connection; this says which it was.
 
 Nothing here is on the way of a message: it looks at the dates of the site's own certificate and makes one connection of
-its own with the standard library's TLS, whose errors have names.
+its own with the standard library's TLS, whose errors have names. It goes through the proxy that gRPC takes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 
 from participant.enrol import AUTHORITY, TLS_CERTIFICATE, TLS_KEY
+from participant.proxy import ProxyFault, Route
 from privacy.errors import shown
 
 #: Seconds for the connection, for the handshake, and for the first byte after it.
@@ -49,7 +50,7 @@ def explain(address: str, directory: Path) -> str | None:
         context = _context(directory)
     except (ssl.SSLError, OSError) as error:
         return f"{directory / TLS_KEY}: expected the key of {TLS_CERTIFICATE}, found: {_reason(error)}"
-    return _connect(address, context)
+    return _connect(Route.to(address), context, authority)
 
 
 def explain_joining(address: str, authority: bytes) -> str | None:
@@ -57,7 +58,7 @@ def explain_joining(address: str, authority: bytes) -> str | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(cadata=authority)
     context.set_alpn_protocols(["h2"])
-    return _connect(address, context)
+    return _connect(Route.to(address), context, x509.load_der_x509_certificate(authority))
 
 
 def _own_fault(own: x509.Certificate, authority: x509.Certificate, directory: Path) -> str | None:
@@ -82,12 +83,13 @@ def _dates(certificate: x509.Certificate, now: datetime.datetime) -> str | None:
     return None
 
 
-def _connect(address: str, context: ssl.SSLContext) -> str | None:
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")
+def _connect(route: Route, context: ssl.SSLContext, authority: x509.Certificate) -> str | None:
+    address = route.address
     try:
-        with socket.create_connection((host, int(port)), TIMEOUT_S) as raw:
-            return _handshake(context, raw, host, address)
+        with route.open(TIMEOUT_S) as raw:
+            return _handshake(context, raw, route, authority)
+    except ProxyFault as error:
+        return f"{address}: {error}"
     except TimeoutError:
         return f"{address}: no answer within {TIMEOUT_S:.0f} s: is a firewall in between, is the address right?"
     except ConnectionRefusedError:
@@ -106,21 +108,22 @@ def _context(directory: Path) -> ssl.SSLContext:
     return context
 
 
-def _handshake(context: ssl.SSLContext, raw: socket.socket, host: str, address: str) -> str | None:
+def _handshake(context: ssl.SSLContext, raw: socket.socket, route: Route, authority: x509.Certificate) -> str | None:
+    address, via = route.address, route.via
     try:
-        with context.wrap_socket(raw, server_hostname=host) as secure:
+        with context.wrap_socket(raw, server_hostname=route.host) as secure:
             # With TLS 1.3 the client is done before the server has looked at its certificate: a refusal, or the
             # server's first frame, comes with the first read.
             first = secure.recv(1)
     except ssl.SSLCertVerificationError as error:
-        return _server_fault(error, address, host)
+        return _server_fault(error, route, authority)
     except TimeoutError:
-        return f"{address}: something listens there and does not answer in TLS within {TIMEOUT_S:.0f} s"
+        return f"{address}: something listens there and does not answer in TLS within {TIMEOUT_S:.0f} s{via}"
     except ssl.SSLError as error:
         alert = next((text for name, text in ALERTS.items() if name in (error.reason or "")), None)
         if alert:
             return f"{address}: the coordinator refuses this site's certificate: {alert}"
-        return f"{address}: no TLS connection: {_reason(error)}"
+        return f"{address}: no TLS connection: {_reason(error)}{via}"
     except ConnectionError:
         first = b""
     if first:
@@ -132,30 +135,42 @@ def _reason(error: OSError) -> str:
     return (getattr(error, "reason", None) or error.strerror or str(error)).replace("_", " ").lower()
 
 
-def _server_fault(error: ssl.SSLCertVerificationError, address: str, host: str) -> str:
+def _server_fault(error: ssl.SSLCertVerificationError, route: Route, authority: x509.Certificate) -> str:
+    address, there = route.address, _certificate_at(route)
     if error.verify_code in WRONG_NAME:
-        return f"{address}: the coordinator's certificate is not for '{host}': use the name that it was issued for"
+        return (
+            f"{address}: the coordinator's certificate is not for '{route.host}': use the name that it was issued for"
+        )
     if error.verify_code in NOT_YET | EXPIRED:
-        shown_there = _certificate_at(address)
-        fault = _dates(shown_there, datetime.datetime.now(datetime.UTC)) if shown_there else None
+        fault = _dates(there, datetime.datetime.now(datetime.UTC)) if there else None
         return f"{address}: the coordinator's certificate {fault or 'is out of date'}: its operator must renew it"
-    return (
-        f"{address}: the coordinator's certificate is not of this federation's authority ({error.verify_message}): "
-        "this is another coordinator, or somebody in between"
+    return f"{address}: the coordinator's certificate is not of this federation's authority" + _stranger(
+        error, route, there, authority
     )
 
 
-def _certificate_at(address: str) -> x509.Certificate | None:
-    """The certificate that is shown at an address, believed by nobody."""
-    host, _, port = address.rpartition(":")
+def _stranger(
+    error: ssl.SSLCertVerificationError, route: Route, there: x509.Certificate | None, authority: x509.Certificate
+) -> str:
+    """Who issued what is shown in the coordinator's place, and what that may mean."""
+    if there is None:
+        return f" ({error.verify_message}): this is another coordinator, or somebody in between"
+    issuer, pinned = (shown(name.rfc4514_string()) for name in (there.issuer, authority.subject))
+    same = " with another key" if issuer == pinned else ""
+    issued = f"certificate issued by {issuer}{same} instead of the pinned authority {pinned}"
+    if route.proxy is None:
+        return f": {issued}: TLS is intercepted in between, or this is another coordinator"
+    todo = f"ask for an exception for {route.address}, without inspection"
+    return f": TLS is intercepted: {issued}, seen{route.via}: {todo}"
+
+
+def _certificate_at(route: Route) -> x509.Certificate | None:
+    """The certificate that is shown at the end of a route, believed by nobody."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
-        with (
-            socket.create_connection((host.strip("[]"), int(port)), TIMEOUT_S) as raw,
-            context.wrap_socket(raw) as secure,
-        ):
+        with route.open(TIMEOUT_S) as raw, context.wrap_socket(raw) as secure:
             found = secure.getpeercert(binary_form=True)
         return x509.load_der_x509_certificate(found) if found else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, ProxyFault):
         return None

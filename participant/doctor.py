@@ -11,12 +11,15 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
+from participant.approvals import is_approved
 from participant.base_model import base_digest, in_four_bits, memory_of
 from participant.charging import Charges
 from participant.client import OfferedPlan
 from participant.config import DataSet, Home, load_home
 from participant.diagnose import explain
 from participant.enrol import AUTHORITY, TLS_CERTIFICATE
+from participant.pace import UploadTime
+from participant.proxy import Route, ignored
 from participant.rows import Columns, read_rows
 from participant.site import Site
 from privacy.checks import (
@@ -84,6 +87,7 @@ def _site(home: Home) -> Iterator[Check]:
     yield ok("roster", f"pinned {site.roster.hash.hex()[:16]}…, and this site's identity key is in it")
     offered: list[OfferedPlan] = []
     yield from looked_at("coordinator", _coordinator(site, offered))
+    yield from looked_at("upload", _uploads(site, offered))
     yield from looked_at("disk", _disk(site, offered))
     for name, data in sorted(home.settings.datasets.items()):
         yield from looked_at(f"ledger of '{name}'", _ledger(site, name, data))
@@ -92,6 +96,11 @@ def _site(home: Home) -> Iterator[Check]:
 
 def _coordinator(site: Site, offered: list[OfferedPlan]) -> Iterator[Check]:
     address = site.home.settings.coordinator
+    route = Route.to(address)
+    if text := ignored(route.host):
+        yield warn("proxy", text, "set it as gRPC reads it, or unset it: docs/how-to/proxy.md")
+    if route.proxy:
+        yield ok("proxy", f"connections to {address} go through {route.proxy}")
     if fault := explain(address, site.home.directory):
         yield fail("coordinator", fault, "mend that first; a coordinator that is down is its operator's to start")
         return
@@ -101,13 +110,29 @@ def _coordinator(site: Site, offered: list[OfferedPlan]) -> Iterator[Check]:
         offered += client.plans()
     finally:
         client.close()
-    yield ok("coordinator", f"{address} answers, with the pinned roster; {len(offered)} plans")
+    yield ok("coordinator", f"{address} answers{route.via}, with the pinned roster; {len(offered)} plans")
+
+
+def _jobs(site: Site, offered: list[OfferedPlan]) -> list[Job]:
+    """The open plans with consent."""
+    open_now = [parse_plan(plan.toml) for plan in offered if plan.state in ("open", "released")]
+    consent = set(site.home.settings.policy.plans)
+    agreed = [plan for plan in open_now if {"*", plan.plan.name} & consent or is_approved(site.home, plan)]
+    return [Job.of(plan, site.roster, site.home.factors) for plan in agreed]
+
+
+def _uploads(site: Site, offered: list[OfferedPlan]) -> Iterator[Check]:
+    """Can uploads be in time at the rate that the file allows?"""
+    rate = site.home.settings.max_upload_rate
+    for job in _jobs(site, offered) if rate is not None else ():
+        found = UploadTime.of(job, rate)
+        check = {"late": fail, "tight": warn}.get(found.state)
+        text = f"plan '{job.plan.name}' {found}"
+        yield check("upload", text, found.todo) if check else ok("upload", text)
 
 
 def _disk(site: Site, offered: list[OfferedPlan]) -> Iterator[Check]:
-    open_now = [parse_plan(plan.toml) for plan in offered if plan.state in ("open", "released")]
-    consent = site.home.settings.policy.plans
-    jobs = [Job.of(plan, site.roster, site.home.factors) for plan in open_now if {"*", plan.plan.name} & set(consent)]
+    jobs = _jobs(site, offered)
     needed = sum(BYTES_A_COORDINATE * job.quantizer.total_size for job in jobs)
     yield disk(site.home.directory, LEAST_FREE + needed, f"{len(jobs)} plans with consent")
 
@@ -129,7 +154,9 @@ def _plans(site: Site) -> Iterator[Check]:
     """What stopped here, in the words of the last try."""
     for name, note in sorted(site.notes().items()):
         if note["state"] in ("failed", "refused"):
-            yield warn("plans", f"'{name}' is {note['state']}: {note['reason']}", f"decide about plan '{name}'")
+            yield warn(
+                "plans", f"'{name}' is {note['state']}: {note['reason']}", note["todo"] or f"decide about '{name}'"
+            )
 
 
 def _training(home: Home) -> Iterator[Check]:

@@ -8,6 +8,7 @@ one line that says what was asked and what is allowed.
 from __future__ import annotations
 
 from participant.config import Settings
+from participant.pace import UploadTime
 from privacy.budget import terms
 from privacy.budget.events import DpSgd, Mechanism
 from privacy.budget.filter import Standing, enforced_epsilon, mismatch, objection
@@ -80,6 +81,9 @@ def allow(job: Job, settings: Settings, standing: Standing | None = None, stage:
             f"{name} protects users; data set '{plan.data.dataset}' does not say whose a record is: "
             "name the column under 'unit' in participant.toml"
         )
+    rate = settings.max_upload_rate
+    if rate is not None and (upload := UploadTime.of(job, rate, stage)).state == "late":
+        raise Refusal(f"{name} {upload}: it would be late; {upload.todo}")
     if found := objection(standing or Standing(data.policy()), _mechanism(plan), plan.trainings_from(stage)):
         raise Refusal(f"{name} {found}")
 

@@ -23,7 +23,7 @@ from participant.records import Aborted, Joined, Record, Spent, Step
 from participant.retry import check_proofs, may_state_abort
 from participant.round import ParticipantRound, abort_step, accept_offer
 from participant.site import Site
-from privacy import faults
+from privacy import endings, faults
 from privacy.errors import ProtocolError, Refusal
 from privacy.job import Job
 from privacy.secagg.dialogue import FromMember, ToMember, message_name
@@ -51,10 +51,14 @@ def keep(site: Site, record: Record) -> None:
 def upload(site: Site, client: Client, job: Job, header: Header, message: Signed[MaskedInput]) -> None:
     """The spool of a round, the only bytes of it that ever leave, until they are there or come too late."""
     spool, bits = site.store.spool(job.plan.name, header), job.rules.bits
+    length, rate = message.body.length, site.home.settings.max_upload_rate
+    paced = {} if rate is None else {"expected_s": round(length / rate)}
+    log.info("uploading", plan=job.plan.name, bytes=length, upload_s=job.plan.deadlines.upload_s, **paced)
     try:
         patiently(lambda: client.upload(header.hash(), message, spool, bits), lambda: client.progress)
     except (ProtocolError, Refusal) as error:
         log.warning("upload not taken", plan=job.plan.name, reason=str(error))
+        site.round_ended(job.plan.name, endings.not_uploaded(header.round, error))
         return
     charging.commit(site, job, header.stage, header.round, message.body.root)
     log.info("uploaded", plan=job.plan.name, bytes=message.body.length)
@@ -80,9 +84,11 @@ def resume_upload(site: Site, client: Client, job: Job, stage: int, round_id: by
         return
     if not _is_whole(site.store.spool(job.plan.name, spent.header), job, spent.root):
         log.error("upload cannot go on: its spool is gone or another", plan=job.plan.name, round=spent.header.round)
+        site.round_ended(job.plan.name, endings.upload_lost(spent.header.round))
         return
     length = job.context(spent.header).upload_length
     message = sign(site.identity, site.me, MaskedInput(spent.t2, spent.root, length), round_id)
+    site.counts.resuming(job, stage, spent.header.round)
     with bound_contextvars(round=spent.header.round):
         log.info("upload goes on", plan=job.plan.name)
         upload(site, client, job, spent.header, message)
@@ -111,7 +117,9 @@ def join(site: Site, client: Client, job: Job, stage: int, round_id: bytes, offe
         raise Refusal(f"the delta of stage {stage} that lies here was trained from another start adapter")
     charging.charged(site, job, stage)
     run = RoundRun(site, client, job, stage, round_id, ParticipantRound(context, site.round_site(job, digest, bond)))
-    run.answer(run.machine.join())
+    step = run.machine.join()
+    run.tell()
+    run.answer(step)
     return run
 
 
@@ -163,18 +171,32 @@ class RoundRun:
             self.site.counts.refused(error)
             log.warning("refused", plan=self.job.plan.name, message=type(message).__name__, reason=str(error))
             return
+        self.tell()
         if isinstance(message, KeyList) and step.records:
             store, header = self.site.store, self.machine.context.header
             patiently(lambda: store.keep_witnesses(header, message.members))
         self.answer(step)
         phase = self.machine.phase
-        if isinstance(phase, Masking):
+        if isinstance(phase, Stopped) and not isinstance(message, RoundAborted):
+            number = self.machine.context.header.round
+            log.warning("complained", plan=self.job.plan.name, reason=phase.reason)
+            self.site.round_ended(self.job.plan.name, endings.complained(number, phase.reason))
+        elif isinstance(phase, Masking):
             self._mask(phase)
         elif isinstance(phase, Checking):
             self._confirm(phase)
         elif isinstance(phase, Projecting):
             vector = kept_vector(self.site, self.job, self.stage)
-            self.answer(self.machine.project(project(phase.key, vector)))
+            self._move(self.machine.project(project(phase.key, vector)))
+
+    def tell(self) -> None:
+        """Metrics and page hear which phase this is."""
+        self.site.counts.in_round(self.job, self.stage, self.machine.context.header.round, self.machine.phase)
+
+    def _move(self, step: Step) -> None:
+        """The answer to what the shell had to work for: the machine is in its next phase already."""
+        self.tell()
+        self.answer(step)
 
     def _mask(self, phase: Masking) -> None:
         """Ledger line and spool on disk, then the record that the delta is spent, then the upload."""
@@ -183,7 +205,7 @@ class RoundRun:
         charging.release(self.site, self.job, self.stage, header.round, phase.t2, self.machine.site.vector)
         spool, bits = store.spool(self.job.plan.name, header), self.job.rules.bits
         root = patiently(lambda: store.write_spool(spool, vector, phase.streams, bits))
-        self.answer(self.machine.commit(root))
+        self._move(self.machine.commit(root))
 
     def _upload(self, message: Signed[MaskedInput]) -> None:
         upload(self.site, self.client, self.job, self.machine.context.header, message)
@@ -194,9 +216,12 @@ class RoundRun:
             blocks = self._audit(phase)
         except (ProtocolError, Refusal) as error:
             log.error("the total does not hold", plan=self.job.plan.name, reason=str(error))
+            number = self.machine.context.header.round
+            self.site.round_ended(self.job.plan.name, endings.total_wrong(number, error))
             self.machine.phase = Stopped(str(error))
+            self.tell()
             return
-        self.answer(self.machine.confirm(blocks))
+        self._move(self.machine.confirm(blocks))
 
     def _audit(self, phase: Checking) -> tuple[int, ...]:
         site, job, survivors = self.site, self.job, len(phase.verified.survivors)

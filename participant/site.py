@@ -16,8 +16,10 @@ from participant.client import Client
 from participant.config import Home, load_home
 from participant.counts import Counts
 from participant.enrol import ROSTER, ROSTER_PIN, pinned_before
+from participant.pace import Pace
 from participant.store import Store
 from privacy.budget.ledger import Ledger
+from privacy.endings import Reason, Told, told_at_site
 from privacy.errors import Refusal, UserError, shown
 from privacy.files import DiskError, make_private_directory, read_file, write_durably
 from privacy.identity import LOST, load_identity
@@ -43,6 +45,8 @@ class Site:
     identity: Ed25519PrivateKey = field(repr=False)
     store: Store
     counts: Counts = field(default_factory=Counts, repr=False)
+    #: Plan -> what became of the last round of its stage here, if that was no total.
+    ended: dict[str, Reason] = field(default_factory=dict, repr=False)
     _ledgers: dict[str, Ledger] = field(default_factory=dict, repr=False)
     #: Identity keys by index in each roster that was pinned here, by its hash.
     _keys: dict[bytes, tuple[bytes, ...]] = field(default_factory=dict, repr=False)
@@ -77,7 +81,9 @@ class Site:
 
     def client(self) -> Client:
         """A connection to the coordinator."""
-        return Client(self.home.directory, self.home.settings.coordinator, self.roster, self.me, self.counts)
+        settings = self.home.settings
+        pace = Pace(settings.max_upload_rate)
+        return Client(self.home.directory, settings.coordinator, self.roster, self.me, self.counts, pace)
 
     def ledger(self, dataset: str) -> Ledger:
         """The ledger of a data set, with every line that is on disk now."""
@@ -128,22 +134,29 @@ class Site:
 
     # --- notes for `status`; nothing depends on them -----------------------------------------------------------------
 
-    def note(self, plan: str, state: str, reason: str = "") -> None:
-        """Remember what became of a plan here."""
+    def round_ended(self, plan: str, reason: Reason) -> None:
+        """Remember how a round ended here without a total, until the next one gives one."""
+        self.ended[plan] = reason
+        self.note(plan, "ready", reason)
+
+    def note(self, plan: str, state: str, reason: str = "") -> Told:
+        """Remember what became of a plan here; what of it people see."""
         notes = self.notes()
-        entry = {"state": state, "reason": shown(reason, MAX_REASON)}
+        told = told_at_site(state, shown(reason, MAX_REASON), self.roster.roster.name)
+        entry = {"state": state, **told.facts("site")}
         if {k: notes.get(plan, {}).get(k) for k in entry} != entry:
             notes[plan] = entry | {"since": round(time.time())}
             try:
                 write_durably(self.home.directory / NOTES, json.dumps(notes, indent=2).encode() + b"\n")
             except DiskError as error:
                 log.warning("note not kept", plan=plan, reason=str(error))
+        return told
 
     def notes(self) -> dict[str, dict[str, Any]]:
-        """Plan -> state, reason, since."""
+        """Plan -> state, since when, the reason, its cause, the sites concerned, and what to do."""
         path = self.home.directory / NOTES
         found: dict[str, dict[str, Any]] = json.loads(path.read_bytes()) if path.exists() else {}
-        return found
+        return {plan: {"cause": "", "concerns": [], "todo": ""} | note for plan, note in found.items()}
 
     def release_directory(self, plan: str, stage: int) -> Path:
         """Where a release lies at this site."""

@@ -105,8 +105,8 @@ class Hostile:
         self.thread.start()
         self.wellbeing, self.counts = Wellbeing(self.world.engine), Counts()
         metrics.register(self.counts, self.world.engine, self.wellbeing)
-        rounds = daemon.Rounds(self.world.engine, self.wellbeing, self.counts)
-        starting = daemon._start_members(self.home, self.world.engine.identity, rounds)
+        self.rounds = daemon.Rounds(self.world.engine, self.wellbeing, self.counts)
+        starting = daemon._start_members(self.home, self.world.engine.identity, self.rounds)
         self.server: grpc.aio.Server = self.on_loop(starting)
 
     def _keeping(self, member: int) -> Callable[..., None]:

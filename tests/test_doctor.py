@@ -32,6 +32,7 @@ from privacy.budget.rdp import rdp_epsilon
 from privacy.checks import Check, clock, finish, needs, numbers, ok, versions
 from tests.certificates import certificates_of, certify
 from tests.charging import BUDGET, PRIVACY, World
+from tests.connect_proxy import running_proxy
 from tests.on_disk import OnDisk
 from tests.test_end_to_end import NAMES, POLICY, SITE, toy_plan
 
@@ -287,6 +288,21 @@ def test_what_is_wrong_at_a_site_has_its_line(federation: Federation, what: str)
     assert any(re.search(text, c.found) for c in found), every
     assert all(c.todo for c in found)
     assert "a secret record" not in str(every)
+
+
+def test_a_site_behind_a_proxy_says_which(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_proxy(status=403) as proxy:
+        monkeypatch.setenv("https_proxy", proxy.url)
+        url, found = proxy.url, {c.name: c for c in examine_site(federation.site("site-1"))}
+    assert found["proxy"].state == "ok"
+    assert f"go through {url} (https_proxy)" in found["proxy"].found
+    assert "proxy refused: 403 Forbidden" in found["coordinator"].found
+    monkeypatch.setenv("https_proxy", "https://localhost:1")
+    found = {c.name: c for c in examine_site(federation.site("site-1"))}
+    assert (found["proxy"].state, found["proxy"].found) == (
+        "warn",
+        "https_proxy is ignored: expected http://HOST:PORT, found scheme 'https'; connections are made directly",
+    )
 
 
 def test_a_torch_that_does_not_start_is_found(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from coordinator import phases
 from participant.daemon import Daemon
 from participant.site import Site
 from privacy import exposition
+from privacy.endings import stored
 from privacy.errors import ProtocolError, Refusal, UserError
 from privacy.exposition import Family, metrics_page, split_address
 from privacy.wire import federation_pb2 as pb
@@ -203,7 +204,7 @@ def test_the_coordinator_counts_refusals_by_member_and_class(hostile: Hostile) -
 
 
 def test_a_plan_that_cannot_open_a_round_is_held(hostile: Hostile) -> None:
-    hostile.world.engine.held[hostile.world.digest] = "no space"
+    hostile.world.engine.held[hostile.world.digest] = stored("no space")
     hostile.wellbeing.stopping = True
     at = shown(hostile.counts.registry)
     assert at("veilsum_coordinator_plan_held", plan="toy") == 1

@@ -11,6 +11,7 @@ from coordinator import phases
 from coordinator.proofs import certified_list, proofs_for, retry_proof
 from participant.phases import Stopped
 from participant.records import Aborted, Joined, PeersSeen, Record, Released, SignedSurvivors, Spent, Step
+from privacy.endings import stored
 from privacy.secagg.dialogue import FromMember, ToMember
 from privacy.secagg.messages import (
     Certificate,
@@ -170,7 +171,7 @@ def test_a_round_aborted_before_its_total_is_out_keeps_its_certificate() -> None
     first.run()
     assert isinstance(first.phase, phases.Publishing)
     votes = first.phase.transcript.votes
-    first.coordinator.abort("the disk is full")
+    first.coordinator.abort(stored("the disk is full"))
     assert isinstance(first.phase, phases.Aborted)
     assert first.phase.votes == votes
     assert len(votes) == N

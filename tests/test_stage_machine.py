@@ -24,6 +24,7 @@ from participant.records import Aborted, Joined, Record, Released, SignedSurvivo
 from participant.retry import may_state_abort
 from participant.round import abort_step
 from privacy.encoding import encode
+from privacy.endings import stored
 from privacy.errors import ProtocolError, VeilsumError
 from privacy.secagg.dialogue import FromMember
 from privacy.secagg.messages import (
@@ -224,7 +225,7 @@ class Stage(RuleBasedStateMachine):
         for i in range(self.n):
             if not deaf & (deaf >> 1) & (deaf >> 2) >> i & 1:
                 self.tell_from_coordinator(len(self.rounds) - 1, i)
-        self.last.coordinator.abort("it says so")
+        self.last.coordinator.abort(stored("it says so"))
         self.events[-1].append(Event("abort", b"it says so"))
 
     @rule(who=SUBSET)
@@ -238,8 +239,8 @@ class Stage(RuleBasedStateMachine):
     def the_coordinator_is_killed_and_restarted(self) -> None:
         simulation = self.last
         fresh = CoordinatorRound(simulation.context, simulation.coordinator.invited, simulation.proofs)
-        for stored in self.events[-1]:
-            replay(fresh, stored)
+        for one in self.events[-1]:
+            replay(fresh, one)
         for i in range(self.n):
             told, again = simulation.coordinator.message_for(i), fresh.message_for(i)
             assert told == again

@@ -185,8 +185,11 @@ def test_a_plan_that_is_cancelled_in_its_second_stage_leaves_the_release_of_the_
     daemon = world.daemons[0]
     (offered,) = daemon.client.plans()
     assert (offered.state, offered.stage) == ("cancelled", 2)
-    assert daemon._consider(offered) == "released"
-    assert daemon.site.notes()["toy"]["reason"].endswith("stage-1/adapter")
+    assert daemon._consider(offered) == "cancelled", "no release of the whole plan"
+    note = daemon.site.notes()["toy"]
+    assert note["reason"].startswith("enough; the release of stage 1 of 2 stays: ")
+    assert note["reason"].endswith("stage-1/adapter")
+    assert note["cause"] == "cancelled"
     world.wait(1e6)
     assert world.engine.beginning() is None
 

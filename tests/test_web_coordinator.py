@@ -148,14 +148,18 @@ def test_a_round_that_failed_says_why_and_later_sites_are_seen(world: OnDisk) ->
 
 def test_faults_name_a_proven_cheat_and_are_bounded() -> None:
     row = {"stage": 1, "round": 1, "named": [{"member": "site-3", "kind": "BadShare"}], "reason": "x" * 900}
+    row |= {"state": "aborted", "todo": "talk to site-3"}
     plan = {"stages": 1, "stage": 1, "rounds": [row | {"round": n, "culprit": "site-3"} for n in range(20)]}
+    plan |= {"declined": {}, "declined_todo": {}}
     from coordinator.web.view import MOST_FAULTS, faults_of
 
     found = faults_of(plan)
     assert len(found) == MOST_FAULTS
     assert found[0] == "Round 19: proven cheat of site-3 (BadShare)"
-    assert found[1].endswith("… (because of site-3)")
+    assert found[1].endswith("… (because of site-3). What to do: talk to site-3")
     assert len(found[1]) < 600
+    refused = {"declined": {"site-1": "refused: no budget"}, "declined_todo": {"site-1": "draft another"}}
+    assert faults_of(plan | refused)[0] == "site-1 refused: no budget. What to do: draft another"
 
 
 def test_stages_and_the_evaluation_are_steps_and_the_chart_shows_the_elected_candidate() -> None:

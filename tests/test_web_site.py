@@ -6,12 +6,16 @@ import json
 import math
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from participant import charging, prepare
+from participant import charging, phases, prepare
+from participant.client import Client
+from participant.counts import Counts
+from participant.live import NAMES, Live, seconds_of
 from participant.site import Site
 from participant.web import status_page
 from participant.web.app import Accounts, make_page
@@ -22,10 +26,13 @@ from privacy.identity import IDENTITY_FILE
 from privacy.web.charts import line
 from privacy.web.server import serving
 from privacy.web.settings import Web
+from privacy.wire.transport import chunk_bytes
 from tests.charging import BUDGET, PRIVACY, World, spend
+from tests.hostile import Hostile
+from tests.on_disk import OnDisk
 from tests.web.reading import ask, first_event, open_stream
 
-PARTS = ["plans", "training", "data", "approved"]
+PARTS = ["round", "plans", "training", "data", "approved"]
 
 
 def looked(site: Site, curves: Curves | None = None) -> dict[str, dict[str, Any]]:
@@ -75,13 +82,13 @@ def facts(**changes: Any) -> dict[str, Any]:
     policy = {"plans": ["toy"], "min_cohort": 3, "min_survivors": 2, "max_colluders": 0, "allow_two_members": False}
     policy |= {"audit": "none", "min_class_count": None, "min_texts": None}
     found = {"member": "north", "federation": "f", "coordinator": "c:1", "rounds_joined": 1, "policy": policy}
-    return found | {"plans": {}, "accounts": [], "curves": []} | changes
+    return found | {"plans": {}, "accounts": [], "curves": [], "round": None} | changes
 
 
 def test_consent_is_told_for_each_plan() -> None:
     note = {"state": "refused", "reason": "", "since": 0}
     view = view_of(facts(plans={"toy": note, "other": note}))
-    assert {p["name"]: p["approved"] for p in view.parts[0].data["plans"]} == {"toy": True, "other": False}
+    assert {p["name"]: p["approved"] for p in view.parts[1].data["plans"]} == {"toy": True, "other": False}
     assert view.about == "site of federation f at c:1, 1 round joined"
 
 
@@ -98,7 +105,101 @@ def test_a_training_that_failed_does_not_go_on() -> None:
     for began, said in ((99.0, "toy is failed."), (101.0, "Training for toy.")):
         view = view_of(facts(plans={"toy": note}, curves=[Curve("toy", 1, began, 3, 9)]))
         assert view.said == said
-        assert view.parts[1].data["curves"][0]["over"] is (began < 100)
+        assert view.parts[2].data["curves"][0]["over"] is (began < 100)
+
+
+# --- the round -------------------------------------------------------------------------------------------------------
+
+
+def live(**changes: Any) -> Live:
+    return replace(Live("toy", 1, 1, 3, "uploading", 1000.0, 2000.0, (1 << 20, 4 << 20)), **changes)
+
+
+def test_a_round_is_shown_with_its_phase_deadline_and_upload() -> None:
+    view = view_of(facts(round=live()))
+    found = view.parts[0].data["round"]
+    assert (found["title"], found["phase"]) == ("toy: round 3", "uploading")
+    assert [step["name"] for step in found["steps"] if step["now"]] == ["uploading"]
+    assert [step["name"] for step in found["steps"] if step["done"]] == ["joining", "sharing", "masking"]
+    assert found["until"] == {"iso": "1970-01-01T00:33:20Z", "text": "00:33:20 UTC"}
+    assert found["upload"] == {"here": 1 << 20, "of": 4 << 20, "text": "1.0 MiB of 4.0 MiB"}
+    assert view.said == "toy: round 3 is uploading."
+    assert view_of(facts(round=live(stages=3, stage=2))).said == "toy: stage 2 of 3, round 3 is uploading."
+    assert view_of(facts(round=live(upload=None))).parts[0].data["round"]["upload"] is None
+
+
+def test_the_page_draws_the_round(world: World) -> None:
+    site = world.site
+    page = make_page(site, Curves())
+    assert "in no round now" in page.render(page.feed.look())["round"]
+    site.counts.live = live(plan="<b>toy")
+    html = page.render(page.feed.look())["round"]
+    assert "&lt;b&gt;toy: round 3: uploading" in html
+    assert '<progress max="4194304" value="1048576" aria-label="Upload of this site">' in html
+    assert "waits for this phase until <time datetime=" in html
+    assert "style=" not in html, "the policy of the headers forbids it"
+    site.counts.live = live(deadline=None)
+    assert "was not heard here" in page.render(page.feed.look())["round"]
+
+
+def test_the_phases_of_a_real_round_are_told_until_it_is_over(tmp_path: Path) -> None:
+    world = OnDisk(tmp_path)
+    counts = world.daemons[0].site.counts
+    seen: list[str] = []
+    world.ready()
+    assert counts.live is None
+    for _ in range(200):
+        for member in range(world.n):
+            world.tell(member)
+            if counts.live is not None and (not seen or seen[-1] != counts.live.phase):
+                seen.append(counts.live.phase)
+                since, deadlines = counts.live.since, world.job.plan.deadlines
+                assert counts.live.deadline == since + seconds_of(counts.live.phase, deadlines)
+        world.work()
+        if counts.live is None:
+            break
+    assert seen[:2] == ["joining", "sharing"]
+    assert seen == [name for name in NAMES.values() if name in seen], "in order"
+    assert {"uploading", "signing", "unmasking", "confirming"} <= set(seen)
+    assert counts.live is None, "the round is over"
+
+
+def test_masking_and_uploading_share_a_deadline(world: World) -> None:
+    counts, job = Counts(), world.job()
+    context: Any = None
+    counts.in_round(job, 1, 2, phases.Masking(context, (), b"", {}, context))
+    assert counts.live is not None
+    counts.live = replace(counts.live, since=5.0)
+    counts.in_round(job, 1, 2, phases.Uploading(context, (), b"", {}, context))
+    assert (counts.live.phase, counts.live.since) == ("uploading", 5.0)
+    assert counts.live.deadline == 5.0 + job.plan.deadlines.upload_s
+    counts.in_round(job, 1, 2, phases.Voting(context, (), b"", {}, (), b""))
+    assert counts.live.since > 5.0
+    counts.in_round(job, 1, 2, phases.Stopped("x"))
+    assert counts.live is None
+
+
+def test_a_real_upload_counts_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hostile = Hostile(tmp_path)
+    try:
+        site, upload = hostile.world.daemons[0].site, hostile.uploads[0]
+        told: list[tuple[int, int]] = []
+        tell = site.counts.uploaded
+
+        def telling(here: int, of: int) -> None:
+            told.append((here, of))
+            tell(here, of)
+
+        monkeypatch.setattr(site.counts, "uploaded", telling)
+        client = Client(site.home.directory, hostile.address, site.roster, 0, site.counts)
+        client.upload(upload.round_id, upload.message, upload.spool, 24)
+        client.close()
+        size = upload.spool.stat().st_size
+        assert told == [(0, size), (chunk_bytes(24), size), (size, size)]
+        assert site.counts.live is not None
+        assert (site.counts.live.phase, site.counts.live.upload) == ("uploading", (size, size))
+    finally:
+        hostile.close()
 
 
 # --- the curve -------------------------------------------------------------------------------------------------------
@@ -236,7 +337,7 @@ def test_jobs_are_bounded_and_an_infinite_charge_is_a_sign() -> None:
     jobs = [{"job": f"{n:08}", "plan": "p", "stage": 1, "state": "started"} for n in range(MOST_JOBS + 7)]
     account = {"dataset": "toy", "registered": True, "policy": "", "budget": None, "left": None, "records": 1}
     account |= {"spent": "inf", "reserved": "inf", "jobs": jobs}
-    [shown] = view_of(facts(accounts=[account])).parts[2].data["sets"]
+    [shown] = view_of(facts(accounts=[account])).parts[3].data["sets"]
     assert (len(shown["jobs"]), shown["more"], shown["spent"], shown["meter"]) == (MOST_JOBS, 7, "∞", None)
     assert shown["jobs"][0]["id"] == f"{MOST_JOBS + 6:08}"
 

@@ -30,7 +30,7 @@ def gather(engine: Engine, uploads: Uploads) -> list[dict[str, Any]]:
         try:
             found.append(_facts(engine, uploads, plan))
         except DiskError as error:  # counts of traffic wait for the disk
-            found.append({"plan": plan.name, "state": plan.state, "reason": str(error)})
+            found.append({"plan": plan.name, "state": plan.state, "reason": str(error), "todo": error.hint})
     return found
 
 

@@ -70,7 +70,8 @@ def _stage(plan: Facts, stage: int) -> str:
 
 def plan_of(plan: Facts, names: Sequence[str], now: float) -> dict[str, Any]:
     """The section of one plan."""
-    head = {"name": plan["plan"], "state": plan["state"], "reason": text(plan["reason"])}
+    head = {"name": plan["plan"], "state": plan["state"]}
+    head |= {"reason": text(plan["reason"]), "todo": text(plan["todo"])}
     if "rounds" not in plan:  # the disk took nothing
         return head | {"unread": True}
     row = running_round(plan)
@@ -221,11 +222,16 @@ def _release(plan: Facts, stage: int, release: Facts) -> dict[str, Any]:
 
 def faults_of(plan: Facts) -> list[str]:
     """Rounds that failed and why, and whom evidence names; the newest first."""
-    found = []
+    found = [
+        f"{member} {text(why)}. What to do: {text(plan['declined_todo'][member])}"
+        for member, why in plan["declined"].items()
+    ]
     for row in reversed(plan["rounds"]):
         where = f"{_stage(plan, row['stage'])}round {row['round']}".capitalize()
         found += [f"{where}: proven cheat of {one['member']} ({one['kind']})" for one in row["named"]]
         if row["reason"]:
             whose = f" (because of {row['culprit']})" if row["culprit"] else ""
-            found.append(f"{where} failed: {text(row['reason'])}{whose}")
+            ended = "failed" if row["state"] == "aborted" else row["state"]
+            todo = f". What to do: {text(row['todo'])}" if row["todo"] else ""
+            found.append(f"{where} {ended}: {text(row['reason'])}{whose}{todo}")
     return found[:MOST_FAULTS]

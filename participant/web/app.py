@@ -58,6 +58,7 @@ def make_page(site: Site, curves: Curves) -> Page:
             "plans": site.notes(),
             "accounts": [accounts.of(name) for name in sorted(settings.datasets)],
             "curves": curves.seen(),
+            "round": site.counts.live,
         }
 
     return Page("participant.web", lambda: view_of(gather()))

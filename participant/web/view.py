@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from participant.live import NAMES, Live
 from participant.web.curves import Curve
 from privacy.web.charts import line
-from privacy.web.view import Part, View, counted, moment, text
+from privacy.web.view import Part, View, clock, counted, moment, size, text
 
 Facts = Mapping[str, Any]
 
@@ -29,6 +30,7 @@ def view_of(facts: Facts) -> View:
     """The whole page."""
     plans = sorted(facts["plans"].items(), key=lambda item: item[1]["since"], reverse=True)
     parts = (
+        Part("round", "round.html", {"round": _round(facts["round"]) if facts["round"] else None}),
         Part("plans", "plans.html", {"plans": [_plan(name, note, facts) for name, note in plans[:MOST_PLANS]]}),
         Part("training", "training.html", {"curves": [_curve(c, facts["plans"]) for c in facts["curves"]]}),
         Part("data", "data.html", {"sets": [_dataset(a) for a in facts["accounts"][:MOST_DATASETS]]}),
@@ -38,17 +40,39 @@ def view_of(facts: Facts) -> View:
         f"site of federation {text(facts['federation'])} at {text(facts['coordinator'])}, "
         f"{counted(facts['rounds_joined'], 'round')} joined"
     )
-    return View(text(facts["member"]), about, said(plans, facts["curves"]), parts)
+    return View(text(facts["member"]), about, said(plans, facts["curves"], facts["round"]), parts)
 
 
-def said(plans: Sequence[tuple[str, Facts]], curves: Sequence[Curve]) -> str:
+def said(plans: Sequence[tuple[str, Facts]], curves: Sequence[Curve], live: Live | None = None) -> str:
     """What goes on, without counts: it is spoken whenever it changes."""
     if curves and _goes_on(curves[0], dict(plans)):
         return f"Training for {curves[0].plan}."
+    if live is not None:
+        return f"{text(live.plan)}: {_stage(live)}round {live.round} is {live.phase}."
     if not plans:
         return "No plan has been seen yet."
     name, note = plans[0]
     return f"{text(name)} is {note['state']}."
+
+
+def _stage(live: Live) -> str:
+    return f"stage {live.stage} of {live.stages}, " if live.stages > 1 else ""
+
+
+def _round(live: Live) -> dict[str, Any]:
+    """The round that this site is in: its phase, until when the coordinator waits, and how much is uploaded."""
+    names = tuple(NAMES.values())
+    place, upload = names.index(live.phase), None
+    if live.upload is not None:
+        here, of = live.upload
+        upload = {"here": here, "of": max(of, 1), "text": size(of) if here >= of else f"{size(here)} of {size(of)}"}
+    return {
+        "title": f"{text(live.plan)}: {_stage(live)}round {live.round}",
+        "phase": live.phase,
+        "steps": [{"name": name, "done": i < place, "now": i == place} for i, name in enumerate(names)],
+        "until": None if live.deadline is None else clock(live.deadline),
+        "upload": upload,
+    }
 
 
 def _goes_on(curve: Curve, plans: Facts) -> bool:
@@ -64,6 +88,7 @@ def _plan(name: str, note: Facts, facts: Facts) -> dict[str, Any]:
         "state": note["state"],
         "since": moment(note["since"]),
         "reason": text(note["reason"]),
+        "todo": text(note.get("todo", "")),
         "approved": name in consent or "*" in consent,
     }
 

@@ -13,6 +13,7 @@ import pytest
 from coordinator import phases
 from coordinator.round import CoordinatorRound
 from privacy import merkle
+from privacy.endings import stored
 from privacy.errors import ProtocolError
 from privacy.secagg import dealing
 from privacy.secagg.dialogue import FromMember
@@ -284,7 +285,7 @@ def test_a_round_that_ends_with_too_few_names_those_who_said_nothing(complaining
 
 def test_a_long_reason_is_cut_to_what_a_message_may_say() -> None:
     coordinator = CoordinatorRound(context_for(5, 1), (0, 1, 2))
-    coordinator.abort("x" * 400 + "y" * 101)
+    coordinator.abort(stored("x" * 400 + "y" * 101))
     told = coordinator.message_for(0)
     assert isinstance(told, RoundAborted)
     assert told.reason == "x" * 400 + "y" * 100

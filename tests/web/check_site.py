@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from demo.federation import Federation, free_port
 from participant import prepare
+from participant.live import Live
 from participant.web.app import make_page
 from participant.web.curves import Curves
 from privacy.web.server import serving
@@ -44,6 +46,7 @@ def test_a_site_lives_through_a_round(browser: Browser, tmp_path: Path) -> None:
         for name in NAMES[1:]:
             federation.start_site(name)
         browser.wait(lambda: browser.text("#said") == "toy is released.")
+        assert "in no round now" in browser.text("#part-round")
         assert "1 of 5 members" not in browser.text("#part-plans")
         browser.wait(lambda: "∞" in browser.text("#part-data"))
         assert browser.complaints() == []
@@ -60,6 +63,7 @@ def trains(world: World) -> Iterator[int]:
     site, curves = world.site, Curves()
     site.note("quiet-1", "released", "releases/quiet-1/stage-1/adapter")
     site.note("other", "failed", "expected a base model 'large' in participant.toml, found tiny")
+    site.counts.live = Live("quiet-1", 1, 1, 2, "uploading", time.time(), time.time() + 5400, (38 << 20, 61 << 20))
     report = curves.watching(lambda *_: lambda *_: None)(world.job("quiet-2"), 1)
     for step in range(1, DONE + 1):
         report(step, STEPS, 0.4 + 1.9 * math.exp(-step / 40) + 0.08 * math.sin(step * 1.7))
@@ -80,6 +84,9 @@ def test_the_page_on_screens_of_all_kinds(browser: Browser, trains: int) -> None
         browser.resize(width, dark=dark)
         assert browser.overflow() == [], f"at {width} pixels"
         browser.picture(name)
+    assert "quiet-1: round 2: uploading" in browser.text("#part-round")
+    assert browser.find("#part-round [aria-current]").text == "uploading"
+    assert "38.0 MiB of 61.0 MiB uploaded" in browser.text("#part-round")
     assert len(browser.all("svg")) == 1
     assert str(browser.find("svg").get_attribute("aria-label")).startswith("Loss: from ")
     assert browser.find("meter").get_attribute("aria-label") == "Epsilon left of toy"
