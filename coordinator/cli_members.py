@@ -75,6 +75,9 @@ def init(
     typer.echo(f"identity key: {found['coordinator']}")
     typer.echo(f"authority, SHA-256: {found['authority_sha256']}")
     typer.echo(f"authority in words: {found['authority_words']}")
+    typer.echo(
+        f"next: veilsum-coordinator serve --dir {directory}; then, for each site: veilsum-coordinator invite NAME"
+    )
 
 
 def invite(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -244,6 +245,14 @@ def test_addresses_of_ipv6_stand_in_brackets(tmp_path: Path) -> None:
     create_coordinator(tmp_path / "c", "newsrooms", "2001:db8::1", Ports("::", 7443, 7444))
     settings = load_home(tmp_path / "c").settings
     assert (settings.address, settings.listen) == ("[2001:db8::1]:7443", "[::]:7443")
+
+
+def test_what_init_leaves_in_comments_is_a_configuration(tmp_path: Path) -> None:
+    create_coordinator(tmp_path / "c", "newsrooms", "example.org", Ports("127.0.0.1", 7443, 7444))
+    path = tmp_path / "c" / "coordinator.toml"
+    path.write_text(re.sub(r"^#(\w+ = |\[)", r"\1", path.read_text(), flags=re.MULTILINE))
+    settings = load_home(tmp_path / "c").settings
+    assert (settings.metrics_listen, settings.web.listen, settings.keep_uploads) == ("9464", "8080", False)
 
 
 # --- the coordinator's own certificate -----------------------------------------------------------------------------
