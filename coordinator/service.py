@@ -219,8 +219,10 @@ class FederationService(federation_pb2_grpc.FederationServicer):
 
         def keep() -> None:
             self._engine.open_plan(request.plan)
-            state = "waiting" if request.waiting else "refused"
-            self._engine.declined[request.plan, member] = f"{state}: {shown(request.reason, MAX_REASON)}"
+            state, key = "waiting" if request.waiting else "refused", (request.plan, member)
+            self._engine.declined.pop(key, None)
+            if request.reason:
+                self._engine.declined[key] = f"{state}: {shown(request.reason, MAX_REASON)}"
 
         await self._guarded(context, asyncio.to_thread(keep), member)
         return pb.DeclineReply()
