@@ -204,5 +204,8 @@ def publish(
         return
     typer.echo(f"published, with {len(found.roster.members)} members; hash {told['roster']}")
     typer.echo(f"in words: {told['words']}")
+    least = found.roster.policy.min_cohort
+    if len(found.roster.members) < least:
+        typer.echo(f"note: a round takes {least} members, so no plan can run until more have joined", err=True)
     if not running:
         typer.echo("no coordinator is running here; the next one starts with it")
