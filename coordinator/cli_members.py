@@ -161,12 +161,17 @@ def add(
 
 
 def remove(name: Annotated[str, typer.Argument(help="Name of the member.")], directory: Directory = HERE) -> None:
-    """Take a member out: it is refused from now on; then publish a roster without it.
+    """Take a member out: it is refused from now on; then publish a roster without it. Also withdraws an invitation.
 
     Example: veilsum-coordinator remove north
     """
-    _members(_home(directory)).remove(name)
-    typer.echo(f"'{name}' is removed; now draft and publish a roster without it, which each site approves")
+    members = _members(_home(directory))
+    joined = name in members.read().members
+    members.remove(name)
+    if joined:
+        typer.echo(f"'{name}' is removed; now draft and publish a roster without it, which each site approves")
+    else:
+        typer.echo(f"the invitation of '{name}' is withdrawn")
 
 
 @roster_app.command("draft")

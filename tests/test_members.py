@@ -187,6 +187,23 @@ def test_a_removed_member_gets_no_certificate_and_comes_back_only_by_invitation(
     assert [m.name for m in door.members.read().active()] == ["north"]
 
 
+def test_an_invitation_that_nobody_used_is_withdrawn(door: Door) -> None:
+    door.members.remove("north")
+    assert not door.members.read().invited
+    with pytest.raises(Refusal, match="not known here"):
+        door.join(door.message())
+    assert not door.members.read().members
+    with pytest.raises(UserError, match="found 'north'; members: none"):
+        door.members.remove("north")
+    door.members.invite("north", OTHER, 2000)
+    door.join(door.message(OTHER))
+    door.members.remove("north")
+    door.members.invite("north", SECRET, 2000)
+    door.members.remove("north")  # a removed member that was invited again
+    with pytest.raises(Refusal, match="not known here"):
+        door.join(door.message())
+
+
 def test_members_with_their_own_certificate(door: Door) -> None:
     door.join(door.message())
     for name, key in (("north", "2" * 64), ("south", identity_public(door.key).hex())):
