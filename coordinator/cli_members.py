@@ -75,6 +75,9 @@ def init(
     typer.echo(f"identity key: {found['coordinator']}")
     typer.echo(f"authority, SHA-256: {found['authority_sha256']}")
     typer.echo(f"authority in words: {found['authority_words']}")
+    typer.echo(
+        f"next: veilsum-coordinator serve --dir {directory}; then, for each site: veilsum-coordinator invite NAME"
+    )
 
 
 def invite(
@@ -158,12 +161,17 @@ def add(
 
 
 def remove(name: Annotated[str, typer.Argument(help="Name of the member.")], directory: Directory = HERE) -> None:
-    """Take a member out: it is refused from now on; then publish a roster without it.
+    """Take a member out: it is refused from now on; then publish a roster without it. Also withdraws an invitation.
 
     Example: veilsum-coordinator remove north
     """
-    _members(_home(directory)).remove(name)
-    typer.echo(f"'{name}' is removed; now draft and publish a roster without it, which each site approves")
+    members = _members(_home(directory))
+    joined = name in members.read().members
+    members.remove(name)
+    if joined:
+        typer.echo(f"'{name}' is removed; now draft and publish a roster without it, which each site approves")
+    else:
+        typer.echo(f"the invitation of '{name}' is withdrawn")
 
 
 @roster_app.command("draft")
@@ -201,5 +209,8 @@ def publish(
         return
     typer.echo(f"published, with {len(found.roster.members)} members; hash {told['roster']}")
     typer.echo(f"in words: {told['words']}")
+    least = found.roster.policy.min_cohort
+    if len(found.roster.members) < least:
+        typer.echo(f"note: a round takes {least} members, so no plan can run until more have joined", err=True)
     if not running:
         typer.echo("no coordinator is running here; the next one starts with it")

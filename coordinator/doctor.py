@@ -42,6 +42,7 @@ from privacy.roster import RosterFile, load_roster
 #: Bytes for messages, logs and the database, beside what rounds take.
 LEAST_FREE = 256 << 20
 START = "start it: veilsum-coordinator serve"
+FIRST_ROSTER = "once everybody has joined: veilsum-coordinator roster draft, then roster publish"
 
 
 def examine(directory: Path) -> list[Check]:
@@ -64,6 +65,9 @@ def examine(directory: Path) -> list[Check]:
 
 
 def _roster(home: Home) -> Iterator[Check]:
+    if _is_joining(home):
+        yield warn("roster", "none yet", FIRST_ROSTER)
+        return
     roster = load_roster(home.roster)
     check_identity(home, roster, load_identity(home.directory))
     policy = roster.roster.policy
@@ -74,6 +78,11 @@ def _roster(home: Home) -> Iterator[Check]:
         yield fail("policy", f"{least}; a round takes {policy.min_cohort} members", "let more members join")
     else:
         yield ok("policy", least)
+
+
+def _is_joining(home: Home) -> bool:
+    """Does it, or would it, take sites in until there is a first roster? Without a port for that it cannot start."""
+    return bool(home.settings.join_listen) and not home.roster.exists()
 
 
 def _certificates(home: Home, now: datetime.datetime) -> Iterator[Check]:
@@ -157,8 +166,8 @@ def _open_plans(home: Home, roster: RosterFile) -> Iterator[Job]:
 
 
 def _disk(home: Home) -> Iterator[Check]:
-    roster = load_roster(home.roster)
-    needed = [space_needed(job, job.rules.cohort) for job in _open_plans(home, roster)]
+    plans = () if _is_joining(home) else _open_plans(home, load_roster(home.roster))
+    needed = [space_needed(job, job.rules.cohort) for job in plans]
     yield disk(home.directory, LEAST_FREE + sum(needed), f"one round of each of {len(needed)} plans")
 
 
@@ -170,7 +179,9 @@ def _process(home: Home) -> Iterator[Check]:
     except Unreachable:
         yield _port(home)
         return
-    if found["fault"]:
+    if "waiting_for" in found:
+        yield ok("process", f"a coordinator runs here and waits for {found['waiting_for']}")
+    elif found["fault"]:
         yield fail(
             "process", f"a coordinator runs here and does not serve: {found['fault']}", "see its log; restart it"
         )

@@ -19,7 +19,7 @@ from coordinator.publish import CohortTotal
 from coordinator.round import CoordinatorRound
 from coordinator.running import Running, keep_accusations, replay
 from coordinator.space import missing_space
-from coordinator.stage import is_over, next_cohort
+from coordinator.stage import check_enough, is_over, next_cohort
 from coordinator.store import Event, PlanRow, RoundRow, StageRow, Store
 from privacy import endings
 from privacy.encoding import decode, encode
@@ -71,6 +71,7 @@ class Engine:
         """Offer a plan to the members; its digest. Raises UserError or Refusal."""
         plan_file = parse_plan(toml)
         job = Job.of(plan_file, self.roster, self.home.factors)
+        check_enough(plan_file.plan.name, job.rules, len(self.roster.roster.members))
         job.factors()  # or no release could be made
         with self.lock:
             self.store.add_plan(plan_file.digest, plan_file.plan.name, toml, self.clock())

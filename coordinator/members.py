@@ -171,13 +171,14 @@ class Members:
             return certificate
 
     def remove(self, name: str) -> None:
-        """Take a member out of all rosters to come, and refuse it certificates at once.
+        """Take a member out of all rosters to come, and refuse it certificates at once; an invitation is withdrawn.
 
         Raises:
-            UserError: no such member.
+            UserError: no such member, and nobody of this name is invited.
         """
         with self._locked() as state:
-            if name not in state.members or state.members[name].removed:
+            invited = any(one.member == name and not one.key for one in state.invited.values())
+            if not invited and (name not in state.members or state.members[name].removed):
                 known = ", ".join(m.name for m in state.active()) or "none"
                 raise UserError(f"expected the name of a member, found '{name}'; members: {known}")
             self._add("REMOVED", member=name)
@@ -199,7 +200,9 @@ def _apply(state: State, line: Mapping[str, Any]) -> None:
     elif kind == "RENEWED":
         state.members[name] = replace(state.members[name], certificate=str(line["certificate"]))
     elif kind == "REMOVED":
-        state.members[name] = replace(state.members[name], removed=True, barred=float(line["at"]))
-        state.invited = {h: i for h, i in state.invited.items() if i.member != name}
+        left = {h: i for h, i in state.invited.items() if i.member != name}
+        if name in state.members or left == state.invited:  # else it was only invited
+            state.members[name] = replace(state.members[name], removed=True, barred=float(line["at"]))
+        state.invited = left
     else:
         raise ValueError(kind)

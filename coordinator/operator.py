@@ -14,6 +14,8 @@ from privacy.wire import federation_pb2 as pb
 from privacy.wire.federation_pb2_grpc import OperatorStub
 
 TIMEOUT_S = 30.0
+#: Where the hint of an error stands in the metadata of its call; UTF-8, hence the ending.
+HINT = "hint-bin"
 
 
 class Operator:
@@ -34,8 +36,10 @@ class Operator:
                     f"expected a coordinator running in {self._home.directory}, found none",
                     hint=f"start it: veilsum-coordinator serve --dir {self._home.directory}",
                 ) from error
-            kind = Refusal if code == grpc.StatusCode.FAILED_PRECONDITION else UserError
-            raise kind(text) from error
+            if code == grpc.StatusCode.FAILED_PRECONDITION:
+                raise Refusal(text) from error
+            metadata: Any = error.trailing_metadata() or ()
+            raise UserError(text, hint=dict(metadata).get(HINT, b"").decode()) from error
 
     def submit_plan(self, raw: bytes) -> bytes:
         """Offer a plan; its digest."""

@@ -24,6 +24,7 @@ from coordinator.counts import Counts
 from coordinator.engine import Engine
 from coordinator.gate import Quotas
 from coordinator.members import Members
+from coordinator.operator import HINT
 from coordinator.peers import AuthContext, common_name, expired_on, issued_before
 from coordinator.pki import LEEWAY
 from coordinator.round import sender_of
@@ -60,18 +61,23 @@ R = TypeVar("R")
 Call = grpc.aio.ServicerContext[Any, Any]
 
 
-async def guarded(context: Call, work: Awaitable[R], note: Callable[[VeilsumError], bool] = lambda _: True) -> R:
+async def guarded(
+    context: Call, work: Awaitable[R], note: Callable[[VeilsumError], bool] = lambda _: True, *, hints: bool = False
+) -> R:
     """Await ``work``; what a caller did wrong becomes a status and a log line, never a traceback.
 
     Args:
         note: hears of each refusal; is a line about it due?
+        hints: the caller is told what to do as well, in the call's metadata. Hints name files of this machine.
     """
     try:
         return await work
     except VeilsumError as error:
         if note(error):
             log.warning("refused", reason=str(error))
-        await context.abort(next(code for kind, code in STATUS.items() if isinstance(error, kind)), str(error))
+        hint = getattr(error, "hint", "") if hints else ""
+        code = next(code for kind, code in STATUS.items() if isinstance(error, kind))
+        await context.abort(code, str(error), ((HINT, hint.encode()),) if hint else ())
         raise AssertionError("abort raises") from error
 
 
@@ -219,8 +225,10 @@ class FederationService(federation_pb2_grpc.FederationServicer):
 
         def keep() -> None:
             self._engine.open_plan(request.plan)
-            state = "waiting" if request.waiting else "refused"
-            self._engine.declined[request.plan, member] = f"{state}: {shown(request.reason, MAX_REASON)}"
+            state, key = "waiting" if request.waiting else "refused", (request.plan, member)
+            self._engine.declined.pop(key, None)
+            if request.reason:
+                self._engine.declined[key] = f"{state}: {shown(request.reason, MAX_REASON)}"
 
         await self._guarded(context, asyncio.to_thread(keep), member)
         return pb.DeclineReply()
@@ -383,17 +391,18 @@ class OperatorService(federation_pb2_grpc.OperatorServicer):
 
     async def SubmitPlan(self, request: pb.SubmitPlanRequest, context: Call) -> pb.SubmitPlanReply:
         work = asyncio.to_thread(lambda: self._engine().submit_plan(request.toml))
-        return pb.SubmitPlanReply(plan=await guarded(context, work))
+        return pb.SubmitPlanReply(plan=await guarded(context, work, hints=True))
 
     async def CancelPlan(self, request: pb.CancelPlanRequest, context: Call) -> pb.CancelPlanReply:
-        await guarded(context, asyncio.to_thread(lambda: self._engine().cancel_plan(request.name, request.reason)))
+        work = asyncio.to_thread(lambda: self._engine().cancel_plan(request.name, request.reason))
+        await guarded(context, work, hints=True)
         return pb.CancelPlanReply()
 
     async def Report(self, request: pb.ReportRequest, context: Call) -> pb.ReportReply:
         if self._engine_or_none is None and not request.plan:
             return pb.ReportReply(json='{"plans": [], "waiting_for": "a roster"}')
         work = asyncio.to_thread(lambda: self._report(self._engine(), request.plan))
-        return pb.ReportReply(json=await guarded(context, work))
+        return pb.ReportReply(json=await guarded(context, work, hints=True))
 
     async def Reload(self, request: pb.ReloadRequest, context: Call) -> pb.ReloadReply:
         self._reload()

@@ -36,6 +36,13 @@ address = "{host}:{port}"
 
 # Keep the masked uploads after a release, for an auditor who recomputes sums.
 #keep_uploads = false
+
+# Numbers for Prometheus, on a port of this machine; docs/metrics.md. They begin with the first roster.
+#metrics_listen = "9464"
+
+# The status page, for a browser on this machine; docs/status-page.md. It begins with the first roster.
+#[web]
+#listen = "8080"
 """
 
 

@@ -8,7 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+from privacy.errors import UserError
 from privacy.roster import Rules
+
+
+def check_enough(plan: str, rules: Rules, members: int) -> None:
+    """Could a cohort of this roster ever open? More members take another roster, with which a plan ends.
+
+    Raises:
+        UserError: the plan wants more members than there are.
+    """
+    if rules.min_cohort > members:
+        raise UserError(
+            f"plan '{plan}': its min_cohort is {rules.min_cohort}, and the roster has {members} members",
+            hint="no round of it could ever open: correct min_cohort, or publish a roster with more members first",
+        )
 
 
 def next_cohort(

@@ -54,7 +54,7 @@ def run(
     signal.signal(signal.SIGTERM, _interrupt)
     from participant import metrics
     from participant.client import OtherRoster
-    from participant.config import load_home
+    from participant.config import STATE_FILE, keep_state, load_home
     from participant.daemon import Daemon
     from participant.progress import training_progress
     from participant.rosters import wait_for_approval
@@ -69,6 +69,7 @@ def run(
         only_one(load_home(directory).directory, "daemon of this site"),
         training_progress(show=not json_logs) as progress,
     ):
+        keep_state(directory / STATE_FILE)
         try:
             while True:
                 site = Site.open(directory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -11,6 +12,8 @@ from pydantic import Field, model_validator
 
 from participant.rows import Format
 from privacy.budget import entries
+from privacy.errors import UserError
+from privacy.files import write_durably
 from privacy.guarantee import Number
 from privacy.plan import Name
 from privacy.settings import Listen, Positive, Section, load_toml
@@ -149,6 +152,10 @@ class Settings(Section):
     web: Web = Web()
 
 
+#: Version of what a site keeps (records, ledgers, registry, work): one more where an older veilsum could not go on.
+STATE_VERSION, STATE_FILE = 1, "state.version"
+
+
 @dataclass(frozen=True)
 class Home:
     """A site's directory; everything in it is private."""
@@ -196,6 +203,36 @@ class Home:
 
 
 def load_home(directory: Path) -> Home:
-    """Read a site's settings; raises UserError."""
+    """Read a site's settings.
+
+    Raises:
+        UserError: they are none, or a newer veilsum has run here.
+    """
     directory = directory.resolve()
+    check_state(directory / STATE_FILE)
     return Home(directory, load_toml(Settings, directory / CONFIG_FILE))
+
+
+def check_state(path: Path) -> None:
+    """May this veilsum go on with what a site keeps? Without the file nothing of another version was ever kept.
+
+    Raises:
+        UserError: a newer version has run here, or the file is none.
+    """
+    text = path.read_text() if path.exists() else f"{STATE_VERSION}\n"
+    if not re.fullmatch(r"[1-9][0-9]{0,8}\n", text):
+        raise UserError(
+            f"{path}: expected the version of what a site keeps, found something else",
+            hint="restore the file from your backup",
+        )
+    if int(text) > STATE_VERSION:
+        raise UserError(
+            f"{path}: expected what a site keeps in version {STATE_VERSION} or older, found {int(text)}",
+            hint="run the version of veilsum that wrote it; an older one would not see all that is charged and spent",
+        )
+
+
+def keep_state(path: Path) -> None:
+    """Note that this veilsum has run here; durable before it writes anything else."""
+    if not path.exists() or path.read_text() != f"{STATE_VERSION}\n":
+        write_durably(path, f"{STATE_VERSION}\n".encode())

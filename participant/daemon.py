@@ -123,6 +123,15 @@ class Daemon:
         except VeilsumError as error:  # nobody waits for it
             log.info("the operator was not told", reason=str(error))
 
+    def _withdraw(self, digest: bytes) -> None:
+        """Tell the operator that what kept this site from a plan is gone: a training takes long until it is ready."""
+        if self.declined.pop(digest, None) is None:
+            return
+        try:
+            self.client.decline(digest, "", waiting=True)
+        except VeilsumError as error:
+            log.info("the operator was not told", reason=str(error))
+
     def _work(self, job: Job, offered: OfferedPlan) -> tuple[str, str]:
         stage, last = offered.stage, job.plan.last
         self.client.checkpoint = lambda: self.site.ledger(job.plan.data.dataset).checkpoint()
@@ -178,6 +187,7 @@ class Daemon:
         until, error = self.failed.get(key, (0.0, None))
         if error is not None and time.monotonic() < until:
             raise error
+        self._withdraw(job.plan_file.digest)
         try:
             later = patiently(lambda: start_of(self.site, self.client, job, stage)) if stage > 1 else None
             prepare(self.site, job, stage, self.progress(job, stage) if self.progress else None, later)

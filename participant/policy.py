@@ -99,7 +99,9 @@ def consent(job: Job, settings: Settings) -> None:
         return
     why = "expected it under [policy] plans in participant.toml" if own.admits is None else _outside(job, settings)
     if why:
-        raise Waits(f"plan '{plan.name}' has no consent here: {why}; to approve it: veilsum-participant approve")
+        raise Waits(
+            f"plan '{plan.name}' has no consent here: {why}; to approve it: veilsum-participant approve {plan.name}"
+        )
 
 
 def _outside(job: Job, settings: Settings) -> str | None:

@@ -175,6 +175,18 @@ def test_the_operator_is_told_once_and_again_after_a_while(site: World, monkeypa
     assert len(client.declined) == 2
 
 
+def test_the_operator_hears_that_the_reason_is_gone_when_the_training_begins(site: World) -> None:
+    client = Silent()
+    found = Daemon(site.site, client)
+    found._consider(offered("quiet"))
+    assert [reason != "" for _, reason in client.declined] == [True]
+    for _ in range(2):  # as after an approval
+        found._prepare(site.job("quiet", PRIVACY), 1)
+    assert client.declined[1:] == [(True, "")]
+    found._prepare(site.job("loud", PRIVACY), 1)  # of which nothing was said
+    assert len(client.declined) == 2
+
+
 @pytest.fixture
 def hostile(tmp_path: Path) -> Iterator[Hostile]:
     found = Hostile(tmp_path, large=False)
@@ -199,6 +211,9 @@ def test_the_operator_sees_who_takes_no_part_and_why(hostile: Hostile) -> None:
         say(bytes(32), "of no plan")
     assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
     assert list(engine.declined) == [(plan, member)]
+    say(plan, "")
+    say(plan, "")
+    assert engine.declined == {}
 
 
 def test_a_removed_member_has_no_call_left_in_rounds_that_run(hostile: Hostile) -> None:

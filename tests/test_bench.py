@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import masking, own, peers, private, run, wire
+from bench import masking, own, peer_claims, peers, private, run, wire
 from bench.costs import SIZE
 from bench.fleet import Fleet, plan_text
 from bench.growth import exponents, measure_cells, slope
@@ -203,3 +203,21 @@ def test_a_private_step_is_measured_beside_another(monkeypatch: pytest.MonkeyPat
     assert step.ratio is not None
     assert 0.2 < step.ratio < 20
     assert (memory.value, memory.reference) == (2.0, 1.0)
+
+
+# --- what is said of other frameworks --------------------------------------------------------------------------------
+
+
+def test_a_claim_whose_wheel_is_not_here_says_which(capsys: pytest.CaptureFixture[str]) -> None:
+    assert peer_claims.main(["--only", "fate"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("not run  fate-low-bits: expected the package fate_utils")
+    assert peer_claims.EXTRA["fate"] in said
+
+
+def test_a_claim_that_does_not_hold_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(peer_claims, "CLAIMS", {"a": lambda: (True, "as said"), "b": lambda: (False, "mended")})
+    assert peer_claims.main([]) == 1
+    assert capsys.readouterr().out == "holds    a: as said\nDIFFERS  b: mended\n"

@@ -24,6 +24,7 @@ from privacy import cli as audit_cli
 from privacy import console, files
 from privacy.errors import UserError
 from privacy.wire import federation_pb2 as pb
+from tests.test_end_to_end import toy_plan
 
 MAINS: dict[str, Callable[[], None]] = {
     "veilsum-coordinator": coordinator_cli.main,
@@ -218,6 +219,62 @@ def test_a_plan_with_an_unknown_key_names_key_and_file(
     code, _, err = command("veilsum-coordinator", "plan", "submit", str(plan), "--dir", str(federation.coordinator))
     assert code == 1
     assert f"{plan}: unknown key 'round.quorum'" in err
+
+
+def test_what_a_running_coordinator_refuses_comes_with_what_to_do(
+    federation: Federation, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    plan = tmp_path / "plan.toml"
+    plan.write_bytes(toy_plan())
+    federation.start_coordinator()
+    try:
+        code, _, err = command("veilsum-coordinator", "plan", "submit", str(plan), "--dir", str(federation.coordinator))
+    finally:
+        federation.stop_all()
+    assert code == console.EXIT_USER
+    first, second = err.splitlines()
+    assert "its min_cohort is 4, and the roster has 3 members" in first
+    assert "no round of it could ever open" in second
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ("2\n", "expected what a site keeps in version 1 or older, found 2"),
+        ("1\n2\n", "expected the version of what a site keeps, found something else"),
+        ("-1\n", "expected the version of what a site keeps, found something else"),
+        ("", "expected the version of what a site keeps, found something else"),
+    ],
+)
+def test_a_site_on_which_a_newer_veilsum_has_run_is_left_alone(
+    federation: Federation, command: Callable[..., tuple[int, str, str]], found: str, said: str
+) -> None:
+    site = federation.site("site-2")
+    (site / "state.version").write_text(found)
+    before = {path: path.read_bytes() for path in site.rglob("*") if path.is_file()}
+    try:
+        for asked in (("run", "--once"), ("status",), ("budget",), ("doctor",)):
+            code, out, err = command("veilsum-participant", *asked, "--dir", str(site))
+            assert code == console.EXIT_USER, asked
+            assert said in out + err
+            if said.endswith("found 2"):
+                assert "run the version of veilsum that wrote it" in out + err
+        assert {path: path.read_bytes() for path in site.rglob("*") if path.is_file()} == before
+    finally:
+        (site / "state.version").unlink()
+
+
+def test_a_daemon_notes_the_version_of_what_it_keeps(
+    federation: Federation, command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = federation.site("site-2")
+    monkeypatch.setattr("participant.daemon.Daemon.run", lambda _self, **_: None)
+    try:
+        for _ in range(2):
+            assert command("veilsum-participant", "run", "--once", "--dir", str(site))[0] == 0
+            assert (site / "state.version").read_text() == "1\n"
+    finally:
+        (site / "state.version").unlink()
 
 
 def test_an_audit_of_a_directory_that_is_no_release(

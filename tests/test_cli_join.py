@@ -146,6 +146,20 @@ def test_a_roster_from_draft_to_approval(coordinator: Coordinator, command: Run)
     assert "expected a roster that was shown" in err
 
 
+@pytest.mark.parametrize(("joined", "note"), [(2, "a round takes 3 members, so no plan can run"), (3, "")])
+def test_a_roster_of_fewer_than_a_round_takes_says_so(
+    coordinator: Coordinator, command: Run, joined: int, note: str
+) -> None:
+    at = ("--dir", str(coordinator.home.directory))
+    for name in ("north", "south", "west")[:joined]:
+        coordinator.join(name)
+    command("veilsum-coordinator", "roster", "draft", *at)
+    code, _, err = command("veilsum-coordinator", "roster", "publish", *at)
+    assert code == 0
+    assert note in err
+    assert bool(err) == bool(note)
+
+
 def test_a_coordinator_without_a_roster_says_what_to_do(tmp_path: Path, command: Run) -> None:
     (tmp_path / "coordinator.toml").write_text("")
     code, _, err = command("veilsum-coordinator", "roster", "publish", "--dir", str(tmp_path))

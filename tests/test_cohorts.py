@@ -19,7 +19,7 @@ from participant.policy import admit
 from participant.records import Aborted, Joined, Spent
 from privacy.adapter import flatten, load_peft, start_adapter, trained_part
 from privacy.audit import audit_release
-from privacy.errors import Refusal
+from privacy.errors import Refusal, UserError
 from privacy.job import Job
 from privacy.plan import parse_plan
 from privacy.roster import parse_roster
@@ -303,3 +303,14 @@ def test_without_the_opt_in_of_the_policy_a_plan_for_two_is_refused_by_everybody
     with pytest.raises(Refusal, match="allows cohorts of 2, but policy and 0 colluders need at least 3"):
         Job.of(parse_plan(PAIR_PLAN), roster)
     assert len(world.engine.store.plans()) == 1
+
+
+def test_a_plan_for_more_members_than_the_roster_has_is_refused_when_it_is_offered(world: OnDisk) -> None:
+    members = len(world.engine.roster.roster.members)
+    many = toy_plan().replace(b'"toy"\ntask', b'"many"\ntask').replace(b"max_cohort = 5", b"max_cohort = 9")
+    wanted = f"min_cohort is {members + 1}, and the roster has {members} members"
+    with pytest.raises(UserError, match=wanted) as caught:
+        world.engine.submit_plan(many.replace(b"min_cohort = 4", f"min_cohort = {members + 1}".encode()))
+    assert "no round of it could ever open" in caught.value.hint
+    assert len(world.engine.store.plans()) == 1
+    world.engine.submit_plan(many.replace(b"min_cohort = 4", f"min_cohort = {members}".encode()))

@@ -27,6 +27,7 @@ import coordinator.phases
 import participant.cli
 import participant.phases
 import privacy.cli
+from bench import peer_claims
 from participant import config
 from privacy.encoding import encode, field_types, union_members
 from privacy.secagg import dialogue, messages, naming
@@ -64,11 +65,21 @@ def test_every_make_target_named_exists() -> None:
     assert named <= targets
 
 
-COMMANDS = sorted({re.split(r" {3,}", code)[0] for code in code_of(README) if code.startswith(tuple(APPS))})
+def commands_of(text: str) -> set[str]:
+    """What a reader is to type of our three programs, without what a shell does with it and comments beside it."""
+    found = {
+        re.split(r" {3,}", code)[0] for code in code_of(re.sub(r"\\\n +", "", text)) if code.startswith(tuple(APPS))
+    }
+    return {re.split(r" [|>] ", " ".join(line.split()))[0] for line in found if " " in line}
 
 
-@pytest.mark.parametrize("line", COMMANDS)
-def test_commands_and_options_in_the_readme_exist(line: str) -> None:
+COMMANDS = sorted(commands_of(README))
+#: The tutorials and how-tos are typed line by line.
+TYPED = sorted(set().union(*(commands_of(t) for n, t in TEXT.items() if "/tutorials/" in n or "/how-to/" in n)))
+
+
+@pytest.mark.parametrize("line", sorted({*COMMANDS, *TYPED}))
+def test_commands_and_options_in_the_readme_and_the_tutorials_exist(line: str) -> None:
     program, *words = shlex.split(line)
     command: Any = typer.main.get_command(APPS[program])
     path: list[str] = []
@@ -82,6 +93,21 @@ def test_commands_and_options_in_the_readme_exist(line: str) -> None:
     assert shown.exit_code == 0
     for option in (word for word in words if word.startswith("--")):
         assert re.search(rf"{option}\b", re.sub(r"\x1b\[[0-9;]*m", "", shown.output)), f"{line}: no {option}"
+
+
+def test_the_tutorials_name_commands_of_all_three_people() -> None:
+    assert len(TYPED) > 30
+    assert {line.split()[0] for line in TYPED} == set(APPS)
+    assert any("draft" in line and "--size 300" in line for line in TYPED)  # a line that goes on in the next ones
+
+
+def test_every_claim_about_other_frameworks_that_is_run_has_its_line_and_its_place() -> None:
+    page = TEXT["docs/comparison.md"]
+    assert set(re.findall(r"^holds +([\w-]+): ", page, re.MULTILINE)) == set(peer_claims.CLAIMS)
+    assert set(re.findall(r"\*Run\*, `([\w-]+)`", page)) == set(peer_claims.CLAIMS)
+    assert all(wheel in page for wheel in peer_claims.EXTRA.values())
+    places = re.findall(r"^### ([A-Z]\d): ", page, re.MULTILINE)
+    assert sorted(set(re.findall(r"\[([A-Z]\d)\][,;)]", README))) == sorted(places)
 
 
 def test_the_readme_shows_all_commands_of_the_three_people() -> None:

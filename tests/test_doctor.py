@@ -23,7 +23,8 @@ import participant.cli
 from coordinator import pki
 from coordinator.doctor import examine as examine_coordinator
 from coordinator.report import report
-from demo.federation import Federation
+from coordinator.setup import Ports, create_coordinator
+from demo.federation import Federation, free_port
 from participant import charging, doctor
 from participant.doctor import examine as examine_site
 from participant.site import Site
@@ -176,6 +177,26 @@ def test_a_coordinator_that_does_not_run_says_whether_it_could(federation: Feder
         (found,) = [c for c in examine_coordinator(federation.coordinator) if c.name == "process"]
     assert found.state == "fail"
     assert "is taken: Address already in use" in found.found
+
+
+def test_a_coordinator_that_waits_for_its_first_roster_has_nothing_wrong(tmp_path: Path) -> None:
+    found = Federation(tmp_path, NAMES, {}, {})
+    ports = Ports("127.0.0.1", free_port(), free_port())
+    create_coordinator(found.coordinator, "toys", "localhost", ports)
+    before = {check.name: check for check in examine_coordinator(found.coordinator)}
+    assert (before["roster"].state, before["process"].state) == ("warn", "warn")
+    found.start_coordinator()
+    try:
+        running = {check.name: check for check in examine_coordinator(found.coordinator)}
+    finally:
+        found.stop_all()
+    assert [check.name for check in running.values() if check.state != "ok"] == ["roster"]
+    assert running["roster"].found == "none yet"
+    assert "veilsum-coordinator roster draft" in running["roster"].todo
+    assert running["process"].found == "a coordinator runs here and waits for a roster"
+    shut = found.coordinator / "coordinator.toml"
+    shut.write_text(re.sub(r'join_listen = ".*"', 'join_listen = ""', shut.read_text()))
+    assert states(examine_coordinator(found.coordinator))["roster"] == "fail"
 
 
 def test_a_full_disk_is_found_with_what_the_open_plans_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,23 @@ def test_a_removed_member_gets_no_certificate_and_comes_back_only_by_invitation(
     assert [m.name for m in door.members.read().active()] == ["north"]
 
 
+def test_an_invitation_that_nobody_used_is_withdrawn(door: Door) -> None:
+    door.members.remove("north")
+    assert not door.members.read().invited
+    with pytest.raises(Refusal, match="not known here"):
+        door.join(door.message())
+    assert not door.members.read().members
+    with pytest.raises(UserError, match="found 'north'; members: none"):
+        door.members.remove("north")
+    door.members.invite("north", OTHER, 2000)
+    door.join(door.message(OTHER))
+    door.members.remove("north")
+    door.members.invite("north", SECRET, 2000)
+    door.members.remove("north")  # a removed member that was invited again
+    with pytest.raises(Refusal, match="not known here"):
+        door.join(door.message())
+
+
 def test_members_with_their_own_certificate(door: Door) -> None:
     door.join(door.message())
     for name, key in (("north", "2" * 64), ("south", identity_public(door.key).hex())):
@@ -244,6 +262,14 @@ def test_addresses_of_ipv6_stand_in_brackets(tmp_path: Path) -> None:
     create_coordinator(tmp_path / "c", "newsrooms", "2001:db8::1", Ports("::", 7443, 7444))
     settings = load_home(tmp_path / "c").settings
     assert (settings.address, settings.listen) == ("[2001:db8::1]:7443", "[::]:7443")
+
+
+def test_what_init_leaves_in_comments_is_a_configuration(tmp_path: Path) -> None:
+    create_coordinator(tmp_path / "c", "newsrooms", "example.org", Ports("127.0.0.1", 7443, 7444))
+    path = tmp_path / "c" / "coordinator.toml"
+    path.write_text(re.sub(r"^#(\w+ = |\[)", r"\1", path.read_text(), flags=re.MULTILINE))
+    settings = load_home(tmp_path / "c").settings
+    assert (settings.metrics_listen, settings.web.listen, settings.keep_uploads) == ("9464", "8080", False)
 
 
 # --- the coordinator's own certificate -----------------------------------------------------------------------------

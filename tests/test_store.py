@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from coordinator import phases
 from coordinator import store as coordinator_store
+from coordinator.schema import SCHEMA
 from coordinator.store import Event, RoundRow
 from participant.config import load_home
 from participant.prepare import kept_vector
@@ -321,6 +322,7 @@ def database(directory: Path) -> coordinator_store.Store:
     return coordinator_store.Store(directory / "state.db", directory / "rounds")
 
 
+OLD_PLAN = (X, "old", b"toml", "open", "", 1.0)
 ROW = RoundRow(X, Y, 1, 1, b"header", (0, 2, 3), 5.5, "running", "", None)
 
 
@@ -390,6 +392,24 @@ def test_a_database_of_another_version_is_refused_and_left_alone(tmp_path: Path,
     with pytest.raises(UserError, match=f"expected a database of version 4 or older, found {version}") as caught:
         database(tmp_path)
     assert "run the version of veilsum that wrote it" in caught.value.hint
+
+
+@pytest.mark.parametrize("version", range(len(SCHEMA)))
+def test_a_database_of_an_older_version_is_brought_up_to_date_with_what_is_in_it(tmp_path: Path, version: int) -> None:
+    raw = sqlite3.connect(tmp_path / "state.db")
+    for statements in SCHEMA[:version]:
+        raw.executescript(statements)
+    if version:
+        raw.execute("insert into plans (digest, name, toml, state, reason, submitted) values (?,?,?,?,?,?)", OLD_PLAN)
+    raw.execute(f"pragma user_version={version}")
+    raw.commit()
+    raw.close()
+    store = database(tmp_path)
+    store.use_roster(Y)  # plans of a version that knew of one roster only are of this one
+    assert [(plan.digest, plan.name, plan.toml) for plan in store.plans()] == ([OLD_PLAN[:3]] if version else [])
+    store.add_plan(Y, "new", b"raw", 2.0)
+    store.add_round(ROW, Event("proofs", b"p"))
+    assert database(tmp_path).stages(X) == {}
 
 
 def test_a_file_that_is_no_database_is_refused_by_name(tmp_path: Path) -> None:

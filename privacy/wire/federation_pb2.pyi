@@ -174,7 +174,7 @@ class DeclineRequest(google.protobuf.message.Message):
     waiting: builtins.bool
     """for people at the site, or for an hour of the day; else refused"""
     reason: builtins.str
-    """at most 500 characters"""
+    """at most 500 characters; empty: what was said before is gone, the member works on the plan"""
     def __init__(
         self,
         *,
