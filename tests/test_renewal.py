@@ -11,6 +11,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from coordinator import service
 from participant import enrol, renewal
 from participant.joining import Membership
 from participant.renewal import Renewal, is_due, valid_until
@@ -87,7 +88,11 @@ def test_a_certificate_that_nobody_asked_for_is_not_kept(tmp_path: Path, coordin
     assert fits(site)
 
 
-def test_what_was_not_issued_here_is_not_renewed_here(coordinator: Coordinator) -> None:
+def test_what_was_not_issued_here_is_not_renewed_here(
+    coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Who joins and is removed in one second is not yet told apart; what comes after that question is the matter here.
+    monkeypatch.setattr(service, "issued_before", lambda *_: False)
     coordinator.members.remove("north")
     coordinator.members.add("north", "2" * 64)
     with pytest.raises(Refusal, match="'north' was not issued here: renew it where it came from"):

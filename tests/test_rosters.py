@@ -281,6 +281,7 @@ def test_a_certificate_that_expires_on_an_open_connection_gets_nothing_either(co
             assert caught.value.details() == "the certificate of 'east' has expired"
 
 
+@pytest.mark.alone  # quotas fill up again with time, so the calls must come fast
 def test_the_members_port_counts_calls(coordinator: Coordinator) -> None:
     """The gate of the rounds stands before these calls too."""
     credentials = grpc.ssl_channel_credentials(*tls_files(coordinator.site("north")))
