@@ -305,7 +305,7 @@ class Engine:
             reason = endings.gave_up(len(failed), failed[-1].reason)
             self.store.set_plan_state(digest, "aborted", reason)
             seen = endings.told("plan", reason, self.roster.roster.name)
-            log.error("plan given up", plan=self.jobs[digest].plan.name, **seen.facts("operator"))
+            log.error("plan given up", plan=self.jobs[digest].plan.name, **seen.logged("operator"))
             return True
         waits = self.clock() < failed[-1].opened + self.jobs[digest].plan.deadlines.join_s
         self.held[digest] = endings.pause(len(failed), failed[-1].reason) if waits else endings.NONE
@@ -373,7 +373,7 @@ class Engine:
                 self.phase_ended(running.timed, self.clock() - running.since)
             running.begin_phase(self.clock())
         if isinstance(phase, phases.Aborted) and running.row.state != "aborted":
-            running.log.warning("round aborted", **running.told().facts("operator"))
+            running.log.warning("round aborted", **running.told().logged("operator"))
             keep_accusations(running, self.store.round_directory(running.row.id))
         self._settle(running)
         running.unfinished = isinstance(phase, phases.Released | phases.Aborted)

@@ -107,7 +107,7 @@ class Daemon:
         if self.said.get(name) != state + reason:
             if refusal is not None:
                 self.site.counts.refused(refusal)
-            log.info("plan", plan=name, state=state, **told.facts("site"))
+            log.info("plan", plan=name, state=state, **told.logged("site"))
             notify(STATUS=f"plan '{name}' is {state}: {told.reason}")
             self.said[name] = state + reason
         return state
@@ -250,7 +250,7 @@ class Daemon:
         mine = run is not None and run.round_id == round_id
         if isinstance(message, RoundAborted):
             seen = endings.told("round", shown(message.reason, MAX_REASON), self.site.roster.roster.name)
-            log.warning("round aborted", plan=job.plan.name, **seen.facts("site"))
+            log.warning("round aborted", plan=job.plan.name, **seen.logged("site"))
             if mine and run is not None:
                 run.handle(message)
             else:

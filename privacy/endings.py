@@ -164,6 +164,10 @@ class Told:
         todo = self.operator if side == "operator" else self.site
         return {"reason": self.reason, "cause": self.cause, "concerns": list(self.concerns), "todo": todo}
 
+    def logged(self, side: Literal["operator", "site"]) -> dict[str, Any]:
+        """For a log line: what there is of :meth:`facts`; most lines tell of nothing that went wrong."""
+        return {key: value for key, value in self.facts(side).items() if value}
+
 
 def find(kind: Kind, reason: str) -> Ending:
     """The entry of the table for a reason."""

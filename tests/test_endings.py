@@ -341,3 +341,10 @@ def test_json_of_both_sides_has_the_same_keys(aborted: OnDisk) -> None:
     (plan,) = json.loads(shown.output)["plans"]
     assert keys <= set(plan)
     assert plan["cause"] == "budget"
+
+
+def test_a_log_line_of_what_went_well_has_no_empty_words() -> None:
+    assert endings.told("plan", "").logged("site") == {}
+    seen = endings.told("round", endings.too_few("to join", 3, 2, [1]), ["north", "south"].__getitem__)
+    assert seen.logged("operator") == seen.facts("operator"), "nothing is left out of what went wrong"
+    assert seen.logged("operator")["concerns"] == ["south"]
