@@ -1,6 +1,6 @@
 """CKKS as NVFlare uses it, as tasks, run by the interpreter of .venv-peers: ``python -m bench.peer_ckks '{...}'``.
 
-The context is the default of ``nvflare.lighter.impl.he.HEBuilder``, a vector goes in pieces of one tensor each, as
+The context is FLARE's default, a vector goes in pieces of one tensor each, as
 ``nvflare.app_opt.he.model_encryptor`` sends them.
 """
 
@@ -20,8 +20,8 @@ from bench.meter import answer
 TENSOR = 1 << 16
 
 
-def upload(vector: Path, size: int) -> dict[str, Any]:
-    """Bytes of the serialised ciphertexts of the first ``size`` coordinates."""
+def flare_context() -> Any:
+    """A CKKS context with a key of its own and FLARE's default parameters (``nvflare.lighter.impl.he.HEBuilder``)."""
     context = tenseal.context(
         tenseal.SCHEME_TYPE.CKKS,
         poly_modulus_degree=8192,
@@ -30,6 +30,12 @@ def upload(vector: Path, size: int) -> dict[str, Any]:
     )
     context.generate_relin_keys()
     context.global_scale = 2**40
+    return context
+
+
+def upload(vector: Path, size: int) -> dict[str, Any]:
+    """Bytes of the serialised ciphertexts of the first ``size`` coordinates."""
+    context = flare_context()
     delta = np.load(vector)[:size].astype(np.float64)
     parts = (delta[low : low + TENSOR] for low in range(0, size, TENSOR))
     return {"bytes": sum(len(tenseal.ckks_vector(context, part).serialize()) for part in parts)}

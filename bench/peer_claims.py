@@ -167,19 +167,15 @@ def _survives(n: int, *, shared: bool) -> bool:
 def flare_key() -> tuple[bool, str]:
     """Does the context that FLARE gives every client open what another client encrypted?
 
-    The parameters and the two calls of ``serialize`` are those of ``nvflare.lighter.impl.he.HEBuilder``.
+    The parameters and the call of ``serialize`` are those of ``nvflare.lighter.impl.he.HEBuilder``.
     """
     import tenseal
 
-    made = tenseal.context(
-        tenseal.SCHEME_TYPE.CKKS,
-        poly_modulus_degree=8192,
-        coeff_mod_bit_sizes=[60, 40, 40],
-        encryption_type=tenseal.ENCRYPTION_TYPE.SYMMETRIC,
+    from bench.peer_ckks import flare_context
+
+    kit = flare_context().serialize(
+        save_public_key=True, save_secret_key=True, save_galois_keys=False, save_relin_keys=True
     )
-    made.generate_relin_keys()
-    made.global_scale = 2**40
-    kit = made.serialize(save_public_key=True, save_secret_key=True, save_galois_keys=False, save_relin_keys=True)
     update = np.random.default_rng(0).normal(0, 0.01, SIZE)
     one, another = tenseal.context_from(kit), tenseal.context_from(kit)
     sent = tenseal.ckks_vector(one, update).serialize()

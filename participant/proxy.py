@@ -17,6 +17,7 @@ from http.client import HTTPException, HTTPResponse
 from urllib.parse import unquote, urlsplit
 
 from privacy.errors import shown
+from privacy.exposition import split_address
 
 #: The first that is set counts, even if it is empty: then there is no proxy.
 VARIABLES, EXCEPTIONS = ("grpc_proxy", "https_proxy", "http_proxy"), ("no_grpc_proxy", "no_proxy")
@@ -41,12 +42,6 @@ class Proxy:
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{shown(host)}:{self.port} ({self.variable})"
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """(host, port) of ``host:port``, without the brackets of an IPv6 address."""
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
 
 
 def _first(names: tuple[str, ...], environ: Mapping[str, str]) -> tuple[str, str]:
