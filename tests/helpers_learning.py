@@ -35,6 +35,17 @@ VOCABULARY = (
     "a",
     *(word for words in WORDS.values() for word in words),
 )
+#: A section ``[privacy]`` for 24 records.
+PRIVACY: dict[str, Any] = {
+    "unit": "record",
+    "sigma": "1.0",
+    "delta": "1e-4",
+    "clip": "1.0",
+    "rate": "0.25",
+    "steps": 12,
+    "nominal_batch": 6,
+    "nominal_size": 24,
+}
 
 
 def tiny_base(directory: Path, *, pooler: bool = True, hidden: int = 32) -> Path:
@@ -74,22 +85,18 @@ def tiny_plan(base: Path, **changes: Any) -> Plan:
     return parse_plan(draft_plan(**arguments | changes).encode()).plan
 
 
+def privacy_section(**changes: Any) -> str:
+    """The section ``[privacy]`` of :func:`private_plan` as the text of a plan."""
+    lines = (f"{key} = {json.dumps(value)}\n" for key, value in (PRIVACY | changes).items())
+    return "[privacy]\n" + "".join(lines)
+
+
 def private_plan(base: Path, *, train: str = "all", training: dict[str, Any] | None = None, **changes: Any) -> Plan:
     """:func:`tiny_plan` with a section ``[privacy]`` for 24 records; ``changes`` are its keys."""
-    privacy: dict[str, Any] = {
-        "unit": "record",
-        "sigma": "1.0",
-        "delta": "1e-4",
-        "clip": "1.0",
-        "rate": "0.25",
-        "steps": 12,
-        "nominal_batch": 6,
-        "nominal_size": 24,
-    }
     fields = tiny_plan(base).model_dump()
     fields["adapter"]["train"] = train
     fields["training"] = training or {"learning_rate": 0.02}
-    fields["privacy"] = privacy | changes
+    fields["privacy"] = PRIVACY | changes
     return Plan.model_validate(fields)
 
 

@@ -28,20 +28,11 @@ from participant.training import Loaded, load_model, logits_of, tokenise, train
 from privacy.adapter import layout_of, release, save_peft, start_adapter
 from privacy.plan import Plan, parse_plan
 from tests.helpers_four_bit import Pair, causals, classifiers, needs, quantised, unpacked
-from tests.helpers_learning import private_plan, tiny_base, tiny_plan, word_examples
+from tests.helpers_learning import privacy_section, private_plan, tiny_base, tiny_plan, word_examples
 from tests.helpers_text import talks, text_draft, text_plan
 
 EXAMPLES = word_examples((8, 8, 8))
-PRIVACY = """[privacy]
-unit = "record"
-sigma = "1.0"
-delta = "1e-4"
-clip = "1.0"
-rate = "0.25"
-steps = 3
-nominal_batch = 6
-nominal_size = 24
-"""
+PRIVACY = privacy_section(steps=3)
 
 
 @pytest.fixture(scope="module")

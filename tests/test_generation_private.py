@@ -19,20 +19,11 @@ from participant.training import Loaded, TrainingResult, autocast
 from privacy.adapter import layout_of, start_adapter
 from privacy.errors import UserError
 from privacy.plan import Plan, parse_plan
+from tests.helpers_learning import privacy_section
 from tests.helpers_text import talks, text_draft, tiny_causal
 from tests.test_self_test import CHECKS
 
-PRIVACY = """\
-[privacy]
-unit = "record"
-sigma = "1.0"
-delta = "1e-4"
-clip = "1.0"
-rate = "0.25"
-steps = 6
-nominal_batch = 6
-nominal_size = 24
-"""
+PRIVACY = privacy_section(steps=6)
 
 
 @pytest.fixture(scope="module")
