@@ -71,13 +71,22 @@ def consider(site: Site, offered: OfferedPlan) -> Considered:
         allow(job, site.home.settings, charging.standing(site, job, offered.stage), offered.stage)
     except VeilsumError as error:
         return Considered(file, "refused", str(error), upload)
-    if is_approved(site.home, file):
-        return Considered(file, "admitted", "approved", upload)
     try:
-        consent(job, site.home.settings)
+        return Considered(file, "admitted", consented(site.home, file, job), upload)
     except Refusal as error:
         return Considered(file, "waiting", str(error), upload)
-    return Considered(file, "admitted", "by participant.toml", upload)
+
+
+def consented(home: Home, file: PlanFile, job: Job) -> str:
+    """What this site agreed to a plan by: an approval of this very plan, or its own file.
+
+    Raises:
+        Waits: by neither.
+    """
+    if is_approved(home, file):
+        return "approved"
+    consent(job, home.settings)
+    return "by participant.toml"
 
 
 def approve(home: Home, name: str, expected: str = "") -> PlanFile:

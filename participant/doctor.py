@@ -8,10 +8,11 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
-from participant.approvals import is_approved
+from participant.approvals import consented
 from participant.base_model import base_digest, in_four_bits, memory_of
 from participant.charging import Charges
 from participant.client import OfferedPlan
@@ -19,6 +20,7 @@ from participant.config import DataSet, Home, load_home
 from participant.diagnose import explain
 from participant.enrol import AUTHORITY, TLS_CERTIFICATE
 from participant.pace import UploadTime
+from participant.policy import Waits
 from participant.proxy import Route, ignored
 from participant.rows import Columns, read_rows
 from participant.site import Site
@@ -35,7 +37,7 @@ from privacy.checks import (
     versions,
     warn,
 )
-from privacy.errors import VeilsumError
+from privacy.errors import Refusal, UserError, VeilsumError
 from privacy.job import Job
 from privacy.plan import parse_plan
 
@@ -114,11 +116,17 @@ def _coordinator(site: Site, offered: list[OfferedPlan]) -> Iterator[Check]:
 
 
 def _jobs(site: Site, offered: list[OfferedPlan]) -> list[Job]:
-    """The open plans with consent."""
-    open_now = [parse_plan(plan.toml) for plan in offered if plan.state in ("open", "released")]
-    consent = set(site.home.settings.policy.plans)
-    agreed = [plan for plan in open_now if {"*", plan.plan.name} & consent or is_approved(site.home, plan)]
-    return [Job.of(plan, site.roster, site.home.factors) for plan in agreed]
+    """The open plans with consent; what is wrong with one that this roster does not allow, `plans` says."""
+    found = []
+    for file in (parse_plan(plan.toml) for plan in offered if plan.state in ("open", "released")):
+        try:
+            job = Job.of(file, site.roster, site.home.factors)
+        except (Refusal, UserError):
+            continue
+        with suppress(Waits):
+            consented(site.home, file, job)
+            found.append(job)
+    return found
 
 
 def _uploads(site: Site, offered: list[OfferedPlan]) -> Iterator[Check]:

@@ -114,6 +114,8 @@ def _outside(job: Job, settings: Settings) -> str | None:
         return f"data set '{plan.data.dataset}' is not in [policy.admits] datasets"
     if rules.min_cohort < admits.min_cohort:
         return f"min_cohort is {rules.min_cohort}, [policy.admits] has {admits.min_cohort}"
+    if plan.data.dataset not in settings.datasets:
+        return f"data set '{plan.data.dataset}' is not in [datasets]"
     most = admits.max_epsilon.get(plan.data.dataset)
     if most is None:
         return None

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import coordinator.uploads
 import participant.cli
-from participant.approvals import consider
+from participant.approvals import approve, consider
 from participant.client import Client, OfferedPlan
 from participant.doctor import _uploads
 from participant.pace import Pace, UploadTime
@@ -226,6 +226,29 @@ def test_doctor_and_plans_say_how_long_it_takes(tmp_path: Path, monkeypatch: pyt
     shown = CliRunner().invoke(participant.cli.app, ["plans", "--dir", str(here.home.directory)])
     assert "it would be late; set max_upload_rate to" in shown.output
     assert "refused" in shown.output
+
+
+@pytest.mark.parametrize(
+    ("by", "agreed"),
+    [("name", True), ("approval", True), ("nobody", False), ("file", True), ("file, another data set", False)],
+)
+def test_doctor_looks_at_the_plans_this_site_agreed_to_whatever_by(tmp_path: Path, by: str, agreed: bool) -> None:
+    world = OnDisk(tmp_path)
+    home = world.daemons[0].site.home
+    path = home.directory / "participant.toml"
+    text = "max_upload_rate = 20000\n" + path.read_text()
+    if by != "name":
+        text = text.replace('plans = ["toy"]', "plans = []")
+    if by.startswith("file"):
+        text += '[policy.admits]\nbases = ["tiny"]\ndatasets = ["toy"]\n'
+    if by == "file, another data set":  # which this site's file does not have
+        text = text.replace("[datasets.toy]", "[datasets.its]") + 'max_epsilon = { toy = "1" }\n'
+    path.write_text(text)
+    here = type(world.daemons[0].site).open(home.directory)
+    if by == "approval":
+        consider(here, OfferedPlan(world.plan, "open", "", 1))
+        approve(here.home, "toy")
+    assert len(list(_uploads(here, [OfferedPlan(world.plan, "open", "", 1)]))) == agreed
 
 
 class Offers:
