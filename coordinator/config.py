@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field
 
 from privacy.errors import UserError
+from privacy.files import as_its_owner
 from privacy.plan import Name
 from privacy.roster import RosterFile
 from privacy.secagg.keys import identity_public
@@ -110,6 +111,11 @@ def check_identity(home: Home, roster: RosterFile, identity: Ed25519PrivateKey) 
 
 
 def load_home(directory: Path) -> Home:
-    """Read the settings of a coordinator directory; raises UserError."""
+    """Read the settings of a coordinator directory.
+
+    Raises:
+        UserError: they are none, or root asks for what is another account's.
+    """
     directory = directory.resolve()
+    as_its_owner(directory)
     return Home(directory, load_toml(Settings, directory / CONFIG_FILE))

@@ -13,7 +13,7 @@ from pathlib import Path
 from coordinator import pki
 from coordinator.config import CONFIG_FILE
 from privacy.errors import UserError
-from privacy.files import make_private_directory, write_durably
+from privacy.files import as_its_owner, make_private_directory, write_durably
 from privacy.identity import IDENTITY_FILE, create_identity, load_identity
 from privacy.secagg.keys import identity_public
 
@@ -59,7 +59,8 @@ def create_coordinator(directory: Path, federation: str, host: str, ports: Ports
     """Make everything a coordinator starts from: its identity key and the certificate of its authority, DER.
 
     Raises:
-        UserError: there is a coordinator in this directory already, or no host name.
+        UserError: there is a coordinator in this directory already, no host name, or root asks for what is another
+            account's.
     """
     for name in (host, ports.bind):
         if not re.fullmatch(r"[A-Za-z0-9.:_-]+", name):
@@ -67,6 +68,7 @@ def create_coordinator(directory: Path, federation: str, host: str, ports: Ports
     config = directory / CONFIG_FILE
     if config.exists():
         raise UserError(f"{config}: expected no coordinator here yet, found one", hint="choose another directory")
+    as_its_owner(directory)
     make_private_directory(directory)
     identity = load_identity(directory) if (directory / IDENTITY_FILE).exists() else create_identity(directory)
     if not (directory / pki.AUTHORITY_CERTIFICATE).exists():

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from participant.rows import Format
 from privacy.budget import entries
 from privacy.errors import UserError
-from privacy.files import write_durably
+from privacy.files import as_its_owner, write_durably
 from privacy.guarantee import Number
 from privacy.plan import Name
 from privacy.settings import Listen, Positive, Section, load_toml
@@ -206,9 +206,10 @@ def load_home(directory: Path) -> Home:
     """Read a site's settings.
 
     Raises:
-        UserError: they are none, or a newer veilsum has run here.
+        UserError: they are none, a newer veilsum has run here, or root asks for what is another account's.
     """
     directory = directory.resolve()
+    as_its_owner(directory)
     check_state(directory / STATE_FILE)
     return Home(directory, load_toml(Settings, directory / CONFIG_FILE))
 

@@ -16,6 +16,7 @@ from cryptography.x509.oid import NameOID
 
 from privacy.errors import ProtocolError
 from privacy.files import (
+    as_its_owner,
     disk_errors,
     exclusively,
     make_private_directory,
@@ -41,7 +42,12 @@ def create_site(directory: Path) -> str:
 
 
 def own_identity(directory: Path) -> Ed25519PrivateKey:
-    """The identity of the site in this directory, made now if there is none."""
+    """The identity of the site in this directory, made now if there is none.
+
+    Raises:
+        UserError: root asks, and the directory is another account's.
+    """
+    as_its_owner(directory)
     make_private_directory(directory)
     return load_identity(directory) if (directory / IDENTITY_FILE).exists() else create_identity(directory)
 

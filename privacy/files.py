@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import pwd
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +36,25 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise DiskError(
             f"{path}: expected to write, found: {error.strerror or error}", hint=hints.get(error.errno or 0, "")
         ) from error
+
+
+def as_its_owner(directory: Path) -> None:
+    """Root must not write into the directory of another account: a daemon that runs as that could not read the files.
+
+    Raises:
+        UserError: this is root, and the directory is somebody else's.
+    """
+    owner = directory.stat().st_uid if directory.exists() else 0
+    if os.geteuid() != 0 or owner == 0:
+        return
+    try:
+        name = pwd.getpwuid(owner).pw_name
+    except KeyError:  # of a container, or of another machine
+        name = f"#{owner}"
+    raise UserError(
+        f"{directory}: expected to be run as '{name}', whose directory it is, found root",
+        hint=f"runuser -u {name} -- {Path(sys.argv[0]).name} …" if name[0] != "#" else f"sudo -u {name} …",
+    )
 
 
 @contextmanager
