@@ -152,6 +152,15 @@ def test_the_compose_file_builds_both_images_and_mounts_what_they_expect() -> No
         assert (ROOT / service["build"]["dockerfile"]).exists()
         assert service["volumes"][0].endswith(":/data")
         assert (service["cap_drop"], service["read_only"]) == (["ALL"], True)
+        assert f"-t {service['image']}" in (ROOT / service["build"]["dockerfile"]).read_text()
+    ports = ["7443", "7444"]  # as `init` has them: for members, and for those who want to be
+    assert found["coordinator"]["ports"] == [f"{port}:{port}" for port in ports]
+    assert f"EXPOSE {' '.join(ports)}" in (DOCKER / "coordinator.Dockerfile").read_text()
+
+
+def test_the_directories_that_the_compose_file_mounts_are_not_committed() -> None:
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert {f"deploy/docker/{name}/" for name in ("coordinator", "site")} <= set(ignored)
 
 
 def test_the_alert_rules_of_the_docs_are_yaml() -> None:

@@ -13,13 +13,13 @@ RUN python3 -m venv /opt/veilsum \
 
 FROM ${BASE}
 COPY --from=build /opt/veilsum /opt/veilsum
-RUN useradd --system --uid 10001 --home-dir /data --shell /usr/sbin/nologin veilsum \
+RUN useradd --uid 10001 --user-group --no-create-home --home-dir /data --shell /usr/sbin/nologin veilsum \
     && install --directory --owner=veilsum --mode=0700 /data
 USER veilsum
 WORKDIR /data
 ENV PATH=/opt/veilsum/bin:$PATH VEILSUM_COORDINATOR=/data PYTHONUNBUFFERED=1
 VOLUME /data
-EXPOSE 7443
+EXPOSE 7443 7444
 # Says why not on standard output, which `docker inspect` keeps.
 HEALTHCHECK --interval=60s --timeout=40s --start-period=60s CMD ["veilsum-coordinator", "doctor"]
 ENTRYPOINT ["veilsum-coordinator"]

@@ -15,7 +15,7 @@ RUN python3 -m venv /opt/veilsum \
 
 FROM ${BASE}
 COPY --from=build /opt/veilsum /opt/veilsum
-RUN useradd --system --uid 10001 --home-dir /data --shell /usr/sbin/nologin veilsum \
+RUN useradd --uid 10001 --user-group --no-create-home --home-dir /data --shell /usr/sbin/nologin veilsum \
     && install --directory --owner=veilsum --mode=0700 /data
 USER veilsum
 WORKDIR /data
