@@ -59,8 +59,9 @@ bench: $(READY) ## measure against OpenSSL, a raw socket, Flower and CKKS (some 
 offline: ## collect every package in a folder, and install from it without a network (EXTRAS=participant for a site)
 	PYTHON=$${PYTHON:-python3} scripts/offline.sh $(EXTRAS)
 
-docs: $(READY) ## build the documentation as a site in build/site, strictly, with its page of commands from the code
+docs: $(READY) ## build the documentation as a site in build/site, strictly, with its reference pages from the code
 	$(PY) -m scripts.commands
+	$(PY) -m scripts.reference
 	scripts/docs.sh
 
 check: $(READY) ## formatting, lint, types, and whether the generated code is fresh

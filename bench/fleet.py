@@ -32,11 +32,12 @@ from participant.store import Store, Trained
 from privacy.adapter import start_adapter, start_digest
 from privacy.evidence import TOTAL_FILE
 from privacy.job import Job
-from privacy.plan import Adapter, parse_plan
+from privacy.plan import parse_plan
 from privacy.roster import load_roster
 from privacy.secagg.dialogue import ToMember
 from privacy.secagg.messages import MaskedInput, Offer, RoundAborted
 from privacy.secagg.signed import Signed
+from privacy.sections import Adapter
 from privacy.vectors import read_total
 
 STAGE = 1

@@ -26,7 +26,8 @@ from participant.drafting import draft_plan
 from participant.training import Loaded, load_model, logits_of
 from privacy.adapter import start_adapter
 from privacy.errors import UserError
-from privacy.plan import Plan, Task, parse_plan
+from privacy.plan import Plan, parse_plan
+from privacy.sections import Task
 
 LABELS = ("first", "second", "third", "fourth", "fifth")
 #: A trained number, its gradient and the two moments of Adam, in float32.

@@ -11,10 +11,9 @@ from pydantic import Field
 
 from privacy.errors import UserError
 from privacy.files import as_its_owner
-from privacy.plan import Name
 from privacy.roster import RosterFile
 from privacy.secagg.keys import identity_public
-from privacy.settings import Listen, Section, load_toml
+from privacy.settings import Listen, Name, Section, load_toml
 from privacy.web.settings import Web
 
 CONFIG_FILE = "coordinator.toml"
@@ -27,17 +26,17 @@ class Settings(Section):
     listen: Annotated[str, Field(pattern=r"^.+:\d{1,5}$")] = "127.0.0.1:7443"
     #: Address on which sites with an invitation join, host:port; empty: nobody can.
     join_listen: Annotated[str, Field(pattern=r"^(.+:\d{1,5})?$")] = ""
-    #: Address by which sites reach ``listen``, host:port; told to sites that join.
+    #: Address by which sites reach ``listen``, host:port; told to sites that join, and invitations need it.
     address: Annotated[str, Field(pattern=r"^(.+:\d{1,5})?$")] = ""
     #: Name of the federation in rosters drafted here.
     federation: Name = "federation"
     #: Uploads taken at the same time; others are told to come back.
     max_uploads: Annotated[int, Field(ge=1, le=1024)] = 10
-    #: Keep masked uploads after the outcome is certified, for an auditor who recomputes sums (``--uploads``).
+    #: Keep masked uploads after a release, for ``veilsum-audit transcript --uploads``, which cannot run without them.
     keep_uploads: bool = False
-    #: Address of the metrics, a port or host:port; a port alone is for this machine only, empty shows none.
+    #: Where metrics are shown: a port of this machine, or host:port; empty: nowhere.
     metrics_listen: Listen = ""
-    #: The status page; there is none unless it says where.
+    #: A table as below: the status page; there is none unless it says where.
     web: Web = Web()
 
 

@@ -15,9 +15,9 @@ from privacy import endings
 from privacy.encoding import decode, encode
 from privacy.files import write_durably
 from privacy.job import Job
-from privacy.plan import Deadlines
 from privacy.secagg.dialogue import FromMember, ToMember
 from privacy.secagg.naming import Accusation, accused
+from privacy.sections import Deadlines
 
 log = structlog.get_logger()
 

@@ -267,7 +267,8 @@ def draft(
     from privacy.aggregation import HEADS, METHODS, Head, Method
     from privacy.budget.presets import draft_privacy
     from privacy.budget.terms import noise_warning
-    from privacy.plan import TASKS, Task, parse_plan
+    from privacy.plan import parse_plan
+    from privacy.sections import TASKS, Task
 
     if (epsilon is None) != (size is None):
         raise UserError("draft: expected --epsilon and --size together, or neither")

@@ -15,8 +15,7 @@ from privacy.budget import entries
 from privacy.errors import UserError
 from privacy.files import as_its_owner, write_durably
 from privacy.guarantee import Number
-from privacy.plan import Name
-from privacy.settings import Listen, Positive, Section, load_toml
+from privacy.settings import Listen, Name, Positive, Section, load_toml
 from privacy.web.settings import Web
 
 CONFIG_FILE = "participant.toml"
@@ -27,12 +26,17 @@ DEFAULT_DELTA, DEFAULT_ORDER = "0.00001", 6
 class Budget(Section):
     """How much may ever be learnt about one record, or one person, of a data set, over all plans together."""
 
+    #: How much may ever be learnt about one unit, over all plans together.
     epsilon: Number
+    #: The delta of that epsilon.
     delta: Number
-    #: The one order of the RDP filter; default: see :func:`default_order`. It never changes after the first job.
+    #: The one order of the RDP filter, by epsilon where it is missing. It never changes after the first job.
     order: Annotated[int, Field(ge=2, le=256)] | None = None
+    #: Whom the budget is about: a record, or a user with at most so many of them.
     unit: entries.Unit = "record"
+    #: Most records that a user has.
     max_records_per_unit: Annotated[int, Field(ge=1, le=64)] = 1
+    #: Neighbouring data sets: a unit is added or removed, or its records are replaced by nothing of the same number.
     adjacency: entries.Adjacency = "add-remove"
 
 
@@ -49,19 +53,25 @@ def _plain(number: str) -> str:
 class DataSet(Section):
     """Where a data set lies, how to read it, and what may be learnt from it."""
 
+    #: The file; for ``folder`` and ``arrow`` the directory.
     path: str
+    #: ``arrow`` is a directory that ``Dataset.save_to_disk`` of Hugging Face datasets wrote.
     format: Format
+    #: Column of the text.
     text: str = "text"
+    #: Column of the label.
     label: str = "label"
     #: Column of the number that a plan for regression learns.
     target: str = "target"
-    #: Columns of a record for text generation: a conversation, or a prompt and its response; else it is a plain text.
+    #: Column of a conversation, for text generation.
     messages: str = "messages"
+    #: Column of a prompt, for text generation; a record with neither of the two is a plain text.
     prompt: str = "prompt"
+    #: Column of the response to it.
     response: str = "response"
     #: Column that says whose record it is; needed where a plan or the budget protects users.
     unit: str | None = None
-    #: Without a budget every plan is recorded and none is refused for what it reveals.
+    #: A table as below. Without it every plan is recorded and none is refused for what it reveals.
     budget: Budget | None = None
     #: ``false`` declares that these records need no protection.
     protected: bool = True
@@ -90,37 +100,44 @@ class DataSet(Section):
 class Admits(Section):
     """Plans that run here without an approval of their own: all of this must hold."""
 
-    #: Names of base models, and of data sets, that such a plan may have.
+    #: Names of base models that such a plan may have.
     bases: tuple[str, ...] = ()
+    #: Names of data sets that such a plan may have.
     datasets: tuple[Name, ...] = ()
-    #: Data set -> most that such a plan may cost, all its stages together; a plan without [privacy] has no limit.
+    #: Data set = most epsilon that such a plan may cost, all its stages together, by the order and delta of the data
+    #: set's ledger; a plan without ``[privacy]`` is beyond any limit. A data set that is not named has none.
     max_epsilon: dict[Name, Number] = Field(default_factory=dict)
+    #: Least size of its cohorts.
     min_cohort: Annotated[int, Field(ge=2)] = 2
 
 
 class SitePolicy(Section):
     """What this site demands beyond the pinned policy; of roster, plan and this file the strictest wins."""
 
-    #: Plans this site agrees to, by name; "*" agrees to whatever else is allowed. Nothing runs without consent.
+    #: Names of the plans with consent; ``"*"`` for whatever else is allowed. One plan alone: ``veilsum-participant
+    #: approve``. Nothing runs without consent.
     plans: tuple[str, ...] = ()
-    #: Plans that run without being named or approved; without this table none do.
+    #: A table as below: plans that run without being named or approved. Without it none do.
     admits: Admits | None = None
-    #: When training may begin, local time, for example "20:00-06:00"; one that runs goes on.
+    #: When training may begin, local time, for example ``"20:00-06:00"``; one that runs goes on.
     hours: Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")] | None = None
+    #: Fewer members in a round are refused.
     min_cohort: Annotated[int, Field(ge=2)] = 2
+    #: Fewer members in a sum are refused.
     min_survivors: Annotated[int, Field(ge=2)] = 2
     #: The plan must withstand at least so many colluders.
     max_colluders: Annotated[int, Field(ge=0)] = 0
-    #: A sum of two tells each the other's delta.
+    #: Allow sums of two members, which tell each the other's update.
     allow_two_members: bool = False
-    #: The coordinator must promise at least this check of its sum.
+    #: Least check of its sum that the coordinator must promise.
     audit: Literal["none", "spot", "divided"] = "none"
     #: Consent to plans with an analytic head, which sum statistics of the records, or a counted one, which sum their
-    #: numbers: classes with fewer different texts here are left out (the larger of this and the plan's minimum holds).
-    #: Without it such plans are refused.
+    #: numbers, for classification: a class with fewer different texts here is left out (the larger of this and the
+    #: plan's minimum holds). Without it such plans are refused.
     min_class_count: Positive | None = None
-    #: Consent to plans with the methods "regmean" and "fisher", which sum statistics of the records: with fewer
-    #: different texts here (the larger of this and the plan's minimum holds) the site sits out.
+    #: Consent to plans with the methods "regmean" and "fisher", and with an analytic head for regression, which sum
+    #: statistics of the records: with fewer different texts here (the larger of this and the plan's minimum holds) the
+    #: site sits out. Without it such plans are refused.
     min_texts: Positive | None = None
 
 
@@ -131,24 +148,27 @@ class Settings(Section):
     coordinator: Annotated[str, Field(pattern=r"^.+:\d{1,5}$")]
     #: This site's name in the roster.
     member: Name
+    #: Where training runs.
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    #: CPU threads for training, default: all.
+    #: CPU threads for training; without it all.
     threads: Positive | None = None
     #: Largest rank of an adapter that this site trains. Plans with the method "dense" take any; others of a larger rank
     #: are refused.
     max_rank: Positive | None = None
-    #: For tests and demonstrations: keep the quantised vector in the clear beside the spool. Never leaves the site.
+    #: For tests and demonstrations: keep the quantised vector in the clear beside the spool. It never leaves the site.
     keep_plain_vector: bool = False
-    #: Most bytes a second that the daemon sends; a chunk of an upload, 1 MiB, is never cut. Default: no limit.
+    #: Most bytes a second that the daemon sends; a chunk of an upload, 1 MiB, is never cut. Without it no limit.
     max_upload_rate: Annotated[int, Field(ge=20_000)] | None = None
-    #: Address of the metrics, a port or host:port; a port alone is for this machine only, empty shows none.
+    #: Where metrics are shown: a port of this machine, or host:port; empty: nowhere.
     metrics_listen: Listen = ""
-    #: Base model name in plans -> directory.
+    #: Base model's name in plans = its directory, in full or in 4 bits, its GGUF file, or ``hub:OWNER/NAME@REVISION``
+    #: to fetch it.
     models: dict[str, str] = Field(default_factory=dict)
-    #: Data set name in plans -> where it lies.
+    #: Data set's name in plans, and a table as below: ``[datasets.NAME]``.
     datasets: dict[Name, DataSet] = Field(default_factory=dict)
+    #: A table as below: what this site demands.
     policy: SitePolicy = SitePolicy()
-    #: The status page; there is none unless it says where.
+    #: A table as below: the status page; there is none unless it says where.
     web: Web = Web()
 
 

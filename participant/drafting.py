@@ -22,7 +22,8 @@ from privacy.analytic import Head
 from privacy.errors import UserError
 from privacy.factors import first_start, keep_factors
 from privacy.methods import parts_of
-from privacy.plan import Adapter, Task, linear_head, parse_plan
+from privacy.plan import parse_plan
+from privacy.sections import Adapter, Task, linear_head
 from privacy.settings import explain
 
 _UNSET_DIGEST = "0" * 64

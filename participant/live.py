@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from participant import phases
-from privacy.plan import Deadlines
+from privacy.sections import Deadlines
 
 #: Phase -> its name for people, in order; in the others the site is in no round any more.
 NAMES: dict[type, str] = {

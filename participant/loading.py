@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from participant import four_bit
 from participant.base_model import GGUF_SUFFIX, in_four_bits
 from privacy.errors import UserError, shown
-from privacy.plan import Adapter
+from privacy.sections import Adapter
 
 HINT = "name a directory with config.json, *.safetensors and tokenizer files"
 

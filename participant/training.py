@@ -33,7 +33,8 @@ from participant.task_data import TaskData
 from participant.text_data import Records
 from privacy.adapter import Tensors, Vector, check_tensors, flatten, layout_of, peft_config, trained_part
 from privacy.errors import UserError
-from privacy.plan import Adapter, Plan
+from privacy.plan import Plan
+from privacy.sections import Adapter
 
 #: Share of the steps over which the learning rate rises to the plan's, before it falls linearly to zero.
 WARM_UP = 0.1

@@ -2,7 +2,7 @@
 
 Coordinator, participants and auditors must agree on all of this bit for bit, so only numpy, safetensors and
 ``cryptography`` are used: no torch, no BLAS, no libm. Names and shapes come from the plan
-(:class:`privacy.plan.Adapter`), never from a message. A is frozen and B trained (FFA-LoRA, Sun et al. 2024, arXiv
+(:class:`privacy.sections.Adapter`), never from a message. A is frozen and B trained (FFA-LoRA, Sun et al. 2024, arXiv
 2403.12313), because then the mean of the B matrices is the exact aggregate: mean(B A) = mean(B) A.
 """
 
@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from privacy import faults
 from privacy.errors import UserError, shown
 from privacy.files import disk_errors, fsync_directory, fsync_file, rename, replace_durably
-from privacy.plan import Adapter
+from privacy.sections import Adapter
 
 FROZEN_A_LABEL = b"veilsum/1/frozen-a\0"
 START_LABEL = b"veilsum/1/start-adapter\0"

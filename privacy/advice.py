@@ -1,7 +1,7 @@
 """In which ways a round, a plan or a site's part in it ends or waits, and what each side can do next: one table.
 
-docs/endings.md shows it (``python -m scripts.endings``). A pattern is looked for in the reason; the first entry of its
-kind counts, and the last one of a kind takes whatever is left. ``{members}`` are the sites that the reason names.
+docs/endings.md shows it (``python -m scripts.reference``). A pattern is looked for in the reason; the first entry of
+its kind counts, and the last one of a kind takes whatever is left. ``{members}`` are the sites that the reason names.
 """
 
 from __future__ import annotations

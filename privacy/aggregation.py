@@ -54,7 +54,7 @@ class Fisher(Section):
 class Core(Section):
     """Frozen factors of the base model's weights, of which only the core between them is trained."""
 
-    #: Digest of the factors, see ``privacy/factors.py``.
+    #: Digest of the factors' file, which comes with the plan.
     factors: HexDigest
 
 
@@ -70,16 +70,24 @@ TRAINS_A = ("both", "dense")
 class Aggregation(Section):
     """What is summed and how the mean is applied."""
 
+    #: What is summed of LoRA's factors.
     method: Method = "freeze_a"
+    #: Sites count by their number of records, or all the same.
     weights: Literal["examples", "uniform"] = "examples"
+    #: How far the mean is applied: 1 is the mean itself.
     server_lr: Annotated[float, Field(gt=0, le=10)] = 1.0
     #: "analytic" sums statistics of the records instead of a trained delta: off unless the plan says so.
     #: "counted" weights each row of a trained head by the records of its class, whose numbers all learn in total.
     head: Head = "trained"
+    #: A table as below, with ``head = "analytic"``, and only with it.
     analytic: Analytic | None = None
+    #: A table as below, with ``head = "counted"``, and only with it.
     counted: Counted | None = None
+    #: A table as below, with ``method = "regmean"``, and only with it.
     regmean: Regmean | None = None
+    #: A table as below, with ``method = "fisher"``, and only with it.
     fisher: Fisher | None = None
+    #: A table as below, with ``method = "core"``, and only with it.
     core: Core | None = None
 
     @property

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from privacy.adapter import Matrix, Tensors, Vector
 from privacy.errors import ProtocolError
-from privacy.plan import Plan, linear_head
+from privacy.plan import Plan
+from privacy.sections import linear_head
 
 #: Relative error of an entry that was rounded to float32 twice: at its site, and as a mean.
 FLOAT32 = 2.0**-23

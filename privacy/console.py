@@ -1,15 +1,12 @@
 """How the three commands speak: one line for a user's mistake, a hint below it, an exit code per kind; logs set up
 once.
-
-Exit codes: 0 done, 1 something the user can mend, 2 wrong usage, 3 refused by policy, 4 a peer broke the protocol,
-5 the other end cannot be reached, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import structlog
 import typer
@@ -20,6 +17,34 @@ from privacy.errors import ProtocolError, Refusal, UserError, VeilsumError, show
 #: Longest text that is shown as one line; parts of it may come from the other end.
 MAX_LINE = 2000
 EXIT_USER, EXIT_REFUSED, EXIT_PROTOCOL, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 1, 3, 4, 5, 130
+#: Of the library that reads command lines.
+EXIT_USAGE = 2
+
+
+class End(NamedTuple):
+    """What an exit code says to the person who sees it; Markdown."""
+
+    means: str
+    todo: str
+
+
+#: docs/exit-codes.md shows it.
+ENDS: dict[int, End] = {
+    0: End("done; of `doctor`: nothing failed", ""),
+    EXIT_USER: End(
+        "something that you can mend: a file, a name, a full disk; `doctor`: a check failed", "read the hint"
+    ),
+    EXIT_USAGE: End("wrong usage: an unknown command or option", "`--help`"),
+    EXIT_REFUSED: End(
+        "refused by policy: this site's, the pinned one of the federation, or the coordinator's",
+        "it is meant to be so; agree on another plan or policy, do not try again",
+    ),
+    EXIT_PROTOCOL: End(
+        "a peer broke the protocol, or what was audited does not hold", "keep the files and tell the other members"
+    ),
+    EXIT_UNREACHABLE: End("the other end does not answer", "try again later; `doctor` says why"),
+    EXIT_INTERRUPTED: End("interrupted; what was saved stays saved", "start again"),
+}
 
 
 class Unreachable(UserError):

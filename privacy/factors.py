@@ -20,7 +20,8 @@ from privacy.adapter import PREFIX, Matrix, Shape, Tensors, a_name, start_adapte
 from privacy.errors import UserError, shown
 from privacy.files import make_private_directory, read_file, write_durably
 from privacy.linear import leading
-from privacy.plan import Adapter, Plan
+from privacy.plan import Plan
+from privacy.sections import Adapter
 
 #: Directory of such files, in a release.
 FACTORS = "factors"

@@ -37,17 +37,21 @@ class Privacy(Section):
 
     #: Whose presence is hidden: one record's, or a user's with at most ``max_records_per_unit`` records.
     unit: Unit
+    #: Most records of one user; 1 for records.
     max_records_per_unit: Annotated[int, Field(ge=1, le=64)] = 1
     #: Neighbouring data sets: a unit is added or removed, or its records are replaced by nothing of the same number.
     adjacency: Literal["add-remove", "zero-out"] = "add-remove"
-    #: Either the guarantee, from which the noise follows, or the noise multiplier.
+    #: The guarantee of one training, from which the noise follows; this or sigma.
     epsilon: Number | None = None
+    #: The noise multiplier: the noise of a step has standard deviation sigma C.
     sigma: Number | None = None
+    #: The delta of the guarantee.
     delta: Number
     #: C, the largest L2 norm of one record's gradient.
     clip: Number
     #: q, the probability with which a record is in a step's batch (Poisson sampling).
     rate: Number
+    #: Of one training.
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
     #: What the noised sum of a step is divided by, whatever the size of the batch.
     nominal_batch: Count

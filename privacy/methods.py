@@ -34,7 +34,8 @@ from privacy.aggregation import Method
 from privacy.errors import ProtocolError
 from privacy.factors import out_name
 from privacy.linear import leading, product, sum_of_squares
-from privacy.plan import Adapter, Plan
+from privacy.plan import Plan
+from privacy.sections import Adapter
 
 PROBE_LABEL = b"veilsum/1/probe\0"
 #: Public directions v in which method "both" measures its error, for each module.

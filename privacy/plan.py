@@ -8,10 +8,9 @@ can weaken the pinned policy of the roster (``privacy/roster.py``) or a site's o
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -19,177 +18,44 @@ from privacy import aligned
 from privacy.aggregation import TRAINS_A, Aggregation, Evaluation
 from privacy.errors import UserError
 from privacy.guarantee import Privacy, unsuitable
-from privacy.settings import HexDigest, Positive, Section, parse_toml
-from privacy.target import Target, misfit
+from privacy.sections import Adapter, Base, Data, Deadlines, Generation, Round, Task, Training, linear_head
+from privacy.settings import Name, Section, parse_toml
+from privacy.target import misfit
 
 MAX_PLAN_BYTES = 1 << 20
-#: Numbers in all tensors of an adapter, 4 GiB as float32: no plan can make a site ask for more memory than that.
-MAX_COORDINATES = 1 << 30
 #: Numbers in all products B A together, for the method that sums these: more is no longer a small model.
 MAX_DENSE = 1 << 25
-#: Features of an analytic head: solving for it takes a number of steps that grows with their cube.
-MAX_FEATURES = 4096
 PLAN_LABEL = b"veilsum/1/plan\0"
-
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
-Text = Annotated[str, Field(min_length=1, max_length=200)]
-
-
-Task = Literal["classification", "generation", "regression"]
-TASKS: tuple[str, ...] = get_args(Task)
-
-
-class Base(Section):
-    """The foundation model every site already has; weights never travel."""
-
-    name: Text
-    #: SHA-256 over weights, configuration and tokenizer, see ``participant/training.py``.
-    digest: HexDigest
-
-
-class Adapter(Section):
-    """The LoRA adapter: its tensors, and the public seed of what is frozen."""
-
-    rank: Annotated[int, Field(ge=1, le=1024)]
-    alpha: Annotated[float, Field(gt=0)]
-    #: Public 32-byte seed of the frozen A matrices.
-    seed: HexDigest
-    #: Digest of the whole start adapter of stage 1, see ``privacy.adapter.start_digest``.
-    digest: HexDigest
-    #: Linear module -> [out_features, in_features].
-    modules: Annotated[dict[str, tuple[Positive, Positive]], Field(min_length=1)]
-    #: Tensors trained beside the adapter -> shape; they start at zero.
-    head: dict[str, Annotated[tuple[Positive, ...], Field(min_length=1, max_length=8)]] = Field(default_factory=dict)
-    #: B and the head ("all"); A as well ("both", for methods that can sum it); or the head alone: then A and B both
-    #: stay as they start, and the model's features too. Or B alone ("lora"), behind a head that stays as it starts.
-    train: Literal["all", "both", "head", "lora"] = "all"
-
-    @model_validator(mode="after")
-    def _something_is_trained(self) -> Adapter:
-        if self.train == "head" and not self.head:
-            raise ValueError('train: expected a tensor in adapter.head for train = "head", found none')
-        return self
-
-    @model_validator(mode="after")
-    def _tensors_are_possible(self) -> Adapter:
-        for module, (_, inputs) in self.modules.items():
-            if self.rank > inputs:
-                raise ValueError(f"modules: expected rank <= {inputs} for '{module}', found {self.rank}")
-            for name in (f"{module}.lora_A.weight", f"{module}.lora_B.weight"):
-                if name in self.head:
-                    raise ValueError(f"head: '{name}' is a tensor of the adapter itself")
-        sizes = [self.rank * (outputs + inputs) for outputs, inputs in self.modules.values()]
-        total = sum(sizes) + sum(map(math.prod, self.head.values()))
-        if total > MAX_COORDINATES:
-            raise ValueError(f"expected an adapter of at most {MAX_COORDINATES} numbers, found {total}")
-        return self
-
-
-def linear_head(adapter: Adapter, outputs: int) -> tuple[str, bool, int]:
-    """(module, has it a bias, features) of an adapter's head if that is one linear layer of so many outputs.
-
-    Raises:
-        ValueError: the head is another, or too wide for a Gram matrix.
-    """
-    shapes = dict(adapter.head)
-    module = next((name.removesuffix(".weight") for name in shapes if name.endswith(".weight")), "")
-    weight, bias = shapes.pop(f"{module}.weight", ()), shapes.pop(f"{module}.bias", None)
-    if shapes or len(weight) != 2 or weight[0] != outputs or bias not in (None, (outputs,)):
-        raise ValueError(f"adapter.head: expected one linear layer of {outputs} outputs, found {adapter.head}")
-    if weight[1] > MAX_FEATURES:
-        raise ValueError(f"adapter.head: expected at most {MAX_FEATURES} features, found {weight[1]}")
-    return module, bias is not None, weight[1]
-
-
-class Data(Section):
-    """Which of a site's registered data sets, and what a record must look like."""
-
-    dataset: Name
-    labels: tuple[Text, ...] = ()
-    #: Public range [low, high] of the number that a regression learns; models see it as one from -1 to 1.
-    target: Target | None = None
-    max_length: Annotated[int, Field(ge=1, le=1 << 20)] = 128
-
-    @model_validator(mode="after")
-    def _labels_are_distinct(self) -> Data:
-        if len(set(self.labels)) != len(self.labels):
-            raise ValueError("labels must be distinct")
-        return self
-
-
-class Training(Section):
-    """Local fine-tuning, the same at every site."""
-
-    loss: Literal["logit_adjusted", "cross_entropy", "squared"] = "logit_adjusted"
-    #: Behind a fixed analytic head, and only there: its scores are regressions on 0 and 1, and so many times them are
-    #: the logits of the loss. A regression has no logits.
-    sharpness: Annotated[float, Field(ge=1, le=1000)] | None = None
-    learning_rate: Annotated[float, Field(gt=0, le=1)]
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    #: These three not under [privacy], which counts steps and takes its batches by secret chance.
-    epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
-    batch_size: Annotated[int, Field(ge=1, le=65536)] | None = None
-    #: Seed of the order of examples; not secret.
-    seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
-
-
-class Generation(Section):
-    """How a causal language model sees a record (``participant/tokens.py``)."""
-
-    #: Chat template of conversations: the tokenizer's own, ChatML, or none: then a prompt is followed by its response.
-    template: Literal["model", "chatml", "none"]
-    #: Several records of a batch in one row of ``data.max_length`` tokens. They do not see one another: it saves time.
-    packing: bool = False
-
-
-class Deadlines(Section):
-    """Seconds each phase stays open for members that are silent."""
-
-    join_s: Positive = 3600
-    share_s: Positive = 600
-    upload_s: Positive = 86400
-    sign_s: Positive = 600
-    unmask_s: Positive = 600
-    outcome_s: Positive = 3600
-    #: Of a plan with several stages: how long after the first release of a stage late members are waited for.
-    stage_s: Positive = 86400
-
-
-class Round(Section):
-    """Numbers of the secure-aggregation round (protocol sections 5 and 8)."""
-
-    max_cohort: Annotated[int, Field(ge=2, le=128)]
-    min_cohort: Annotated[int, Field(ge=2, le=128)]
-    min_survivors: Annotated[int, Field(ge=2, le=128)]
-    max_colluders: Annotated[int, Field(ge=0, le=126)]
-    bits: Literal[16, 20, 24, 32] = 24
-    #: Public clipping range of one coordinate of the delta; values beyond +-clip are clipped.
-    clip: Annotated[float, Field(gt=0, le=1e6)]
-    #: Largest weight (example count) one site may have.
-    max_weight: Annotated[int, Field(ge=1, le=1 << 40)]
-    audit: Literal["divided", "spot", "none"] = "divided"
 
 
 class Plan(Section):
     """A whole plan file."""
 
+    #: Of this plan; a federation has one of a name.
     name: Name
-    #: "generation": the next token of a causal language model, PEFT's CAUSAL_LM. "regression": a number.
+    #: ``"generation"``: the next token of a causal language model. ``"regression"``: a number.
     task: Task
     #: Passes from a start adapter to a release, one upload of each site in each; the next starts from the release.
     stages: Annotated[int, Field(ge=1, le=16)] = 1
+    #: A table as below.
     base: Base
+    #: A table as below.
     adapter: Adapter
+    #: A table as below.
     data: Data
+    #: A table as below.
     training: Training
-    #: With ``task = "generation"``, and only with it.
+    #: A table as below, with ``task = "generation"``, and only with it.
     generation: Generation | None = None
-    #: Without it a site's training gives no guarantee beyond that of the masking.
+    #: A table as below. Without it a site's training gives no guarantee beyond that of the masking.
     privacy: Privacy | None = None
+    #: A table as below.
     aggregation: Aggregation = Aggregation()
-    #: Without it nothing is held out, and nobody learns how good a release is but each site for itself.
+    #: A table as below. Without it nothing is held out, and how good a release is each site learns for itself alone.
     evaluation: Evaluation | None = None
+    #: A table as below.
     round: Round
+    #: A table as below.
     deadlines: Deadlines = Deadlines()
 
     @property

@@ -15,24 +15,29 @@ from pydantic import Field, model_validator
 
 from privacy.encoding import DOMAIN
 from privacy.errors import Refusal, UserError
-from privacy.plan import Name, Plan
+from privacy.plan import Plan
 from privacy.secagg.keys import is_low_order
 from privacy.secagg.shapes import MAX_MEMBERS
 from privacy.secagg.threshold import MAX_COMPLETE_GRAPH, smallest_survivors
-from privacy.settings import HexDigest, Positive, Section, parse_toml
+from privacy.settings import HexDigest, Name, Positive, Section, parse_toml
 
 
 class Policy(Section):
     """What the members agreed on once; a plan may be stricter, never weaker."""
 
+    #: A plan must withstand at least so many members that work together with the coordinator.
     max_colluders: Annotated[int, Field(ge=0, le=126)]
+    #: Fewer members in a round are refused.
     min_cohort: Annotated[int, Field(ge=2)]
+    #: Fewer members in a sum are refused.
     min_survivors: Annotated[int, Field(ge=2)]
+    #: More members in a round are refused.
     max_cohort: Annotated[int, Field(ge=2, le=MAX_COMPLETE_GRAPH)] = MAX_COMPLETE_GRAPH
     #: Word sizes a plan may ask for.
     bits: Annotated[tuple[Literal[16, 20, 24, 32], ...], Field(min_length=1)] = (16, 20, 24, 32)
-    #: Largest clipping range and largest weight a plan may ask for.
+    #: Largest clipping range a plan may ask for.
     max_clip: Annotated[float, Field(gt=0)] = 1e6
+    #: Largest weight of a site a plan may ask for.
     max_weight: Positive = 1 << 40
     #: Digests of the base models that plans may train; empty leaves it to each site's own file.
     bases: tuple[HexDigest, ...] = ()
@@ -54,17 +59,22 @@ class Policy(Section):
 class Member(Section):
     """One organisation: its name and its long-term Ed25519 key."""
 
+    #: Of the member, in certificates and everywhere.
     name: Name
+    #: Its Ed25519 identity key, hex.
     key: HexDigest
 
 
 class Roster(Section):
     """All members, in the order that numbers them, and the policy they pinned."""
 
+    #: Name of the federation.
     federation: Name
     #: Ed25519 key of the coordinator, which signs receipts.
     coordinator: HexDigest
+    #: A table as below.
     policy: Policy
+    #: Tables ``[[members]]`` as below.
     members: Annotated[tuple[Member, ...], Field(min_length=2, max_length=MAX_MEMBERS)]
 
     @model_validator(mode="after")

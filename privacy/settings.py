@@ -16,6 +16,7 @@ from privacy.errors import UserError, shown
 MAX_DOTS = 1000
 
 HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Positive = Annotated[int, Field(ge=1)]
 #: A port, or host:port; empty for none.
 Listen = Annotated[str, Field(pattern=r"^((.+:)?[0-9]{1,5})?$")]

@@ -1,13 +1,11 @@
-"""The tables in docs/endings.md, written from privacy/advice.py: ``python -m scripts.endings``."""
+"""The tables in docs/endings.md, from privacy/advice.py; ``python -m scripts.reference`` writes them."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from privacy.advice import ENDINGS
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "endings.md"
 #: Commands that the advice names, with their words.
 COMMANDS = ("doctor", "status", "show", "plans", "fetch", "approve PLAN", "roster show", "dataset policy", "transcript")
 HEAD = ("| cause | what happened | the operator | the site |", "|---|---|---|---|")
@@ -23,17 +21,3 @@ def filled(advice: str) -> str:
     """Advice for the page: no names yet, and commands as code."""
     text = advice.format(members="the sites named")
     return re.sub(rf"(veilsum-\w+ (?:{'|'.join(COMMANDS)}))", r"`\1`", text)
-
-
-def page(before: str) -> str:
-    """The page with fresh tables between its marks."""
-    return re.sub(
-        r"(<!-- table: (\w+) -->\n\n).*?(\n\n<!-- end -->)",
-        lambda m: f"{m[1]}{table(m[2])}{m[3]}",
-        before,
-        flags=re.DOTALL,
-    )
-
-
-if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -14,11 +14,12 @@ from privacy.adapter import start_adapter, start_digest
 from privacy.analytic import pack
 from privacy.job import Job
 from privacy.outcome import VerifiedCohort, verify_cohort
-from privacy.plan import Adapter, parse_plan
+from privacy.plan import parse_plan
 from privacy.roster import parse_roster
 from privacy.secagg.keys import identity_public
 from privacy.secagg.masking import pack as pack_words
 from privacy.secagg.messages import Evidence
+from privacy.sections import Adapter
 from tests.simulation import Simulation, identity
 
 SITES, COLLUDERS = 5, 1

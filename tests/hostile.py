@@ -19,9 +19,9 @@ from coordinator.counts import Counts
 from coordinator.pulse import Wellbeing
 from participant.enrol import AUTHORITY, TLS_CERTIFICATE, TLS_KEY
 from privacy.adapter import start_adapter, start_digest
-from privacy.plan import Adapter
 from privacy.secagg.messages import MaskedInput
 from privacy.secagg.signed import Signed
+from privacy.sections import Adapter
 from privacy.wire import federation_pb2 as pb
 from privacy.wire.convert import to_wire
 from privacy.wire.federation_pb2_grpc import FederationStub

@@ -18,7 +18,7 @@ from privacy.factors import factored, first_start, keep_factors, out_name
 from privacy.job import Job
 from privacy.methods import core_name, sent
 from privacy.outcome import Combined, combine
-from privacy.plan import Adapter
+from privacy.sections import Adapter
 from tests.analytic import job_for, run_round
 
 SITES = 5

@@ -37,6 +37,7 @@ FILES = (
     "privacy/evaluation.py",
     "privacy/guarantee.py",
     "privacy/plan.py",
+    "privacy/sections.py",
     "privacy/roster.py",
     "privacy/stages.py",
     "coordinator/round.py",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from privacy.adapter import start_adapter, start_digest
-from privacy.plan import Adapter
+from privacy.sections import Adapter
 
 ZERO = "0" * 64
 HEAD = {"classifier.bias": (1,), "classifier.weight": (1, 12)}

@@ -31,7 +31,7 @@ from privacy.adapter import (
 )
 from privacy.errors import UserError
 from privacy.files import DiskError
-from privacy.plan import Adapter
+from privacy.sections import Adapter
 
 SEED = bytes(range(32))
 #: SHA-256 of the little-endian bytes of frozen_a(SEED, "layer.0.query", 8, 384). It is the same on every machine;

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,13 +19,12 @@ import privacy.cli
 from demo.federation import BIN
 from participant.site import Site
 from privacy import console
-from privacy.budget.findings import Code
+from privacy.budget.findings import MEANINGS, SEVERITY, Code
 from privacy.errors import ProtocolError, Refusal, UserError
 from privacy.files import DiskError
 from tests.on_disk import OnDisk
 
 APPS = {app.info.name: app for app in (coordinator.cli.app, participant.cli.app, privacy.cli.app)}
-PAGE = (Path(__file__).resolve().parent.parent / "docs" / "exit-codes.md").read_text(encoding="utf-8")
 #: What lists nothing: it runs, writes a file of its own, or does one thing and says so.
 NO_LIST = {
     "veilsum-coordinator serve": "logs, see --json-logs",
@@ -62,12 +60,10 @@ def test_every_command_that_lists_something_prints_json_for_machines() -> None:
     assert {path for path in without if not path.endswith(" version")} == set(NO_LIST)
 
 
-def test_the_exit_codes_of_the_docs_are_those_of_the_code() -> None:
-    named = {int(code): name for code, name in re.findall(r"^\| (\d+) \| `(EXIT_\w+)`", PAGE, re.MULTILINE)}
-    assert named == {getattr(console, name): name for name in dir(console) if name.startswith("EXIT_")}
-    findings = {int(code): name for code, name in re.findall(r"^\| (\d+) \| `([A-Z_]+)` \|$", PAGE, re.MULTILINE)}
-    assert findings == {code.value: code.name for code in Code if code}
-    assert not set(named) & set(findings)
+def test_every_exit_code_has_its_meaning() -> None:
+    assert set(console.ENDS) == {0, *(getattr(console, name) for name in dir(console) if name.startswith("EXIT_"))}
+    assert set(MEANINGS) == set(Code) == set(SEVERITY)
+    assert set(console.ENDS) & set(Code) == {0}
 
 
 @pytest.mark.parametrize(

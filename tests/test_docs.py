@@ -36,7 +36,6 @@ from privacy.secagg.messages import AbortStatement, SelfMaskShare, Share
 from privacy.secagg.signed import Signed, signing_input
 from privacy.secagg.threshold import abort_quorum, smallest_survivors, threshold
 from privacy.settings import parse_toml
-from privacy.web.settings import Web
 from scripts import commands
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -335,15 +334,6 @@ def test_a_box_opens_by_the_description_alone() -> None:
 
 
 # --- the two configuration files -----------------------------------------------------------------------------------
-
-
-def test_every_key_of_the_configuration_files_is_explained_and_no_other() -> None:
-    site = (config.Settings, config.DataSet, config.Budget, config.SitePolicy, config.Admits)
-    models = (*site, coordinator.config.Settings, Web)
-    rows = re.findall(r"^\| (`[^|]+) \|", TEXT["docs/configuration.md"], re.MULTILINE)
-    assert {key for row in rows for key in re.findall(r"`(\w+)`", row)} == {
-        key for m in models for key in m.model_fields
-    }
 
 
 def test_the_configuration_in_the_docs_is_one() -> None:

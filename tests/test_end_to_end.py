@@ -22,11 +22,12 @@ from privacy.budget.ledger import check_against, head_of, verify_lines
 from privacy.encoding import decode
 from privacy.identity import load_identity
 from privacy.job import Job
-from privacy.plan import Adapter, parse_plan
+from privacy.plan import parse_plan
 from privacy.roster import load_roster
 from privacy.secagg.keys import identity_public
 from privacy.secagg.messages import Advertise, Header
 from privacy.secagg.signed import Signed, has_valid_signature
+from privacy.sections import Adapter
 
 NAMES = [f"site-{i}" for i in range(1, 6)]
 POLICY = {"max_colluders": 1, "min_cohort": 4, "min_survivors": 3}

@@ -25,7 +25,6 @@ from privacy import endings
 from privacy.advice import ENDINGS, Kind
 from privacy.endings import Reason, find, told, told_at_site
 from privacy.errors import ProtocolError, Refusal, UserError
-from scripts import endings as written
 from tests.on_disk import OnDisk
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,7 +157,6 @@ def test_every_entry_is_complete_and_the_last_of_its_kind_takes_the_rest() -> No
 
 def test_the_page_shows_the_table() -> None:
     page = (ROOT / "docs" / "endings.md").read_text("utf-8")
-    assert page == written.page(page), "expected a fresh table; write it: python -m scripts.endings"
     assert all(f"`{entry.code}`" in page for entry in ENDINGS)
 
 

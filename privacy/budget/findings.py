@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from privacy.budget.book import Finding, LedgerError
 from privacy.errors import shown
@@ -26,6 +27,46 @@ class Code(IntEnum):
     SELF_TEST = 32
     NO_ANCHOR = 40
 
+
+class Meaning(NamedTuple):
+    """What a class of findings is, and examples; Markdown."""
+
+    means: str
+    examples: str = ""
+
+
+#: docs/audit.md shows it.
+MEANINGS = {
+    Code.OK: Meaning("nothing found"),
+    Code.OVER_BUDGET: Meaning("over budget"),
+    Code.OPEN_TOO_LONG: Meaning("open reservation too old", "open for more than `--open-days`, 30 by default"),
+    Code.BROKEN: Meaning(
+        "a line, signature, chain or order is broken",
+        "an edited, reordered or deleted line; a repeated key; NaN; 2^60; a release without a start; a forged anchor",
+    ),
+    Code.TRUNCATED: Meaning(
+        "truncated",
+        "lines cut off, an old backup restored, a ledger not given that was witnessed, a round without its RELEASE",
+    ),
+    Code.FORK: Meaning(
+        "fork", "a second history of a witnessed length; a RELEASE about another cohort than the transcript"
+    ),
+    Code.REPLAY: Meaning(
+        "replay",
+        "a line of another site or data set; a job reserved or started twice; one ledger under two names",
+    ),
+    Code.CLOCK: Meaning("clock regress"),
+    Code.DIFFERS: Meaning(
+        "recomputation differs",
+        "a claim too low, a divergence too low, another mechanism than the plan gives",
+    ),
+    Code.UNSUPPORTED: Meaning(
+        "unsupported mechanism",
+        "sigma = 0.01, shuffling, an unknown kind; an accountant without an answer; terms weaker than the budget's",
+    ),
+    Code.SELF_TEST: Meaning("self-test missing or failed"),
+    Code.NO_ANCHOR: Meaning("no anchor: completeness unproven"),
+}
 
 #: The most serious first: it decides the exit code. A history that is not the written one makes all else
 #: moot, and an epsilon that nobody can compute is worse than one that is too high.

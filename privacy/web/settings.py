@@ -17,10 +17,11 @@ class Web(Section):
 
     #: A port, or host:port; a port alone and the loopback interface are for this machine only. Empty: no page.
     listen: Listen = ""
-    #: File of mode 0600 with the password; needed for every address that others can reach.
+    #: File of mode 0600 with the password, 16 characters or more; every address that others can reach demands one.
     password_file: str = ""
-    #: TLS certificate and key for an address that others can reach. Default: the coordinator's own; a site has none.
+    #: TLS certificate for an address that others can reach. Without it the coordinator's own; a site has none.
     certificate_file: str = ""
+    #: Its key.
     key_file: str = ""
 
     @property

@@ -12,8 +12,9 @@ from participant.prepare import PLAIN_VECTOR
 from participant.store import Store, Trained
 from privacy.adapter import start_adapter, start_digest
 from privacy.job import Job
-from privacy.plan import Adapter, PlanFile, parse_plan
+from privacy.plan import PlanFile, parse_plan
 from privacy.roster import load_roster
+from privacy.sections import Adapter
 
 ZERO = "0" * 64
 #: Rows of the head, each 8 coordinates: one short block; an upload of 3.6 MB; one of 9.6 MB, of several chunks.
