@@ -146,20 +146,27 @@ def test_a_round_that_failed_says_why_and_later_sites_are_seen(world: OnDisk) ->
     assert view.said == "No round is running. toy is open."
 
 
-def test_faults_name_a_proven_cheat_and_are_bounded() -> None:
-    row = {"stage": 1, "round": 1, "named": [{"member": "site-3", "kind": "BadShare"}], "reason": "x" * 900}
-    row |= {"state": "aborted", "todo": "talk to site-3"}
+def test_faults_are_bounded_kind_by_kind_and_no_proven_cheat_is_left_out() -> None:
+    row = {"stage": 1, "round": 1, "named": [], "reason": "x" * 900, "state": "aborted", "todo": "talk to site-3"}
+    cheat = {"named": [{"member": "site-3", "kind": "BadShare"}]}
     plan = {"stages": 1, "stage": 1, "rounds": [row | {"round": n, "culprit": "site-3"} for n in range(20)]}
     plan |= {"declined": {}, "declined_todo": {}}
+    plan["rounds"][0] |= cheat
     from coordinator.web.view import MOST_FAULTS, faults_of
 
     found = faults_of(plan)
-    assert len(found) == MOST_FAULTS
-    assert found[0] == "Round 19: proven cheat of site-3 (BadShare)"
+    assert found[0] == "Round 0: proven cheat of site-3 (BadShare)"
+    assert found[1].startswith("Round 19 failed: x")
     assert found[1].endswith("… (because of site-3). What to do: talk to site-3")
     assert len(found[1]) < 600
-    refused = {"declined": {"site-1": "refused: no budget"}, "declined_todo": {"site-1": "draft another"}}
-    assert faults_of(plan | refused)[0] == "site-1 refused: no budget. What to do: draft another"
+    assert found[-1] == "12 more of the rounds that failed: veilsum-coordinator show"
+    assert len(found) == 1 + MOST_FAULTS + 1
+    names = [f"site-{n}" for n in range(9)]
+    refused = {"declined": dict.fromkeys(names, "refused: no budget"), "declined_todo": dict.fromkeys(names, "draft")}
+    both = faults_of(plan | refused)
+    assert both[1] == "site-0 refused: no budget. What to do: draft"
+    assert both[9] == "1 more of the sites that take no part: veilsum-coordinator show"
+    assert both[10:] == found[1:]
 
 
 def test_stages_and_the_evaluation_are_steps_and_the_chart_shows_the_elected_candidate() -> None:

@@ -221,17 +221,27 @@ def _release(plan: Facts, stage: int, release: Facts) -> dict[str, Any]:
 
 
 def faults_of(plan: Facts) -> list[str]:
-    """Rounds that failed and why, and whom evidence names; the newest first."""
-    found = [
+    """Whom evidence names; sites that take no part and why; rounds that failed and why, the newest first.
+
+    Of the last two kinds the first few, so that neither hides the other; proven cheats are never left out.
+    """
+    refused = [
         f"{member} {text(why)}. What to do: {text(plan['declined_todo'][member])}"
         for member, why in plan["declined"].items()
     ]
+    cheats, failed = [], []
     for row in reversed(plan["rounds"]):
         where = f"{_stage(plan, row['stage'])}round {row['round']}".capitalize()
-        found += [f"{where}: proven cheat of {one['member']} ({one['kind']})" for one in row["named"]]
+        cheats += [f"{where}: proven cheat of {one['member']} ({one['kind']})" for one in row["named"]]
         if row["reason"]:
             whose = f" (because of {row['culprit']})" if row["culprit"] else ""
             ended = "failed" if row["state"] == "aborted" else row["state"]
             todo = f". What to do: {text(row['todo'])}" if row["todo"] else ""
-            found.append(f"{where} {ended}: {text(row['reason'])}{whose}{todo}")
-    return found[:MOST_FAULTS]
+            failed.append(f"{where} {ended}: {text(row['reason'])}{whose}{todo}")
+    return [*cheats, *_first(refused, "sites that take no part"), *_first(failed, "rounds that failed")]
+
+
+def _first(lines: list[str], what: str) -> list[str]:
+    """A few lines, and how many there are besides."""
+    more = len(lines) - MOST_FAULTS
+    return lines if more <= 0 else [*lines[:MOST_FAULTS], f"{more} more of the {what}: veilsum-coordinator show"]
