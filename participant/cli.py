@@ -258,6 +258,9 @@ def draft(
     server_lr: Annotated[
         list[float] | None, typer.Option(help="A rate to vote on by these records; repeat for each. With --holdout.")
     ] = None,
+    min_cohort: Annotated[int, typer.Option(help="Members that must be ready for a round to open.")] = 4,
+    max_cohort: Annotated[int, typer.Option(help="Most members of a round.")] = 8,
+    min_survivors: Annotated[int, typer.Option(help="Members whose updates a sum has at least.")] = 3,
 ) -> None:
     """Write a complete plan for a base model to standard output, with every digest filled in.
 
@@ -322,6 +325,9 @@ def draft(
         holdout=holdout,
         rates=server_lr or (),
         tolerance=tolerance,
+        min_cohort=min_cohort,
+        max_cohort=max_cohort,
+        min_survivors=min_survivors,
         # Under [privacy] each site counts nominal_size, the same everywhere: uniform weights say so, and round finer.
         weights="uniform" if section else "examples",
         max_weight=1 if section else 65536,

@@ -55,6 +55,15 @@ def test_a_draft_is_a_plan_with_the_models_facts(base: Path) -> None:
     check_start(start_adapter(plan.adapter), plan.adapter)
 
 
+def test_the_command_drafts_for_as_many_members_as_there_are(base: Path) -> None:
+    names = ["draft", str(base), "--name", "p", "--base-name", "tiny", "--dataset", "d", "--label", "a", "--label", "b"]
+    few = CliRunner().invoke(app, [*names, "--min-cohort", "3", "--max-cohort", "5", "--min-survivors", "3"])
+    found = parse_plan(few.stdout.encode()).plan.round
+    assert (found.min_cohort, found.max_cohort, found.min_survivors) == (3, 5, 3)
+    impossible = CliRunner().invoke(app, [*names, "--min-cohort", "9"])
+    assert "expected min_survivors <= min_cohort <= max_cohort, found 3, 9, 8" in str(impossible.exception)
+
+
 def test_every_draft_has_its_own_seed_unless_one_is_given(base: Path) -> None:
     assert draft(base) != draft(base)
     assert draft(base, seed=bytes(32)) == draft(base, seed=bytes(32))
