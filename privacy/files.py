@@ -53,7 +53,7 @@ def as_its_owner(directory: Path) -> None:
         name = f"#{owner}"
     raise UserError(
         f"{directory}: expected to be run as '{name}', whose directory it is, found root",
-        hint=f"runuser -u {name} -- {Path(sys.argv[0]).name} …" if name[0] != "#" else f"sudo -u {name} …",
+        hint=f"runuser -u {name} -- {Path(sys.argv[0]).name} …" if name[0] != "#" else f"sudo -u '{name}' …",
     )
 
 

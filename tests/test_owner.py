@@ -11,6 +11,7 @@ import pytest
 import coordinator.cli
 import participant.cli
 from privacy import console
+from privacy.errors import UserError
 from privacy.files import as_its_owner
 
 SOMEBODY = next(found for found in pwd.getpwall() if found.pw_uid != 0)
@@ -51,8 +52,10 @@ def test_an_account_without_a_name_is_told_by_its_number(theirs: Path, monkeypat
         raise KeyError
 
     monkeypatch.setattr(pwd, "getpwuid", unknown)
-    with pytest.raises(Exception, match=f"run as '#{theirs.stat().st_uid}', whose directory it is"):
+    number = f"'#{theirs.stat().st_uid}'"
+    with pytest.raises(UserError, match=f"run as {number}, whose directory it is") as refused:
         as_its_owner(theirs)
+    assert refused.value.hint == f"sudo -u {number} …"
 
 
 def test_ones_own_directory_and_one_to_be_made_are_fine(tmp_path: Path) -> None:
