@@ -149,9 +149,8 @@ def test_a_round_that_failed_says_why_and_later_sites_are_seen(world: OnDisk) ->
 def test_faults_are_bounded_kind_by_kind_and_no_proven_cheat_is_left_out() -> None:
     row = {"stage": 1, "round": 1, "named": [], "reason": "x" * 900, "state": "aborted", "todo": "talk to site-3"}
     cheat = {"named": [{"member": "site-3", "kind": "BadShare"}]}
-    plan = {"stages": 1, "stage": 1, "rounds": [row | {"round": n, "culprit": "site-3"} for n in range(20)]}
-    plan |= {"declined": {}, "declined_todo": {}}
-    plan["rounds"][0] |= cheat
+    rows = [row | {"round": n, "culprit": "site-3"} | (cheat if n == 0 else {}) for n in range(20)]
+    plan: dict[str, Any] = {"stages": 1, "stage": 1, "rounds": rows, "declined": {}, "declined_todo": {}}
     from coordinator.web.view import MOST_FAULTS, faults_of
 
     found = faults_of(plan)
