@@ -61,3 +61,12 @@ def test_an_account_without_a_name_is_told_by_its_number(theirs: Path, monkeypat
 def test_ones_own_directory_and_one_to_be_made_are_fine(tmp_path: Path) -> None:
     as_its_owner(tmp_path)
     as_its_owner(tmp_path / "new")
+
+
+def test_nobody_else_is_asked_what_they_may_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "geteuid", lambda: SOMEBODY.pw_uid)
+    monkeypatch.setattr(Path, "stat", refused)
+    as_its_owner(tmp_path)
