@@ -57,7 +57,7 @@ PAGES: dict[str, Callable[[str], str]] = {
 def filled(before: str, table: Callable[[str], str]) -> str:
     """A page with fresh tables between its marks."""
     return re.sub(
-        r"(<!-- table: (\w+) -->\n\n).*?(\n\n<!-- end -->)",
+        rf"({MARK.pattern}\n\n).*?(\n\n<!-- end -->)",
         lambda m: f"{m[1]}{table(m[2])}{m[3]}",
         before,
         flags=re.DOTALL,
