@@ -29,7 +29,7 @@ evidence: $(READY) ## one round against many, on real data (hours; goes on where
 # one thread each, or all of them would wait for one another.
 WORKERS := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: $(READY) ## run the tests (ARGS="-k shamir" chooses some)
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) --durations=25 $(ARGS)
 
 test-web: $(READY) ## the status pages in a real browser (needs chromium and chromedriver); makes their pictures
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { echo "expected chromium and chromedriver, found none; on Debian: apt install chromium chromium-driver" >&2; exit 1; }
