@@ -36,7 +36,6 @@ class Settings(Section):
     keep_uploads: bool = False
     #: Where metrics are shown: a port of this machine, or host:port; empty: nowhere.
     metrics_listen: Listen = ""
-    #: A table as below: the status page; there is none unless it says where.
     web: Web = Web()
 
 

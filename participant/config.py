@@ -71,7 +71,7 @@ class DataSet(Section):
     response: str = "response"
     #: Column that says whose record it is; needed where a plan or the budget protects users.
     unit: str | None = None
-    #: A table as below. Without it every plan is recorded and none is refused for what it reveals.
+    #: Without it every plan is recorded and none is refused for what it reveals.
     budget: Budget | None = None
     #: ``false`` declares that these records need no protection.
     protected: bool = True
@@ -117,7 +117,7 @@ class SitePolicy(Section):
     #: Names of the plans with consent; ``"*"`` for whatever else is allowed. One plan alone: ``veilsum-participant
     #: approve``. Nothing runs without consent.
     plans: tuple[str, ...] = ()
-    #: A table as below: plans that run without being named or approved. Without it none do.
+    #: Without it none do.
     admits: Admits | None = None
     #: When training may begin, local time, for example ``"20:00-06:00"``; one that runs goes on.
     hours: Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")] | None = None
@@ -166,9 +166,7 @@ class Settings(Section):
     models: dict[str, str] = Field(default_factory=dict)
     #: Data set's name in plans, and a table as below: ``[datasets.NAME]``.
     datasets: dict[Name, DataSet] = Field(default_factory=dict)
-    #: A table as below: what this site demands.
     policy: SitePolicy = SitePolicy()
-    #: A table as below: the status page; there is none unless it says where.
     web: Web = Web()
 
 

@@ -79,15 +79,15 @@ class Aggregation(Section):
     #: "analytic" sums statistics of the records instead of a trained delta: off unless the plan says so.
     #: "counted" weights each row of a trained head by the records of its class, whose numbers all learn in total.
     head: Head = "trained"
-    #: A table as below, with ``head = "analytic"``, and only with it.
+    #: With ``head = "analytic"``, and only with it.
     analytic: Analytic | None = None
-    #: A table as below, with ``head = "counted"``, and only with it.
+    #: With ``head = "counted"``, and only with it.
     counted: Counted | None = None
-    #: A table as below, with ``method = "regmean"``, and only with it.
+    #: With ``method = "regmean"``, and only with it.
     regmean: Regmean | None = None
-    #: A table as below, with ``method = "fisher"``, and only with it.
+    #: With ``method = "fisher"``, and only with it.
     fisher: Fisher | None = None
-    #: A table as below, with ``method = "core"``, and only with it.
+    #: With ``method = "core"``, and only with it.
     core: Core | None = None
 
     @property

@@ -37,25 +37,18 @@ class Plan(Section):
     task: Task
     #: Passes from a start adapter to a release, one upload of each site in each; the next starts from the release.
     stages: Annotated[int, Field(ge=1, le=16)] = 1
-    #: A table as below.
     base: Base
-    #: A table as below.
     adapter: Adapter
-    #: A table as below.
     data: Data
-    #: A table as below.
     training: Training
-    #: A table as below, with ``task = "generation"``, and only with it.
+    #: With ``task = "generation"``, and only with it.
     generation: Generation | None = None
-    #: A table as below. Without it a site's training gives no guarantee beyond that of the masking.
+    #: Without it a site's training gives no guarantee beyond that of the masking.
     privacy: Privacy | None = None
-    #: A table as below.
     aggregation: Aggregation = Aggregation()
-    #: A table as below. Without it nothing is held out, and how good a release is each site learns for itself alone.
+    #: Without it nothing is held out, and how good a release is each site learns for itself alone.
     evaluation: Evaluation | None = None
-    #: A table as below.
     round: Round
-    #: A table as below.
     deadlines: Deadlines = Deadlines()
 
     @property

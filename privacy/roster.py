@@ -72,7 +72,6 @@ class Roster(Section):
     federation: Name
     #: Ed25519 key of the coordinator, which signs receipts.
     coordinator: HexDigest
-    #: A table as below.
     policy: Policy
     #: Tables ``[[members]]`` as below.
     members: Annotated[tuple[Member, ...], Field(min_length=2, max_length=MAX_MEMBERS)]

@@ -1,5 +1,5 @@
 """Tables of the keys of a TOML file, from the models that read it: type and default from the model, what a key says
-from the ``#:`` comment above it in the source.
+from the ``#:`` comment above it in the source, and where a table begins, from what its own model is.
 """
 
 from __future__ import annotations
@@ -89,16 +89,13 @@ def table(name: str) -> str:
     for key, found in schema["properties"].items():
         more = f" ([more]({MORE[name, key]}))" if (name, key) in MORE else ""
         begins = "required" if key in required else default(found)
-        rows.append(f"| `{key}` | {allowed(found)} | {begins} | {said[key]}{more} |")
+        words = " ".join(filter(None, (about(found, schema), said.get(key))))
+        rows.append(f"| `{key}` | {allowed(found)} | {begins} | {words}{more} |")
     return "\n".join([*HEAD, *rows])
 
 
 def comments(model: type[Section]) -> dict[str, str]:
-    """Key -> the ``#:`` comment above it, as Markdown; every key has one.
-
-    Raises:
-        KeyError: (by the caller's look-up) a key has none.
-    """
+    """Key -> the ``#:`` comment above it, as Markdown."""
     found: dict[str, str] = {}
     lines: list[str] = []
     for line in inspect.getsource(model).splitlines():
@@ -106,9 +103,23 @@ def comments(model: type[Section]) -> dict[str, str]:
             lines.append(comment[1])
             continue
         if lines and (key := re.match(r"    (\w+):", line)):
-            found[key[1]] = " ".join(lines).replace("``", "`").replace("|", r"\|")
+            found[key[1]] = markdown(" ".join(lines))
         lines = []
     return found
+
+
+def about(found: dict[str, Any], schema: dict[str, Any]) -> str:
+    """What the model of a table says of itself; empty for a key that holds none."""
+    inner = next((one for one in found.get("anyOf", [found]) if "$ref" in one), None)
+    if inner is None:
+        return ""
+    described: str = schema["$defs"][inner["$ref"].removeprefix("#/$defs/")]["description"]
+    return markdown(" ".join(described.partition("\n\n")[0].split()))
+
+
+def markdown(comment: str) -> str:
+    """A comment or a docstring within a cell of a table."""
+    return comment.replace("``", "`").replace("|", r"\|")
 
 
 def default(found: dict[str, Any]) -> str:
@@ -128,7 +139,7 @@ def allowed(found: dict[str, Any]) -> str:
     if "const" in found:
         return f"`{json.dumps(found['const'])}`"
     if "$ref" in found:
-        return "table"
+        return "table, below"
     match found["type"]:
         case "integer" | "number":
             return numbers(found)
@@ -147,7 +158,7 @@ def items(found: dict[str, Any]) -> str:
     if "prefixItems" in found:
         return f"[{', '.join(allowed(one) for one in found['prefixItems'])}]"
     inner = allowed(found["items"])
-    return f"list of {'tables' if inner == 'table' else inner}"
+    return f"list of {'tables' if '$ref' in found['items'] else inner}"
 
 
 def numbers(found: dict[str, Any]) -> str:
