@@ -33,6 +33,7 @@ class Arm:
         server_lr: what the mean is multiplied by.
         site_weights: whether sites count by their number of examples, or each the same.
         head: whether it is trained, computed, or trained and averaged by the records of each class.
+        head_rate: the learning rate of a trained head, over that of the adapter.
     """
 
     kind: Literal["base", "alone", "pooled", "rounds", "analytic", "aligned", "tls"]
@@ -43,17 +44,18 @@ class Arm:
     server_lr: float = 1.0
     site_weights: Literal["examples", "uniform"] = "examples"
     head: Head = "trained"
+    head_rate: float = 1.0
 
     @property
     def definition(self) -> dict[str, object]:
-        """What a result depends on; how the mean is taken and applied, only where that is not the usual way."""
-        merging = {"server_lr": self.server_lr, "site_weights": self.site_weights, "head": self.head}
+        """What a result depends on; the settings that most arms share, only where they are not the usual ones."""
         usual = {
             "server_lr": 1.0,
             "site_weights": "examples",
             "head": "analytic" if self.kind in ("analytic", "aligned") else "trained",
+            "head_rate": 1.0,
         }
-        unusual = {key: value for key, value in merging.items() if value != usual[key]}
+        unusual = {key: getattr(self, key) for key, value in usual.items() if getattr(self, key) != value}
         return {"kind": self.kind, "method": self.method, "rounds": self.rounds, **unusual}
 
 
@@ -63,6 +65,8 @@ LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 HIGH, LOW = (1e-3, 3e-3, 1e-2), (3e-4, 1e-3, 3e-3)
 #: Of a core, whose few numbers have further to go.
 HIGHEST = (1e-2, 3e-2, 1e-1)
+#: A head starts at zero, and the adapter's rate is not enough for it in the few steps of a round.
+HEAD_RATE = 10.0
 ARMS: dict[str, Arm] = {
     "base": Arm("base"),
     "analytic": Arm("analytic", head="analytic"),
@@ -79,6 +83,18 @@ ARMS: dict[str, Arm] = {
     "aligned": Arm("aligned", "freeze_a", 1, LOW, head="analytic"),
     "multi-freeze_a": Arm("rounds", "freeze_a", 3, HIGH),
     "multi-both": Arm("rounds", "both", 3, LOW),
+    "pooled-head": Arm("pooled", "freeze_a", 0, HIGH, head_rate=HEAD_RATE),
+    "one-head": Arm("rounds", "freeze_a", 1, HIGH, head_rate=HEAD_RATE),
+    "one-head-counted": Arm("rounds", "freeze_a", 1, source="one-head", head="counted", head_rate=HEAD_RATE),
+    "one-head-uniform": Arm("rounds", "freeze_a", 1, source="one-head", site_weights="uniform", head_rate=HEAD_RATE),
+    "multi-head": Arm("rounds", "freeze_a", 3, HIGH, head_rate=HEAD_RATE),
     "tls-freeze_a": Arm("tls", "freeze_a", 1, source="one-freeze_a"),
     "alone": Arm("alone", "freeze_a", 1, source="one-freeze_a"),
 }
+
+
+def counterpart(kind: Literal["one", "multi", "pooled"], arm: str) -> str:
+    """The arm of one round, of several, or of pooled records that trains as this one does; if none does, freeze_a's."""
+    about = ARMS[arm]
+    name = f"{kind}-{about.method if about.head_rate == 1.0 else 'head'}"
+    return name if name in ARMS else f"{kind}-freeze_a"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from evidence.arms import ARMS
+from evidence.arms import ARMS, counterpart
 from evidence.grid import SEEDS
 from evidence.results import Results, Where
 from evidence.stats import Interval, bootstrap, difference, mean_accuracy, recovered
@@ -125,7 +125,7 @@ def fewer_bytes(results: Results) -> Bar:
     for where in results.places:
         for arm, about in ARMS.items():
             if about.kind == "rounds" and about.rounds > 1:
-                one = f"one-{about.method}"
+                one = counterpart("one", arm)
                 shared = results.of(one, where).keys() & results.of(arm, where).keys()
                 ratios += [
                     about.rounds * wire(results.of(one, where)[s]) / wire(results.of(arm, where)[s]) for s in shared

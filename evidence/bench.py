@@ -67,6 +67,7 @@ class Bench:
             weights=self.arm.site_weights,
             epochs=epochs,
             learning_rate=c.rate or 1e-3,  # where nothing is trained, the plan's rate is not read
+            head_learning_rate=None if self.arm.head_rate == 1.0 else self.arm.head_rate * c.rate,
             batch_size=BATCH,
             training_seed=1000 * c.seed + round_number,
             max_cohort=c.sites,

@@ -12,7 +12,7 @@ matplotlib.use("Agg")  # no display is needed, nor looked for
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from evidence.arms import ARMS
+from evidence.arms import ARMS, counterpart
 from evidence.bars import DESKS
 from evidence.results import Results, Where
 from evidence.stats import difference, mean_accuracy
@@ -75,11 +75,11 @@ def _gaps(out: Path, results: Results) -> Path | None:
         for arm, about in ARMS.items():
             if where == DESKS:
                 continue  # losses, not points
-            multi = f"multi-{about.method}"
-            if about.kind != "rounds" or about.rounds != 1 or multi not in ARMS:
+            if about.kind != "rounds" or about.rounds == 1:
                 continue
-            gap = difference(results.answers(multi, where), results.answers(arm, where))
-            taus = [r["rounds"][0]["tau_sites"]["adapted"] for r in results.of(arm, where).values()]
+            one = counterpart("one", arm)
+            gap = difference(results.answers(arm, where), results.answers(one, where))
+            taus = [r["rounds"][0]["tau_sites"]["adapted"] for r in results.of(one, where).values()]
             if gap is None or not taus:
                 continue
             drawn += 1

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from evidence import plots
-from evidence.arms import ALPHA, ARMS, BATCH, LADDER, RANK
+from evidence.arms import ALPHA, ARMS, BATCH, HEAD_RATE, LADDER, RANK, counterpart
 from evidence.bars import DESKS, Bar, all_bars, wire
 from evidence.bars import points as in_points
 from evidence.cells import EPOCHS, SITES
@@ -47,6 +47,8 @@ METHOD = """\
 * `analytic` is a head from sums on frozen features; `alone` is the mean over the sites, each with its own records.
 * `aligned` is one plan of two stages, of one upload each: the head from sums, and then all epochs of the adapter behind
   that head, which stays as it is. It trains in one round and is no one-shot arm: the bars do not count it.
+* `one-head`, `multi-head` and `pooled-head` train the head at {head_rate:g} times the adapter's rate, and are compared
+  with one another; `one-head-counted` and `one-head-uniform` take what the sites of `one-head` trained.
 * `one-counted`, `one-uniform`, `one-x1.5` and `one-x2` take what the sites of `one-freeze_a` trained, with its rate: a
   head averaged by the records of each class, even weights, and a mean times 1.5 or 2. `one-fisher` takes its rate.
 * SmolLM2: five sites, 24 articles of each desk dealt 80 : 20, the first 128 tokens of each, batches of 4, alpha 16; A
@@ -142,31 +144,24 @@ def table_row(results: Results, arm: str, where: Where) -> str:
     by_seed = results.of(arm, where)
     if not by_seed:
         return ""
-    answers, method = results.answers(arm, where, SEEDS), ARMS[arm].method
+    answers = results.answers(arm, where, SEEDS)
     mean = mean_accuracy(answers)
     assert mean is not None
     number, points = (nats, nats) if where == DESKS else (percent, in_points)
     cells = [arm, str(len(by_seed)), number(mean), "", "", "", "", ""]
     if ARMS[arm].kind == "rounds" and ARMS[arm].rounds == 1:
-        multi = multi_of(results, method, where)
+        multi = results.answers(counterpart("multi", arm), where)
         base = results.answers("base", where, SEEDS)
         gap, rho = difference(answers, multi), recovered(answers, multi, base)
         cells[3] = points(gap) if gap else ""
         cells[5] = f"{rho.value:.3f} [{rho.low:.3f}, {rho.high:.3f}]" if rho else ""
     if ARMS[arm].kind not in ("base", "pooled"):
-        pooled_arm = f"pooled-{method}" if f"pooled-{method}" in ARMS else "pooled-freeze_a"
-        gap = difference(answers, results.answers(pooled_arm, where))
+        gap = difference(answers, results.answers(counterpart("pooled", arm), where))
         cells[4] = points(gap) if gap else ""
     if any(result.get("rounds") for result in by_seed.values()):
         cells[6] = f"{np.mean([wire(r) for r in by_seed.values()]):,.0f}"
     cells[7] = tau_words(list(by_seed.values()))
     return f"| {' | '.join(cells)} |"
-
-
-def multi_of(results: Results, method: str, where: Where) -> Any:
-    """The multi-round arm that a one-shot arm is compared with: of its own method, or of freeze_a."""
-    arm = f"multi-{method}" if f"multi-{method}" in ARMS else "multi-freeze_a"
-    return results.answers(arm, where)
 
 
 def percent(interval: Interval) -> str:
@@ -219,7 +214,7 @@ def mechanism(results: Results) -> list[str]:
 def _gap(results: Results, arm: str, where: Where) -> tuple[Interval | None, str]:
     """(one round minus several, the row of the table); None where one of them was not measured."""
     method, (corpus, weights, split) = ARMS[arm].method, where
-    one, multi = results.answers(arm, where), multi_of(results, method, where)
+    one, multi = (results.answers(name, where) for name in (arm, counterpart("multi", arm)))
     gap, mean = difference(one, multi), mean_accuracy(multi)
     if gap is None or mean is None:
         return None, ""
@@ -260,6 +255,8 @@ def method(results: Results) -> list[str]:
     spent = sum(result.get("cpu_s", 0.0) for _, result in (*results.reported, *results.tuned)) / 3600
     versions = sorted({f"Python {about['python']}, torch {about['torch']}, {about['machine']}" for about in abouts})
     return [
-        *METHOD.format(sites=SITES, epochs=EPOCHS, rank=RANK, alpha=ALPHA, batch=BATCH).splitlines(),
+        *METHOD.format(
+            sites=SITES, epochs=EPOCHS, rank=RANK, alpha=ALPHA, batch=BATCH, head_rate=HEAD_RATE
+        ).splitlines(),
         f"* Commits: {commits}. {'; '.join(versions)}. {spent:.1f} CPU hours so far.",
     ]

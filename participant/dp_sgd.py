@@ -32,11 +32,12 @@ from participant.training import (
     Progress,
     TrainingResult,
     delta_of,
-    learning_rate_at,
     load_model,
     make_optimizer,
     read_adapter,
+    set_rates,
     tokenise,
+    trained_weights,
 )
 from privacy.budget.events import DpSgd
 from privacy.budget.terms import mechanism, noise_warning
@@ -95,10 +96,10 @@ def train_private(
         on_selftest(run_self_test(loaded, plan, terms, random, standard))
         losses = _losses(loaded, plan, examples, standard)
         enter(standard)
-        optimizer = make_optimizer(plan, dp_step.trainable(loaded.model))
+        optimizer = make_optimizer(plan, *trained_weights(loaded.model))
         step = dp_step.make_step(loaded, terms, losses, optimizer, random, dp_step.most_at_a_time(plan))
         for number in range(terms.steps):
-            optimizer.param_groups[0]["lr"] = learning_rate_at(plan.training.learning_rate, number, terms.steps)
+            set_rates(optimizer, number, terms.steps)
             dp_step.take_step(step, random.subset(len(examples), float(terms.rate)))
             if progress is not None:
                 progress(number + 1, terms.steps, math.nan)

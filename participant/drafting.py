@@ -52,7 +52,7 @@ dataset = {dataset}  # the name under which each site has registered its own dat
 {generation}[training]
 {loss_comment}loss = {loss}
 {sharpness}learning_rate = {learning_rate}  # {rate_is_for}
-{schedule}
+{head_rate}{schedule}
 [aggregation]
 method = {method}  # {says}
 weights = {weights}  # sites count by their number of examples, or each the same: "uniform"
@@ -122,6 +122,9 @@ template = {template}
 packing = {packing}
 
 """
+
+#: What stands in [training] where the head has a rate of its own.
+_HEAD_RATE = "head_learning_rate = {rate}  # for the head, which starts at zero and has further to go\n"
 
 #: What stands in [training] for training without privacy; with it, [privacy] stands there instead.
 _SCHEDULE = """\
@@ -237,6 +240,7 @@ def draft_plan(
     loss: Literal["logit_adjusted", "cross_entropy", "squared"] = "logit_adjusted",
     epochs: int = 2,
     learning_rate: float | None = None,
+    head_learning_rate: float | None = None,
     batch_size: int = 16,
     training_seed: int = 0,
     weights: Literal["examples", "uniform"] = "examples",
@@ -271,6 +275,7 @@ def draft_plan(
             but B, in the ``stages`` after the first.
             "counted" for a trained one whose rows count by the records of their class.
         learning_rate: 0.002 where None, and 0.05 for the method "core", whose few numbers have further to go.
+        head_learning_rate: that of the head where it is another.
         clip: 0.5 where None, and 4 for the method "core".
         method: what is summed of LoRA's factors; A is trained too where the method can sum it.
         factors_to: directory for the file with the factors of the method "core", which the coordinator needs too.
@@ -320,6 +325,7 @@ def draft_plan(
         section += _EVALUATION.format(holdout=holdout, rates=_toml(list(map(float, rates))))
         section += "" if tolerance is None else _TOLERANCE.format(tolerance=float(tolerance))
     rate, reach = (5e-2, 4.0) if method == "core" else (2e-3, 0.5)
+    rate_is_for = _RATES.get(method, "for B and head alone; higher than usual for LoRA, since A is frozen")
     text = _TEMPLATE.format(
         name=_toml(name),
         base_name=_toml(base_name),
@@ -338,6 +344,7 @@ def draft_plan(
         }.get(task, ""),
         sharpness=_SHARPNESS if aligned and task == "classification" else "",
         learning_rate=float(rate if learning_rate is None else learning_rate),
+        head_rate="" if head_learning_rate is None else _HEAD_RATE.format(rate=float(head_learning_rate)),
         schedule="\n" + privacy
         if privacy
         else _SCHEDULE.format(epochs=epochs, batch_size=batch_size, training_seed=training_seed),
@@ -359,7 +366,7 @@ def draft_plan(
         head=_HEAD.format(head=_table(layer)) if layer else "",
         method=_toml(method),
         says=_SAYS[method],
-        rate_is_for=_RATES.get(method, "for B and head alone; higher than usual for LoRA, since A is frozen"),
+        rate_is_for=rate_is_for if head_learning_rate is None else rate_is_for.replace(" and head", ""),
         stages=stages,
         aggregation="\n" + section if section else "",
         # Rounding is multiplied by an inverse or divided by a weight; entries of B A are far smaller than those of B.

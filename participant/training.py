@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,18 +181,42 @@ def batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator
         yield order[start : start + batch_size]
 
 
-def make_optimizer(plan: Plan, weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The plan's optimiser without weight decay, which would move B and the head without looking at any record."""
+def trained_weights(model: Any) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+    """Of the trained tensors those of the adapter, and those of the head; each in the model's order."""
+    adapter: list[torch.nn.Parameter] = []
+    head: list[torch.nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (head if "modules_to_save" in name else adapter).append(parameter)
+    return adapter, head
+
+
+def make_optimizer(
+    plan: Plan, adapter: list[torch.nn.Parameter], head: Sequence[torch.nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """The plan's optimiser without weight decay, which would move B and the head without looking at any record.
+
+    Each group of parameters has its ``peak``, which :func:`set_rates` goes by.
+    """
     rate = plan.training.learning_rate
+    own = plan.training.head_learning_rate or rate
+    parts = ((adapter, rate), (head, own))
+    groups = [{"params": list(weights), "lr": peak, "peak": peak} for weights, peak in parts if weights]
     if plan.training.optimizer == "sgd":
-        return torch.optim.SGD(weights, lr=rate)
-    return torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
+        return torch.optim.SGD(groups)
+    return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
 def learning_rate_at(peak: float, step: int, steps: int) -> float:
     """Linear warm-up, then linear decay to zero, so that a site does not end in the noise of its last steps."""
     warm = max(1, round(WARM_UP * steps))
     return peak * min((step + 1) / warm, (steps - step) / max(1, steps - warm + 1))
+
+
+def set_rates(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
+    """Give every group of parameters its rate for a step: the same share of its own peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate_at(group["peak"], step, steps)
 
 
 def train(
@@ -244,7 +268,7 @@ def train(
     seen = _seen(loaded, plan, examples)
     cores = Cores(loaded.model, plan, factors)
     weights = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(plan, weights)
+    optimizer = make_optimizer(plan, *trained_weights(loaded.model))
     generator = torch.Generator().manual_seed(settings.seed)
     epochs, batch_size = settings.epochs, settings.batch_size
     assert epochs is not None, "a private plan is trained by train_private"
@@ -254,7 +278,7 @@ def train(
     for _ in range(epochs):
         epoch_loss = 0.0
         for chosen in batches(len(examples), batch_size, generator):
-            optimizer.param_groups[0]["lr"] = learning_rate_at(settings.learning_rate, step, steps)
+            set_rates(optimizer, step, steps)
             loss = seen.loss_of(chosen)
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(weights, MAX_GRADIENT_NORM)

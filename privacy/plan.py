@@ -132,6 +132,15 @@ class Plan(Section):
         return self
 
     @model_validator(mode="after")
+    def _head_rate_fits(self) -> Plan:
+        beside = bool(self.adapter.head) and self.adapter.train in ("all", "both")
+        if self.training.head_learning_rate is not None and not beside:
+            raise ValueError(
+                "training.head_learning_rate: expected none where no head is trained beside the adapter, found one"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _privacy_fits(self) -> Plan:
         if self.privacy is None:
             return self

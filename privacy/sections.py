@@ -115,6 +115,9 @@ class Training(Section):
     sharpness: Annotated[float, Field(ge=1, le=1000)] | None = None
     #: Of the optimizer.
     learning_rate: Annotated[float, Field(gt=0, le=1)]
+    #: Of a head that is trained beside the adapter, where it is another than the adapter's. A head starts at zero: in
+    #: the few steps of one round it gets nowhere at a rate that is right for B.
+    head_learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     #: What turns gradients into steps.
     optimizer: Literal["adamw", "sgd"] = "adamw"
     #: Passes over a site's records in each stage. Required, but not under ``[privacy]``, which counts steps.

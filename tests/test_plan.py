@@ -84,6 +84,7 @@ BAD: dict[str, tuple[str, str, str]] = {
     "a clipping range beyond a million": ("clip = 0.25", "clip = 1.1e6", "key 'round.clip'"),
     "a word of 25 bits": ("clip = 0.25", "clip = 0.25\nbits = 25", "key 'round.bits'"),
     "a learning rate of nothing": ("2e-3", "0.0", "key 'training.learning_rate'"),
+    "a rate of the head above one": ("2e-3", "2e-3\nhead_learning_rate = 2.0", "key 'training.head_learning_rate'"),
     "a learning rate above one": ("2e-3", "1.5", "key 'training.learning_rate'"),
     "no epochs": ("epochs = 2", "epochs = 0", "key 'training.epochs'"),
     "no batch": ("batch_size = 16", "batch_size = 0", "key 'training.batch_size'"),

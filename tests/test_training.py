@@ -15,7 +15,14 @@ from participant import training
 from participant.base_model import base_digest
 from participant.data import Examples
 from participant.evaluation import accuracy
-from participant.training import TrainingResult, load_classifier, load_model, log_prior, train
+from participant.training import (
+    TrainingResult,
+    learning_rate_at,
+    load_classifier,
+    load_model,
+    log_prior,
+    train,
+)
 from privacy.adapter import (
     Tensors,
     layout_of,
@@ -144,6 +151,37 @@ def test_sgd_is_plain(plan: Plan) -> None:
     some = training.make_optimizer(changed(plan, "training", optimizer="sgd"), [torch.nn.Parameter(torch.zeros(1))])
     assert isinstance(some, torch.optim.SGD)
     assert (some.defaults["momentum"], some.defaults["weight_decay"]) == (0, 0)
+
+
+def test_the_head_has_a_rate_of_its_own_where_the_plan_says_so(base: Path) -> None:
+    """Both follow one schedule, each to its own peak."""
+    plan = tiny_plan(base, learning_rate=0.002, head_learning_rate=0.05)
+    model = load_model(plan, base, start_adapter(plan.adapter), "cpu").model
+    optimizer = training.make_optimizer(plan, *training.trained_weights(model))
+    adapter, head = optimizer.param_groups
+    assert [len(group["params"]) for group in (adapter, head)] == [4, 2]
+    assert {tuple(p.shape) for p in head["params"]} == {(3, 32), (3,)}
+    for step in (0, 3, 9):
+        training.set_rates(optimizer, step, 10)
+        assert adapter["lr"] == learning_rate_at(0.002, step, 10)
+        assert head["lr"] == learning_rate_at(0.05, step, 10)
+    same = training.make_optimizer(tiny_plan(base), *training.trained_weights(model))
+    assert [group["peak"] for group in same.param_groups] == [0.02, 0.02]
+
+
+def test_a_rate_of_the_head_is_for_a_head_that_is_trained_beside_the_adapter(base: Path) -> None:
+    for changes in ({"train": "head"}, {"head": "analytic", "max_weight": 1024}):
+        with pytest.raises(UserError, match="head_learning_rate: expected none where no head is trained beside the ad"):
+            tiny_plan(base, **{"head_learning_rate": 0.1} | changes)
+
+
+def test_a_higher_rate_of_the_head_moves_the_head_further(base: Path) -> None:
+    moved = []
+    for rate in (None, 0.2):
+        plan = tiny_plan(base, epochs=1, head_learning_rate=rate)
+        parts = unflatten(run(plan, base).delta, layout_of(plan.adapter))
+        moved.append(np.abs(parts["base_model.model.classifier.weight"]).max())
+    assert moved[1] > 4 * moved[0]
 
 
 def test_log_prior_is_the_sites_frequency() -> None:
