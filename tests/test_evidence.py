@@ -17,7 +17,7 @@ import pytest
 from evidence import report, run
 from evidence.arms import ARMS, LADDER
 from evidence.cells import Cell, cell_path, load_result, save_result
-from evidence.grid import CHEAPER_ARMS, RANDOM_ARMS, best_rate, estimate, grid, tuning_cell, tuning_cells
+from evidence.grid import CHEAPER_ARMS, HEAD_ARMS, RANDOM_ARMS, best_rate, estimate, grid, tuning_cell, tuning_cells
 from evidence.report import RESULTS
 from privacy.errors import UserError
 from tests.evidence_toy import fake, fake_grid, register, toy_cell
@@ -306,9 +306,9 @@ def test_every_split_and_seed_of_every_arm_is_in_the_grid(tmp_path: Path) -> Non
     cells = [c for c in (*found.ready, *found.waiting) if c.part == "test" and c.corpus == "bbc"]
     for arm, about in ARMS.items():
         if about.kind in ("rounds", "alone", "analytic", "aligned"):
-            for weights, splits in (("pretrained", 4 if arm in CHEAPER_ARMS else 2), ("random", 2)):
-                wanted = 3 * splits if weights == "pretrained" or arm in RANDOM_ARMS else 0
-                assert sum(c.arm == arm and c.weights == weights for c in cells) == wanted
+            random = 2 if arm in RANDOM_ARMS else 1 if arm in HEAD_ARMS else 0
+            for weights, splits in (("pretrained", 4 if arm in CHEAPER_ARMS else 2), ("random", random)):
+                assert sum(c.arm == arm and c.weights == weights for c in cells) == 3 * splits
     assert {"one-freeze_a", "one-both", "one-core", "one-regmean", "multi-freeze_a", "multi-both"} < set(RANDOM_ARMS)
     assert all(estimate(cell) > 0 for cell in cells)
 
