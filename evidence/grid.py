@@ -23,7 +23,7 @@ TEXT_ARMS = ("base", "pooled-freeze_a", "one-freeze_a", "multi-freeze_a")
 CHEAPER_ARMS = tuple(name for name, arm in ARMS.items() if arm.method != "fisher" and arm.head_rate == 1.0)
 #: On random weights, where only the methods themselves are compared; merging otherwise than by the mean is left out.
 RANDOM_ARMS = ("base", "analytic", *(n for n in CHEAPER_ARMS if ARMS[n].rates and ARMS[n].kind != "aligned"))
-#: The same with a faster head, on one split: on random weights an adapter behind a head that hardly moves learns little.
+#: With a faster head, on one split: behind one that hardly moves, an adapter on random weights learns little.
 HEAD_ARMS = tuple(name for name, arm in ARMS.items() if arm.head_rate != 1.0 and arm.rates)
 #: (corpus, weights, splits, arms), in the order of measuring: what the bars are about comes first.
 BLOCKS: list[tuple[str, str, tuple[str, ...], Sequence[str]]] = [
