@@ -247,6 +247,16 @@ def test_without_noise_a_private_job_learns(base: Path, monkeypatch: pytest.Monk
     assert accuracy(plan=plan, base=base, adapter=after, examples=examples, device="cpu").accuracy > 0.8
 
 
+def test_the_rate_of_the_head_holds_in_a_private_job_too(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of noise alone, which AdamW takes at the full rate: the head goes as many times further."""
+    monkeypatch.setattr(dp_sgd, "run_self_test", lambda *_: SelfTest(()))
+    plan = private_plan(base, training={"learning_rate": 0.002, "head_learning_rate": 0.2})
+    parts = unflatten(run(plan, base).delta, layout_of(plan.adapter))
+    furthest = {name: float(np.abs(part).max()) for name, part in parts.items()}
+    head = furthest.pop("base_model.model.classifier.weight")
+    assert head > 30 * max(part for name, part in furthest.items() if "lora_B" in name) > 0
+
+
 def test_steps_are_counted_whatever_the_batches(plan: Plan, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dp_sgd, "run_self_test", lambda *_: SelfTest(()))
     monkeypatch.setattr(SecretRandom, "subset", lambda *_: [])
