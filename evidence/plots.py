@@ -86,7 +86,7 @@ def _gaps(out: Path, results: Results) -> Path | None:
             colour = "#1f6feb" if where[1] == "pretrained" else "#cf222e"
             tau, p = sum(taus) / len(taus), gap.scaled(100)
             axes.errorbar(tau, p.value, yerr=[[p.value - p.low], [p.high - p.value]], marker="o", color=colour)
-            axes.annotate(f"{where[0]} {where[2]} {about.method}", (tau, p.value), fontsize=6)
+            axes.annotate(f"{where[0]} {where[2]} {arm.removeprefix('multi-')}", (tau, p.value), fontsize=6)
     axes.set_xlabel("tau of a site in one round (blue: pretrained, red: random weights)")
     axes.set_ylabel("multi-round minus one-shot, points")
     axes.axhline(0, color="#8b949e", linewidth=0.8)

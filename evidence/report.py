@@ -192,7 +192,7 @@ def mechanism(results: Results) -> list[str]:
         "landscape, so that the gap between one round and many is far larger on the same network with random weights.",
         "",
     ]
-    columns = "| corpus, split, method | weights | multi-round | one minus multi | tau of a site | tau of the release |"
+    columns = "| corpus, split, arm | weights | multi-round | one minus multi | tau of a site | tau of the release |"
     rows, gaps = [], []
     for corpus, weights, split in results.places:
         for arm, about in ARMS.items():
@@ -213,13 +213,13 @@ def mechanism(results: Results) -> list[str]:
 
 def _gap(results: Results, arm: str, where: Where) -> tuple[Interval | None, str]:
     """(one round minus several, the row of the table); None where one of them was not measured."""
-    method, (corpus, weights, split) = ARMS[arm].method, where
+    kind, (corpus, weights, split) = arm.removeprefix("one-"), where
     one, multi = (results.answers(name, where) for name in (arm, counterpart("multi", arm)))
     gap, mean = difference(one, multi), mean_accuracy(multi)
     if gap is None or mean is None:
         return None, ""
     tau = " | ".join(([*tau_words(list(results.of(arm, where).values())).split(", "), "", ""])[:2])
-    return gap, f"| {corpus}, {split}, {method} | {weights} | {percent(mean)} | {in_points(gap)} | {tau} |"
+    return gap, f"| {corpus}, {split}, {kind} | {weights} | {percent(mean)} | {in_points(gap)} | {tau} |"
 
 
 def tuning(results: Results) -> list[str]:
