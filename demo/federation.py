@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,16 +30,28 @@ BIN = Path(sys.executable).parent
 START_S = 60.0
 
 
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on.
+#: What keeps the ports given out from other processes of this machine, as long as this one lives.
+_reserved: list[socket.socket] = []
 
-    Linux gives ports from 32768 on to whoever connects; one of those may be taken before its daemon listens.
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on and that is given out once.
+
+    Linux gives ports from 32768 on to whoever connects; one of those may be taken before its daemon listens. Nor does
+    another process that asks here get this one meanwhile: its UDP port, which nobody else wants, is held.
     """
     while True:
         port = random.SystemRandom().randrange(16_384, 32_768)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
+        held = socket.socket(type=socket.SOCK_DGRAM)
+        try:
+            held.bind(("127.0.0.1", port))
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", port))
+        except OSError:
+            held.close()
+            continue
+        _reserved.append(held)
+        return port
 
 
 @dataclass

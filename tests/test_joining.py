@@ -11,7 +11,7 @@ import grpc
 import pytest
 from cryptography import x509
 
-from coordinator import pki
+from coordinator import daemon, pki
 from coordinator.membership import BURST, MAX_REQUEST
 from participant import joining
 from participant.config import load_home
@@ -53,6 +53,17 @@ def test_a_site_joins_and_its_private_keys_are_in_its_own_directory_only(coordin
         for path in (p for p in coordinator.home.directory.rglob("*") if p.is_file()):
             assert content.splitlines()[1] not in path.read_bytes(), path
     assert not (site / "tls.csr").exists()
+
+
+def test_two_coordinators_do_not_share_an_address(coordinator: Coordinator) -> None:
+    """Linux would let them, and calls would then end at one or the other."""
+    home = coordinator.home
+    with pytest.raises(UserError, match="found it taken") as caught:
+        coordinator.on_loop(daemon._start_members(home, load_identity(home.directory), None))
+    assert "under 'listen'" in caught.value.hint
+    with pytest.raises(UserError, match="found it taken") as caught:
+        coordinator.on_loop(daemon._start_joining(home))
+    assert "under 'join_listen'" in caught.value.hint
 
 
 def test_a_site_joins_once(coordinator: Coordinator) -> None:

@@ -126,6 +126,15 @@ def test_a_free_port_is_free_and_none_that_a_connection_would_take(monkeypatch: 
         assert first == []
 
 
+def test_a_free_port_is_given_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its daemon listens later, in a process of its own; nobody else may have it by then."""
+    draw, port = random.SystemRandom.randrange, free_port()
+    first = [port]
+    monkeypatch.setattr(random.SystemRandom, "randrange", lambda *about: first.pop() if first else draw(*about))
+    assert free_port() != port
+    assert first == []
+
+
 #: Tests that say in one file when they begin and end.
 SAID = """import time
 def said(request):

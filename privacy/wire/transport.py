@@ -28,6 +28,8 @@ KEEPALIVE = (
 )
 SERVER_OPTIONS = (
     *KEEPALIVE,
+    # Else two coordinators of one account can listen on one address, and each gets some of the other's calls.
+    ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", MAX_REQUEST),
     ("grpc.max_send_message_length", MAX_REPLY),
     ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
