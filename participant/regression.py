@@ -10,7 +10,7 @@ from torch import Tensor
 from participant import dp_step
 from participant.features import Standard
 from participant.measured import Measured
-from participant.training import Loaded, Seen, autocast, logits_of, tokenise
+from participant.training import Loaded, Seen, autocast, logits_by_length, logits_of, tokenise
 from privacy.plan import Plan
 from privacy.target import scaled
 
@@ -33,7 +33,7 @@ def seen_by(loaded: Loaded, plan: Plan, examples: Measured) -> Seen:
 
     def loss_of(chosen: list[int]) -> Tensor:
         with autocast(loaded.device):
-            logits = logits_of(loaded, [texts[i] for i in chosen])
+            logits = logits_by_length(loaded, [texts[i] for i in chosen])
         return squared_errors(logits, targets[chosen]).mean()
 
     return Seen(texts, loss_of, lambda batch: logits_of(loaded, batch))

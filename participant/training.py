@@ -162,6 +162,21 @@ def logits_of(loaded: Loaded, batch: list[Tensor]) -> Tensor:
     return output.logits.float()  # type: ignore[no-any-return]
 
 
+def logits_by_length(loaded: Loaded, batch: list[Tensor]) -> Tensor:
+    """The same logits; on a CPU texts of at most half the longest one's length are computed apart, with less padding.
+
+    There time goes by positions, padding included: with texts of 3 to 30 tokens, 16 a batch, a step takes a third less.
+    A GPU would rather have one large batch.
+    """
+    half = max(len(one) for one in batch) // 2
+    short = [i for i, one in enumerate(batch) if len(one) <= half]
+    if not short or loaded.device.type != "cpu":
+        return logits_of(loaded, batch)
+    long = [i for i, one in enumerate(batch) if len(one) > half]
+    parts = [logits_of(loaded, [batch[i] for i in part]) for part in (long, short)]
+    return torch.cat(parts)[torch.tensor(long + short).argsort()]
+
+
 def log_prior(labels: tuple[int, ...], classes: int) -> Tensor:
     """(classes,) float32: log of the site's own class prior, n_c / n; minus infinity for a class the site has none of.
 
@@ -331,7 +346,7 @@ def _seen(loaded: Loaded, plan: Plan, examples: TaskData) -> Seen:
 
     def loss_of(chosen: list[int]) -> Tensor:
         with autocast(loaded.device):
-            logits = logits_of(loaded, [texts[i] for i in chosen])
+            logits = logits_by_length(loaded, [texts[i] for i in chosen])
         return cross_entropy(sharpness * logits + prior, labels[chosen])
 
     return Seen(texts, loss_of, lambda batch: logits_of(loaded, batch))

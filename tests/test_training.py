@@ -16,11 +16,13 @@ from participant.base_model import base_digest
 from participant.data import Examples
 from participant.evaluation import accuracy
 from participant.training import (
+    Loaded,
     TrainingResult,
     learning_rate_at,
     load_classifier,
     load_model,
     log_prior,
+    logits_by_length,
     train,
 )
 from privacy.adapter import (
@@ -234,6 +236,36 @@ def test_a_loss_that_is_not_finite_is_named(plan: Plan, base: Path, monkeypatch:
     monkeypatch.setattr(training, "logits_of", broken)
     with pytest.raises(UserError, match="expected a finite loss, found nan at step 1 of 36"):
         run(plan, base)
+
+
+def test_short_texts_of_a_batch_are_not_padded_to_the_longest(
+    plan: Plan, base: Path, start: Tensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding changes neither logits nor gradients, but a CPU computes it like text."""
+    loaded = load_model(plan, base, start, "cpu")
+    weights = [p for p in loaded.model.parameters() if p.requires_grad]
+    torch.manual_seed(1)
+    for parameter in weights:
+        torch.nn.init.normal_(parameter, std=0.3)
+    batch = [torch.arange(5, 5 + length) for length in (2, 8, 4, 5)]
+    real, computed = training.logits_of, list[list[int]]()
+
+    def counted(loaded: Loaded, part: list[torch.Tensor]) -> torch.Tensor:
+        computed.append([len(one) for one in part])
+        return real(loaded, part)
+
+    monkeypatch.setattr(training, "logits_of", counted)
+    found = []
+    for logits_of in (counted, logits_by_length):
+        logits = logits_of(loaded, batch)
+        targets = torch.tensor([0, 1, 2, 1])  # records in another order would have others
+        found.append([logits, *torch.autograd.grad(torch.nn.functional.cross_entropy(logits, targets), weights)])
+    assert computed == [[2, 8, 4, 5], [8, 5], [2, 4]]
+    assert all(tensor.abs().max() > 0 for tensor in found[0])
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole)
+    logits_by_length(loaded, batch[1:2])
+    assert computed[-1] == [8]
 
 
 def test_b_that_does_not_move_is_our_bug(plan: Plan, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
