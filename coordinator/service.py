@@ -362,7 +362,9 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         member = await self._member(context, round_id=request.round)
         work = asyncio.to_thread(self._engine.upload_block, request.round, request.member, request.block)
         data, path = await self._guarded(context, work, member, bulk=True)
-        return pb.UploadBlock(data=data, path=path)
+        block = pb.UploadBlock(data=data, path=path)
+        self._count(request.round, member, received=block.ByteSize())
+        return block
 
 
 def add_federation(server: grpc.aio.Server, service: FederationService) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import re
 import socket
@@ -11,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import grpc
 import pytest
@@ -21,6 +23,8 @@ from prometheus_client.parser import text_string_to_metric_families
 import participant.counts
 import participant.metrics
 from coordinator import phases
+from coordinator.engine import Engine
+from coordinator.service import FederationService
 from participant.daemon import Daemon
 from participant.site import Site
 from privacy import exposition
@@ -53,6 +57,20 @@ def test_names_follow_the_conventions() -> None:
             assert set(f.labels) <= {
                 *("plan", "member", "phase", "reason", "state", "method", "dataset", "unit", "version", "federation")
             }
+
+
+def test_a_block_that_a_member_audits_is_among_what_it_received(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many bytes as the totals themselves, where there are many sites."""
+    engine = mock.create_autospec(Engine, instance=True, rounds={b"x": None}, store=mock.Mock(), roster=mock.Mock())
+    engine.upload_block.return_value = (b"block", [b"p" * 32])
+
+    async def fetched() -> pb.UploadBlock:
+        service = FederationService(engine, mock.Mock(), mock.Mock(), mock.Mock(), mock.Mock())
+        monkeypatch.setattr(service, "_member", mock.AsyncMock(return_value=3))
+        return await service.FetchBlock(pb.FetchBlockRequest(round=b"x", member=1, block=0), mock.Mock())
+
+    block = asyncio.run(fetched())
+    engine.store.count_traffic.assert_called_once_with(b"x", 3, received=block.ByteSize())
 
 
 def test_every_name_in_the_alerts_exists() -> None:
