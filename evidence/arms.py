@@ -11,7 +11,7 @@ from privacy.aggregation import Head, Method
 RANK, ALPHA, BATCH = 8, 48.0, 16
 #: What differs for the language model; ``records`` of each desk are trained on, at most ``tokens`` of each.
 TEXT = {"alpha": 16.0, "batch": 4, "records": 24, "validation": 6, "test": 12, "tokens": 128}
-#: Public range of one coordinate of a delta; nothing measured comes near it, and each result says how much was clipped.
+#: Public range of one coordinate of a delta; each result says how much was clipped: almost nothing, see the last bar.
 CLIP = 1.0
 #: The same of the method "core".
 CORE_CLIP = 8.0

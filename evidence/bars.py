@@ -9,7 +9,7 @@ from typing import Literal
 from evidence.arms import ARMS, counterpart
 from evidence.grid import SEEDS
 from evidence.results import Results, Where
-from evidence.stats import Interval, bootstrap, difference, mean_accuracy, recovered
+from evidence.stats import Interval, bootstrap, common_seeds, difference, mean_accuracy, recovered
 
 Holds = Literal["holds", "FAILS", "not measured"]
 #: Measured on the wire, one round over T rounds must be 1 / T up to this factor.
@@ -69,7 +69,7 @@ def near_pooled(results: Results, where: Where, most: float, promise: str) -> Ba
     if gap is None:
         return Bar(promise, "not measured", "no seed that both were measured with yet")
     seeds = len(set(results.of(one, where)) & set(results.of(pooled, where)))
-    words = f"{one} against {pooled}: {points(gap)}, {seeds_in_words(seeds)}"
+    words = f"{one} against {pooled}: {points(gap)}, {seeds_in_words(seeds)}{by_seed(results, one, pooled, where)}"
     chosen = chosen_arm(results, where)
     if chosen is not None and chosen != one:
         other = difference(results.answers(chosen, where), results.answers(pooled, where))
@@ -80,6 +80,24 @@ def near_pooled(results: Results, where: Where, most: float, promise: str) -> Ba
     words += f"; not yet measured: {', '.join(absent)}" if absent else ""
     # A hundredth of a point is far below one record; it only keeps binary fractions from deciding.
     return Bar(promise, judged(gap.value >= -most - 1e-4, seeds), words)
+
+
+def by_seed(results: Results, one: str, other: str, where: Where) -> str:
+    """The difference of two arms with each seed, in points; three seeds are few, and an interval does not show that."""
+    first, second = results.answers(one, where), results.answers(other, where)
+    found = [100 * float(first[seed].mean() - second[seed].mean()) for seed in common_seeds(first, second)]
+    return f" ({', '.join(f'{value:+.1f}' for value in found)})"
+
+
+def baseline(results: Results) -> list[str]:
+    """What training the adapter in one upload brings over a head from sums on frozen features, place by place."""
+    found = []
+    for where in results.places:
+        one = best(results, one_shot_arms(), where)
+        gap = difference(results.answers(one, where), results.answers("analytic", where)) if one else None
+        if one is not None and gap is not None:
+            found.append(f"| {', '.join(where)} | {one} | {points(gap)} |")
+    return found
 
 
 def text_learns(results: Results) -> Bar:
@@ -98,10 +116,12 @@ def text_keeps(results: Results) -> Bar:
     """One round keeps at least 0.8 of what several gain."""
     promise = "SmolLM2: one round reaches rho >= 0.8 at equal epochs"
     one, multi = results.answers("one-freeze_a", DESKS), results.answers("multi-freeze_a", DESKS)
-    rho = recovered(one, multi, results.answers("base", DESKS, SEEDS))
-    if rho is None:
+    base, seeds = results.answers("base", DESKS, SEEDS), len(one.keys() & multi.keys())
+    if not seeds or not base:
         return Bar(promise, "not measured", "no result of one round, of several, and of the base model yet")
-    seeds = len(one.keys() & multi.keys())
+    rho = recovered(one, multi, base, lower=True)
+    if rho is None:
+        return Bar(promise, judged(False, seeds), "several rounds gain nothing to keep")
     words = f"rho = {rho.value:.3f} [{rho.low:.3f}, {rho.high:.3f}], {seeds_in_words(seeds)}"
     return Bar(promise, judged(rho.value >= 0.8 - 1e-9, seeds), words)
 
@@ -152,7 +172,12 @@ def secure_is_plain(results: Results) -> Bar:
         return Bar(promise, "not measured", "no round yet")
     worst = max(r["difference"] / r["tolerance"] for r in rounds)
     clipped = sum(r["clipped"] > 0 for r in rounds)
+    clear = [r["clear"] for _, r in (*results.reported, *results.tuned) if "clear" in r]
+    others = [c["other_answers"] for c in clear if "other_answers" in c]
     words = f"{len(rounds)} rounds; largest difference {worst:.2f} of what rounding can make; {clipped} with clipping"
+    if others:
+        words += f"; of {len(others)} releases {sum(n > 0 for n in others)} answer otherwise in the clear, at most"
+        words += f" {max(others)} of the held-out records"
     return Bar(promise, "holds" if worst <= 1 else "FAILS", words)
 
 

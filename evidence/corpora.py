@@ -1,7 +1,8 @@
 """The real data sets of the evidence, out of installed packages, divided once into training, validation and test.
 
 The division does not depend on the seed of a run: what is chosen on validation records is never test data of another
-seed. Records that are nearly the same (copies of an article, diagnoses under one three-character code) stay together.
+seed. Whole copies of an article, and diagnoses under one three-character code, stay together; articles that only begin
+alike do not, see ``evidence/copies.py``.
 """
 
 from __future__ import annotations

@@ -10,12 +10,14 @@ import matplotlib
 matplotlib.use("Agg")  # no display is needed, nor looked for
 
 from matplotlib import pyplot
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from evidence.arms import ARMS, counterpart
 from evidence.bars import DESKS
+from evidence.grid import SEEDS
 from evidence.results import Results, Where
-from evidence.stats import difference, mean_accuracy
+from evidence.stats import difference, gained, mean_accuracy
 
 matplotlib.rcParams["svg.hashsalt"] = "veilsum"  # identifiers in the file do not come from chance
 COLOURS = {"base": "#c9d1d9", "analytic": "#8b949e", "pooled": "#2da44e", "alone": "#d4a72c", "rounds": "#1f6feb"}
@@ -42,11 +44,12 @@ def _save(figure: Figure, path: Path) -> Path:
 def _accuracies(out: Path, results: Results, places: Sequence[Where]) -> Path:
     """Accuracy by split, a bar for each arm, with its interval."""
     corpus, weights, _ = places[0]
-    arms = [arm for arm in ARMS if any(results.of(arm, where) for where in places)]
+    shown = {where: results.arms_at(where) for where in places}
+    arms = [arm for arm in ARMS if any(arm in found for found in shown.values())]
     figure, axes = pyplot.subplots(figsize=(3 + 2.4 * len(places), 4), layout="constrained")
     width = 0.85 / max(1, len(arms))
     for position, arm in enumerate(arms):
-        means = [(i, mean_accuracy(results.answers(arm, where))) for i, where in enumerate(places)]
+        means = [(i, mean_accuracy(results.answers(arm, w))) for i, w in enumerate(places) if arm in shown[w]]
         known = [(i, mean) for i, mean in means if mean is not None]
         colour = COLOURS[ARMS[arm].kind] if ARMS[arm].rounds != 1 else "#54aeff"
         axes.bar(
@@ -68,30 +71,39 @@ def _accuracies(out: Path, results: Results, places: Sequence[Where]) -> Path:
 
 
 def _gaps(out: Path, results: Results) -> Path | None:
-    """tau of a site against what one round loses; None without a pair of arms."""
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    drawn = 0
-    for where in results.places:
-        for arm, about in ARMS.items():
-            if where == DESKS:
-                continue  # losses, not points
-            if about.kind != "rounds" or about.rounds == 1:
-                continue
-            one = counterpart("one", arm)
-            gap = difference(results.answers(arm, where), results.answers(one, where))
-            taus = [r["rounds"][0]["tau_sites"]["adapted"] for r in results.of(one, where).values()]
-            if gap is None or not taus:
-                continue
-            drawn += 1
-            colour = "#1f6feb" if where[1] == "pretrained" else "#cf222e"
-            tau, p = sum(taus) / len(taus), gap.scaled(100)
-            axes.errorbar(tau, p.value, yerr=[[p.value - p.low], [p.high - p.value]], marker="o", color=colour)
-            axes.annotate(f"{where[0]} {where[2]} {arm.removeprefix('multi-')}", (tau, p.value), fontsize=6)
-    axes.set_xlabel("tau of a site in one round (blue: pretrained, red: random weights)")
-    axes.set_ylabel("multi-round minus one-shot, points")
-    axes.axhline(0, color="#8b949e", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    if not drawn:
-        pyplot.close(figure)
+    """tau of a site against what one round loses, where several rounds learned anything; None without a pair."""
+    found = [
+        (where, arm)
+        for where in results.places
+        for arm, about in ARMS.items()
+        if where != DESKS  # losses, not points
+        and about.kind == "rounds"
+        and about.rounds > 1
+        and results.of(counterpart("one", arm), where).keys() & results.of(arm, where).keys()
+        and gained(results.answers(arm, where), results.answers("base", where, SEEDS))
+    ]
+    if not found:
         return None
+    figure, sides = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    for axes, over in zip(sides, ("adapted", "network"), strict=True):
+        for where, arm in found:
+            _gap(axes, results, where, arm, over)
+        what = "the adapted matrices" if over == "adapted" else "all weights"
+        axes.set_xlabel(f"tau of a site in one round, over {what}")
+        axes.axhline(0, color="#8b949e", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    sides[0].set_ylabel("multi-round minus one-shot, points")
+    sides[0].set_title("blue: pretrained, red: random weights", fontsize=8, loc="left")
     return _save(figure, out / "tau-and-gap.svg")
+
+
+def _gap(axes: Axes, results: Results, where: Where, arm: str, over: str) -> None:
+    """One point: an arm of several rounds and its counterpart of one."""
+    one = counterpart("one", arm)
+    gap = difference(results.answers(arm, where), results.answers(one, where))
+    assert gap is not None
+    taus = [r["rounds"][0]["tau_sites"][over] for r in results.of(one, where).values()]
+    colour = "#1f6feb" if where[1] == "pretrained" else "#cf222e"
+    tau, p = sum(taus) / len(taus), gap.scaled(100)
+    axes.errorbar(tau, p.value, yerr=[[p.value - p.low], [p.high - p.value]], marker="o", color=colour)
+    axes.annotate(f"{where[0]} {where[2]} {arm.removeprefix('multi-')}", (tau, p.value), fontsize=6)

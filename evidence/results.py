@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evidence.arms import ARMS
+from evidence.arms import ARMS, counterpart
 from evidence.cells import SETTINGS, Cell, load_result, save_result
 from evidence.stats import Answers
 from privacy.errors import UserError
@@ -35,6 +35,12 @@ class Results:
         """(corpus, weights, split) of which something was measured, in the order of the cells."""
         found = dict.fromkeys((c.corpus, c.weights, c.split) for c, _ in self.reported if c.split != "none")
         return list(found)
+
+    def arms_at(self, where: Where) -> list[str]:
+        """Arms to show at a place: those measured there, of the pooled ones those that any of them is compared with."""
+        measured = [arm for arm in ARMS if self.of(arm, where)]
+        others = {"pooled-freeze_a", *(counterpart("pooled", arm) for arm in measured if ARMS[arm].kind != "pooled")}
+        return [arm for arm in measured if ARMS[arm].kind != "pooled" or arm in others]
 
     def of(self, arm: str, where: Where) -> dict[int, dict[str, Any]]:
         """Seed -> result of an arm at a place; an arm without sites is the same on every split."""

@@ -238,8 +238,8 @@ def secure_stages(plan: PlanFile, gives: Gives, start: Tensors, scratch: Path, f
         factors: directory with the factors of the method "core".
 
     Raises:
-        AssertionError: no release, a total that is not the plain sum, or a mean further from that in the clear than
-            rounding explains.
+        AssertionError: no release, or a total that is not the plain sum. How far a mean is from that in the clear, and
+            how far rounding explains it, is told: the report judges it.
     """
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     scratch.mkdir(parents=True, exist_ok=True)
@@ -256,7 +256,6 @@ def secure_stages(plan: PlanFile, gives: Gives, start: Tensors, scratch: Path, f
             world.run()
             assert isinstance(world.phase, phases.Released), world.phase
             results.append(_result(world, start, header))
-            assert results[-1].difference <= results[-1].tolerance, (results[-1].difference, results[-1].tolerance)
         world.assert_exact()  # bit for bit the plain integer sums
         world.engine.store.close()
     return results

@@ -71,6 +71,17 @@ def difference(one: Answers, other: Answers) -> Interval | None:
     return bootstrap(lambda a, b: a - b, one, other)
 
 
-def recovered(one_shot: Answers, multi: Answers, base: Answers) -> Interval | None:
-    """rho = (one-shot - base) / (multi-round - base), of mean accuracies."""
+def gained(after: Answers, before: Answers, *, lower: bool = False) -> bool:
+    """Is one arm better than another, beyond its interval? ``lower``: these are losses."""
+    gap = difference(after, before)
+    return gap is not None and (gap.high < 0 if lower else gap.low > 0)
+
+
+def recovered(one_shot: Answers, multi: Answers, base: Answers, *, lower: bool = False) -> Interval | None:
+    """rho = (one-shot - base) / (multi-round - base), of mean accuracies, or of losses (``lower``).
+
+    None where several rounds did not clearly gain anything: a share of nothing says nothing.
+    """
+    if not gained(multi, base, lower=lower):
+        return None
     return bootstrap(lambda a, b, c: (a - c) / (b - c) if b != c else float("nan"), one_shot, multi, base)

@@ -16,9 +16,11 @@ import pytest
 
 from evidence import report, run
 from evidence.arms import ARMS, LADDER
+from evidence.bars import secure_is_plain
 from evidence.cells import Cell, cell_path, load_result, save_result
 from evidence.grid import CHEAPER_ARMS, HEAD_ARMS, RANDOM_ARMS, best_rate, estimate, grid, tuning_cell, tuning_cells
 from evidence.report import RESULTS
+from evidence.results import Results
 from privacy.errors import UserError
 from tests.evidence_toy import fake, fake_grid, register, toy_cell
 
@@ -248,13 +250,13 @@ def test_what_is_sent_of_another_arms_training_is_what_a_site_would_send(toy_out
     np.testing.assert_allclose(sent, bench.train(plan, start, examples).delta, rtol=1e-5, atol=1e-7)
 
 
-def test_a_masked_mean_that_is_not_the_plain_one_ends_the_cell(toy_out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_masked_mean_that_is_not_the_plain_one_fails_the_bar(toy_out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from evidence import measure, rounds
 
     real = rounds.plain_mean
     monkeypatch.setattr(rounds, "plain_mean", lambda *given: real(*given) + 1e-3)
-    with pytest.raises(AssertionError):
-        measure.measure(toy_cell(), toy_out)
+    result = measure.measure(toy_cell(), toy_out)
+    assert secure_is_plain(Results(((toy_cell(), result),))).holds == "FAILS"
 
 
 def test_bytes_over_tls_are_those_of_all_attempts_and_of_every_site() -> None:

@@ -15,6 +15,7 @@ from evidence import report, stats
 from evidence.bars import all_bars, near_pooled
 from evidence.cells import Cell, load_result, save_result
 from evidence.grid import Grid
+from evidence.mechanism import mechanism
 from evidence.report import lines
 from evidence.results import Results, collect, restore
 from evidence.stats import bootstrap, difference, recovered
@@ -54,6 +55,17 @@ def test_rho_is_the_share_of_the_gain_that_one_round_keeps() -> None:
     assert rho.low < 0.8 < rho.high
     assert bootstrap(lambda mean: mean, {}) is None
     assert difference({0: np.ones(4)}, {1: np.ones(4)}) is None
+
+
+def test_a_share_of_nothing_is_no_rho() -> None:
+    others = {seed: row[::-1] for seed, row in answers(0.31).items()}  # right where the untrained network is wrong
+    assert recovered(answers(0.3), others, answers(0.3)) is None
+    assert recovered(answers(0.3), answers(0.2), answers(0.3)) is None
+    losses = [{0: np.full(10, loss)} for loss in (3.6, 3.5, 4.0)]
+    rho = recovered(*losses, lower=True)
+    assert rho is not None
+    assert rho.value == pytest.approx(0.8)
+    assert recovered(*losses) is None
 
 
 def made_up(one: float, pooled: float, multi: float = 0.9, **changes: Any) -> Results:
@@ -148,17 +160,28 @@ def test_a_bar_is_not_judged_on_fewer_seeds_than_it_asks_for() -> None:
     bar = all_bars(two)[0]
     assert bar.holds == "not measured"
     assert "-15.0 points" in bar.found
-    assert bar.found.split("; ")[0].endswith("2 seeds of 3 so far")
+    assert bar.found.split("; ")[0].endswith("2 seeds of 3 so far (-15.0, -15.0)")
 
 
 def test_the_mechanism_is_said_as_it_is_found() -> None:
     pretrained = made_up(0.90, 0.95, multi=0.92)
     worse = [(replace(c, weights="random"), r) for c, r in made_up(0.30, 0.95, multi=0.50).reported]
     better = [(replace(c, weights="random"), r) for c, r in made_up(0.50, 0.95, multi=0.40).reported]
-    assert "in 2 of 2 pairs measured, and in 2 of them" in "\n".join(lines(Results((*pretrained.reported, *worse)), []))
-    assert "in 0 of 2 pairs measured, and in 0 of them" in "\n".join(
-        lines(Results((*pretrained.reported, *better)), [])
-    )
+    nothing = [(replace(c, weights="random"), r) for c, r in made_up(0.15, 0.95, multi=0.20).reported]
+    for random, text in (
+        (
+            worse,
+            "Of 2 pairs where there was something to lose, one round loses more on random weights in 2, and in 2 of",
+        ),
+        (
+            better,
+            "Of 2 pairs where there was something to lose, one round loses more on random weights in 0, and in 0 of",
+        ),
+        (nothing, "In 2 pairs several rounds on random weights are not clearly better than the untrained network"),
+    ):
+        assert text in "\n".join(mechanism(Results((*pretrained.reported, *random))))
+    assert "something to lose" not in "\n".join(mechanism(Results((*pretrained.reported, *nothing))))
+    assert "| 0.100 (0.0100) | 0.100 (0.0100) |" in "\n".join(mechanism(Results((*pretrained.reported, *worse))))
 
 
 def find(bars: list[Any], word: str) -> Any:
