@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from coordinator import phases
 from coordinator.config import Home
-from coordinator.proofs import OfferEntry, OfferTable, open_bond, proofs_for
+from coordinator.proofs import OfferEntry, OfferTable, open_bonds, proofs_for
 from coordinator.publish import CohortTotal
 from coordinator.round import CoordinatorRound
 from coordinator.running import Running, keep_accusations, replay
@@ -277,7 +277,7 @@ class Engine:
         if self._has_failed_too_often(digest, rounds):
             return
         proofs = self._eligible(digest, stage, [r.machine for r in rounds])
-        cohort = self._cohort(digest, stage, [r.machine for r in rounds], proofs)
+        cohort = self._cohort(digest, stage, rounds, proofs)
         if cohort is None:
             return
         self.held[digest] = missing_space(job.at(stage), len(cohort), self.store.directory)
@@ -320,16 +320,22 @@ class Engine:
         return {m: proofs for m, proofs in found.items() if proofs is not None}
 
     def _cohort(
-        self, digest: bytes, stage: int, earlier: list[CoordinatorRound], eligible: Collection[int]
+        self, digest: bytes, stage: int, rounds: list[Running], eligible: Collection[int]
     ) -> tuple[int, ...] | None:
-        """Who aggregates next: a certified list whose total is missing, whole; or whoever is free."""
+        """Who aggregates next: a certified list whose total is missing, whole; or whoever is free.
+
+        Whoever failed last lets others go first: one silent member of a list does not keep all the rest out.
+        """
         job, done = self.jobs[digest], self.done(digest, stage)
-        bond = open_bond(earlier, done) or ()
-        if bond and set(bond) <= set(eligible):
-            return bond
-        free = {m: since for m, since in self.store.ready(digest, stage).items() if m in eligible and m not in bond}
-        out = len(done | set(bond))
-        return next_cohort(free, (), len(job.roster.members) - out, job.rules, self.clock(), job.plan.deadlines.join_s)
+        bonds = open_bonds([r.machine for r in rounds], done)
+        out = done.union(*bonds)
+        free = {m: since for m, since in self.store.ready(digest, stage).items() if m in eligible and m not in out}
+        rest = next_cohort(
+            free, (), len(job.roster.members) - len(out), job.rules, self.clock(), job.plan.deadlines.join_s
+        )
+        found = [bond for bond in bonds if set(bond) <= set(eligible)] + ([rest] if rest is not None else [])
+        last = rounds[-1].row.invited if rounds else ()
+        return min(found, key=lambda cohort: cohort == last, default=None)
 
     def _restore(self, row: RoundRow) -> None:
         """Build a round's machine from its stored events."""

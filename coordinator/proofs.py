@@ -83,10 +83,11 @@ def proofs_for(earlier: Sequence[CoordinatorRound], member: int) -> tuple[RetryP
     return tuple(found)
 
 
-def open_bond(earlier: Sequence[CoordinatorRound], done: Collection[int]) -> tuple[int, ...] | None:
-    """Members of a certified list whose total was never released: together again, or not at all."""
-    for machine in reversed(earlier):
+def open_bonds(earlier: Sequence[CoordinatorRound], done: Collection[int]) -> list[tuple[int, ...]]:
+    """Members of each certified list whose total was never released: together again, or not at all. Oldest first."""
+    found: dict[tuple[int, ...], None] = {}
+    for machine in earlier:
         listed = certified_list(machine) if isinstance(machine.phase, phases.Aborted) else None
         if listed is not None and not any(entry.member in done for entry in listed.listed):
-            return tuple(entry.member for entry in listed.listed)
-    return None
+            found[tuple(entry.member for entry in listed.listed)] = None
+    return list(found)

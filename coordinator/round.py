@@ -319,7 +319,8 @@ class CoordinatorRound:
             self.phase = Released(phase.closed, phase.outcome, votes, {})
 
     def _close_joining(self, phase: Joining) -> None:
-        if self._too_few("to join", len(phase.keys), self.context.rules.min_cohort):
+        # A cohort that was invited with fewer is a certified list, which comes again as it is.
+        if self._too_few("to join", len(phase.keys), min(self.context.rules.min_cohort, len(self.invited))):
             return
         self.phase = Sharing(Cohort(self.context, tuple(phase.keys[i] for i in sorted(phase.keys))))
 

@@ -64,11 +64,19 @@ def identity(index: int) -> Ed25519PrivateKey:
 
 
 def context_for(
-    n: int, colluders: int = 0, *, size: int = 24, bits: int = 24, round_number: int = 1, minimum: int | None = None
+    n: int,
+    colluders: int = 0,
+    *,
+    size: int = 24,
+    bits: int = 24,
+    round_number: int = 1,
+    minimum: int | None = None,
+    joiners: int = 0,
 ) -> RoundContext:
-    """The context of a test round of ``n`` roster members."""
+    """The context of a test round of ``n`` roster members; at least ``joiners`` begin, ``minimum`` end."""
     least = minimum if minimum is not None else max(colluders, 1) + 2
-    rules = Rules(cohort=n, colluders=colluders, min_cohort=max(least, colluders + 2), min_survivors=least, bits=bits)
+    smallest = max(least, colluders + 2, joiners)
+    rules = Rules(cohort=n, colluders=colluders, min_cohort=smallest, min_survivors=least, bits=bits)
     header = Header(
         PROTOCOL_VERSION,
         hashlib.sha256(b"plan").digest(),
@@ -173,6 +181,7 @@ class Simulation:
     to_member: Tamper = lambda _member, message: message
     from_member: Callable[[int, FromMember], FromMember | None] = lambda _member, message: message
     minimum: int | None = None
+    joiners: int = 0
     round_number: int = 1
     invited: tuple[int, ...] | None = None
     proofs: Mapping[int, tuple[RetryProof, ...]] = field(default_factory=dict)
@@ -186,6 +195,7 @@ class Simulation:
             size=self.size,
             bits=self.bits,
             minimum=self.minimum,
+            joiners=self.joiners,
             round_number=self.round_number,
         )
         invited = tuple(range(self.n)) if self.invited is None else self.invited

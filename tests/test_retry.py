@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from coordinator import phases
-from coordinator.proofs import open_bond, proofs_for, sharers_of
+from coordinator.proofs import open_bonds, proofs_for, sharers_of
 from participant.records import Aborted, Joined, Record, Released, SignedSurvivors, Spent
 from participant.retry import check_proofs, may_state_abort
 from participant.round import abort_step
@@ -23,6 +23,7 @@ from privacy.secagg.messages import (
     RetryProof,
 )
 from privacy.secagg.signed import sign
+from privacy.secagg.transcript import verify_transcript
 from tests.simulation import Simulation, context_for, identity
 
 N, C = 5, 1
@@ -80,7 +81,7 @@ def test_proof_b_lets_a_late_member_join_the_next_cohort() -> None:
     first = released_without_4()
     assert isinstance(first.phase, phases.Released)
     assert any(isinstance(r, Spent) for r in first.disks[4])
-    assert open_bond([first.coordinator], ()) is None  # its total is out
+    assert open_bonds([first.coordinator], ()) == []  # its total is out
     proofs = proofs_for([first.coordinator], 4)
     assert proofs is not None
     assert isinstance(proofs[0], ListProof)
@@ -93,12 +94,45 @@ def test_proof_c_binds_the_next_round_to_the_very_list() -> None:
     first = aborted_after_release()
     assert isinstance(first.phase, phases.Aborted)
     assert sum(isinstance(r, Released) for disk in first.disks.values() for r in disk) == 3
-    assert open_bond([first.coordinator], ()) == (0, 1, 2, 3, 4)
-    assert open_bond([first.coordinator], (4,)) is None  # one of them is in a total since
+    assert open_bonds([first.coordinator], ()) == [(0, 1, 2, 3, 4)]
+    assert open_bonds([first.coordinator], (4,)) == []  # one of them is in a total since
     second = retry([first], tuple(range(N)))
     assert isinstance(second.phase, phases.Released)
     assert second.survivors == (0, 1, 2, 3, 4)
     assert second.is_exact()
+
+
+def small_list(**changes: object) -> Simulation:
+    """Five join, as they must; member 4 uploads nothing, and the certificate reaches two of the other four."""
+
+    def lose_certificate(member: int, message: ToMember) -> ToMember | None:
+        return None if member in (2, 3) and isinstance(message, Certificate) else message
+
+    settings = {"minimum": 3, "joiners": 5, "silent": {4: "M5"}, "to_member": lose_certificate}
+    return Simulation(N, C, **(settings | changes)).run()  # type: ignore[arg-type]
+
+
+def test_a_certified_list_comes_again_though_it_is_smaller_than_a_cohort() -> None:
+    first = small_list()
+    assert isinstance(first.phase, phases.Aborted)
+    assert open_bonds([first.coordinator], ()) == [(0, 1, 2, 3)]
+    second = retry([first], (0, 1, 2, 3), joiners=5)
+    assert isinstance(second.phase, phases.Released)
+    assert second.survivors == (0, 1, 2, 3)
+    assert second.is_exact()
+    transcript = second.phase.outcome.transcript
+    assert verify_transcript(second.context, transcript).survivors == (0, 1, 2, 3)
+
+
+def test_nobody_else_begins_with_fewer_than_a_cohort() -> None:
+    """The attack: a coordinator invites four where five were promised, or leaves out one of a list that binds."""
+    alone = Simulation(N, C, minimum=3, joiners=5, invited=(0, 1, 2, 3)).run()
+    assert not any(isinstance(r, Spent) for disk in alone.disks.values() for r in disk)
+    for member in range(4):
+        assert "M2: expected 5 to 5 members, found 4" in str(alone.members[member].refusals[0])
+    bound = retry([small_list()], (0, 1, 2), joiners=5)
+    for member in range(3):
+        assert "M2: expected 4 to 5 members, found 3" in str(bound.members[member].refusals[0])
 
 
 def test_under_proof_c_nothing_is_uploaded_among_other_sharers() -> None:

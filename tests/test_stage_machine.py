@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from coordinator import phases
-from coordinator.proofs import open_bond, proofs_for
+from coordinator.proofs import open_bonds, proofs_for
 from coordinator.round import CoordinatorRound
 from coordinator.running import replay
 from coordinator.store import Event
@@ -69,11 +69,13 @@ class Stage(RuleBasedStateMachine):
         self.colluders = colluders
         self.least = max(colluders, 1) + 2
         self.n = max(n, self.least)
+        self.joiners = (self.n + self.least) // 2  # a certified list may have fewer
         self.open(tuple(range(self.n)), {})
 
     def open(self, invited: tuple[int, ...], proofs: dict[int, Any]) -> None:
         number = len(self.rounds) + 1
         settings_ = {"minimum": self.least, "round_number": number, "invited": invited, "proofs": proofs}
+        settings_ |= {"joiners": self.joiners}
         self.rounds.append(Simulation(self.n, self.colluders, 8, disks=self.disks, **settings_))  # type: ignore[arg-type]
         self.events.append([])
 
@@ -260,13 +262,14 @@ class Stage(RuleBasedStateMachine):
         machines = [s.coordinator for s in self.rounds]
         proofs = {i: proofs_for(machines, i) for i in range(self.n)}
         free = [i for i in range(self.n) if proofs[i] is not None and (cunning or i not in self.done())]
-        bond = open_bond(machines, self.done())
+        bonds = open_bonds(machines, self.done())
+        whole = [bond for bond in bonds if set(bond) <= set(free)]
         if cunning:
             free = [i for i in free if not subset >> i & subset >> (i + 1) & 1]
-        elif bond is not None and set(bond) <= set(free):
-            free = list(bond)
+        elif whole:
+            free = list(whole[0])
         else:
-            free = [i for i in free if i not in (bond or ())]
+            free = [i for i in free if i not in set().union(*bonds)]
         if len(free) >= max(self.least, self.colluders + 2):
             for i in free:
                 for proof in proofs[i] or ():

@@ -95,11 +95,18 @@ def check_advertise(context: RoundContext, message: Signed[Advertise]) -> None:
             ) from error
 
 
-def check_key_list(context: RoundContext, members: Sequence[Signed[Advertise]]) -> None:
-    """M2: every M1 is good, no key appears twice, and the cohort has an allowed size."""
+def check_key_list(context: RoundContext, members: Sequence[Signed[Advertise]], least: int | None = None) -> None:
+    """M2: every M1 is good, no key appears twice, and the cohort has an allowed size.
+
+    Args:
+        least: fewest members that the caller agrees to; ``None`` for whoever reads what others agreed to. A certified
+            list that lost its total comes again as it is, and may be smaller than ``min_cohort`` (protocol section 6,
+            c); only its members can tell, and t of them signed what an outsider reads.
+    """
     rules = context.rules
-    if not rules.min_cohort <= len(members) <= rules.cohort:
-        raise ProtocolError(f"M2: expected {rules.min_cohort} to {rules.cohort} members, found {len(members)}")
+    least = rules.min_survivors if least is None else least
+    if not least <= len(members) <= rules.cohort:
+        raise ProtocolError(f"M2: expected {least} to {rules.cohort} members, found {len(members)}")
     for member in members:
         check_advertise(context, member)
     all_keys = [key for m in members for key in (m.body.share_key, m.body.mask_key)]
