@@ -134,6 +134,7 @@ def start_of(site: Site, client: Client, job: Job, stage: int) -> Start:
         Refusal: another start was computed here before, and training may have begun from it.
     """
     if stage == 1:
+        ensure_factors(site, job)  # who comes late has not prepared anything
         start = first_start(job)
         check_start(start.tensors, job.plan.adapter)
         return start

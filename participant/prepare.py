@@ -68,8 +68,10 @@ def prepare(site: Site, job: Job, stage: int, progress: Progress | None = None, 
     data = site.home.settings.datasets[job.plan.data.dataset]
     everything = load_for(job.plan, site.home.path(data.path), data, to_train=True)
     examples, held_out = split(everything, job.plan)
-    examples = _used(site, job, examples)
-    weight = _weight(job, len(examples))
+    weight = 0  # whoever judges sends counts, however many records it may train on
+    if not job.plan.judges(stage):
+        examples = _used(site, job, examples)
+        weight = _weight(job, len(examples))
     patiently(lambda: Registry(site.home).take(job.plan.data.dataset, everything.texts))
     identity = charging.reserve(site, job, stage)
     if job.plan.judges(stage):
@@ -192,12 +194,12 @@ def _keep(site: Site, job: Job, stage: int, delta: NDArray[np.float32], trained:
     if clipped > 0.001:
         log.warning("clipping", plan=job.plan.name, share=round(clipped, 4), clip=clip)
     extras = {"weight": trained.weight, "loss": weighted_loss(trained.loss, trained.weight)}
+    key, analytic = rounding_key(job, stage, site.me), job.plan.aggregation.analytic is not None
     try:
-        tiles = job.quantizer.tiles(
-            delta, trained.weight, extras, lambda size: rounding_key(job, stage, site.me)[:size]
-        )
+        tiles = job.quantizer.tiles(delta, trained.weight, extras, lambda size: key[:size])
     except ValueError as error:
-        raise UserError(f"plan '{job.plan.name}': {error}", hint="a lower learning rate may help") from error
+        hint = "look at the base model and the records" if analytic else "a lower learning rate may help"
+        raise UserError(f"plan '{job.plan.name}': {error}", hint=hint) from error
     site.store.keep_trained(job.plan.name, stage, tiles, trained)
     if site.home.settings.keep_plain_vector:
         kept = site.store.quantised(job.plan.name, stage)
@@ -210,7 +212,8 @@ def rounding_key(job: Job, stage: int, member: int) -> bytes:
     It may be public, since it hides nothing: what is rounded is either not private, or has its noise already. Each
     member has its own, so that rounding errors of members do not add up.
     """
-    return hashlib.sha256(ROUNDING_LABEL + job.plan_file.digest + bytes([stage, member])).digest()
+    about = stage.to_bytes(2, "big") + member.to_bytes(2, "big")
+    return hashlib.sha256(ROUNDING_LABEL + job.plan_file.digest + about).digest()
 
 
 def kept_vector(site: Site, job: Job, stage: int) -> Quantised:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -228,3 +229,20 @@ def test_a_site_with_too_few_texts_for_a_later_stage_is_not_in_the_first(set_up:
     with pytest.raises(UserError, match=r"expected at least 500 different texts \(min_texts\), found 34"):
         prepare(site, job_of(site, method="regmean"), 1)
     assert len(EXAMPLES) == 34
+
+
+def test_who_judges_needs_no_records_to_train_on(
+    set_up: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A site below the minimum of a class, with more records than a weight may say, still counts right answers."""
+    site = site_with(set_up, tmp_path, "min_class_count = 500\nmin_texts = 5\n")
+    job = job_of(site, stages=1, holdout=0.5, max_weight=8)
+    with pytest.raises(UserError, match="expected a class with at least 500"):
+        prepare(site, job, 1)
+    judged = mock.Mock()
+    monkeypatch.setattr("participant.prepare.judge", judged)
+    monkeypatch.setattr("participant.prepare._start", lambda *_: ({}, "where the judging starts"))
+    monkeypatch.setattr(type(site), "spent", lambda *_: ())
+    for step in ("reserve", "start"):
+        monkeypatch.setattr(f"participant.charging.{step}", mock.Mock())
+    assert prepare(site, job, 2, later=mock.Mock()) is judged.return_value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import peft
@@ -16,7 +17,7 @@ from coordinator.cli import app as coordinator_app
 from coordinator.config import load_home
 from coordinator.daemon import open_engine
 from demo.federation import Federation
-from participant import sending
+from participant import fetch, sending
 from participant.data import Examples
 from participant.drafting import draft_plan
 from participant.evaluation import accuracy
@@ -358,6 +359,15 @@ def test_a_site_computes_the_factors_from_its_own_base_model(set_up: Federation,
     raw = job.plan_file.raw.replace(path.stem.encode(), b"0" * 64)
     with pytest.raises(UserError, match=f"expected factors {'0' * 64}, found {path.stem} from the base model"):
         ensure_factors(site, Job.of(parse_plan(raw), site.roster, site.home.factors))
+
+
+def test_a_site_that_comes_late_computes_the_factors_too(set_up: Federation, tmp_path: Path) -> None:
+    """It needs the start of stage 1 before it prepares anything."""
+    site = site_with(set_up, tmp_path, "")
+    job = job_of(site, "core")
+    assert not site.home.factors.exists() or not list(site.home.factors.iterdir())
+    start = fetch.start_of(site, mock.Mock(), job, 1)
+    assert start.digest.hex() == job.plan.adapter.digest
 
 
 def test_a_site_without_a_minimum_of_its_own_takes_no_regmean(set_up: Federation, tmp_path: Path) -> None:

@@ -168,9 +168,20 @@ def test_a_bad_delta_is_refused_before_the_first_tile() -> None:
         quantizer(3 * TILE).tiles(delta, 1, {"weight": 1})
 
 
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_a_clipped_coordinate_is_never_rounded_past_qmax(bits: int) -> None:
+    """At 32 bits Qmax has 30 bits of 53: beside u = 1 - 2^-32 the sum rounds up."""
+    rule = quantizer(2, bits=bits, cohort=2)
+    found = np.empty(2, np.int32)
+    words = np.full(2, 2**32 - 1, np.uint32)
+    rule._step(rule.max_weight, lambda count: words[:count])(np.array([9e9, -9e9], np.float32), found)
+    assert found[0] == rule.qmax
+    assert found[1] in (-rule.qmax, 1 - rule.qmax)
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_coordinate_beyond_qmax_never_comes_out(monkeypatch: pytest.MonkeyPatch, sign: int) -> None:
-    # No input gives one; the check stands against a mistake in this file.
+    # No input gives one (the test above); the check stands against a mistake in this file.
     rule = quantizer(TILE)
     monkeypatch.setattr(Quantizer, "_encode_extras", lambda rule, _values: [sign * rule.qmax])
     assert rule.quantize(np.zeros(TILE, np.float32), 1, {"weight": 1})[-1] == sign * rule.qmax

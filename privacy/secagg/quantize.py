@@ -111,7 +111,7 @@ class Quantizer:
         if delta.shape != (self.size,):
             raise ValueError(f"expected a delta of shape ({self.size},), found {delta.shape}")
         if not all(np.isfinite(delta[low : low + TILE]).all() for low in range(0, self.size, TILE)):
-            raise ValueError("expected a finite delta, found NaN or infinity: training diverged")
+            raise ValueError("expected a finite delta, found NaN or infinity")
         if not 1 <= weight <= self.max_weight:
             raise ValueError(f"expected a weight from 1 to {self.max_weight}, found {weight}")
         return self._tiles(delta, weight, np.array(self._encode_extras(extras), np.int32), keystream(rand(32), 32))
@@ -146,6 +146,8 @@ class Quantizer:
             np.multiply(uniform(len(delta)), 2.0**-32, out=u, dtype=np.float64)
             np.add(x, u, out=x)
             np.floor(x, out=x)
+            # With few members x takes so many bits that the sum with u may round up to the next integer.
+            np.minimum(x, self.qmax, out=x)
             np.copyto(found, x, casting="unsafe")
 
         return step
