@@ -31,6 +31,13 @@ BASE_FILES = (
     "vocab.json",
     "merges.txt",
     "*.model",
+    # What only some tokenizers read; a directory without these keeps the digest that it had before they were listed.
+    "additional_chat_templates/*.jinja",
+    *("tokenizer.*.json", "tekken.json", "tokenizer.model.*", "*.tiktoken", "*.tokenizer", "*.spm", "*.codes"),
+    *("dict.txt", "emoji.json", "entity_vocab.json", "target_vocab.json", "vocab-*.json", "byte_maps.json"),
+    *("normalizer.json", "word_shape.json", "word_pronunciation.json"),
+    # With this file transformers would load another base, and an adapter into it.
+    "adapter_config.json",
 )
 #: One file with weights, configuration and tokenizer; it counts under the name GGUF_NAME, whatever it is called.
 GGUF_SUFFIX, GGUF_NAME = ".gguf", "model.gguf"
@@ -44,9 +51,9 @@ def base_digest(base: Path) -> str:
     """Hex SHA-256 over the files that determine the base model, in order of their names.
 
     Taken over a label, then for each file of the directory that matches :data:`BASE_FILES`: the length of its name
-    (u64, big-endian), its name, the length of its content (u64, big-endian), its content. Files below
-    subdirectories, pickled weights and READMEs do not count: they are never loaded. A GGUF file counts as a directory
-    that has nothing but this file, under the name :data:`GGUF_NAME`.
+    (u64, big-endian), its name, the length of its content (u64, big-endian), its content. Other files, pickled weights
+    and READMEs among them, and all below subdirectories but chat templates, do not count: they are never loaded. A GGUF
+    file counts as a directory that has nothing but this file, under the name :data:`GGUF_NAME`.
 
     Raises:
         UserError: no such directory, no weights or no config.json in it, or a file cannot be read.
@@ -67,7 +74,8 @@ def base_digest(base: Path) -> str:
 def _base_files(base: Path) -> list[tuple[str, Path]]:
     if base.is_file() and base.suffix == GGUF_SUFFIX:
         return [(GGUF_NAME, base)]
-    names = sorted({path.name for pattern in BASE_FILES for path in base.glob(pattern) if path.is_file()})
+    found_files = {path for pattern in BASE_FILES for path in base.glob(pattern) if path.is_file()}
+    names = sorted(path.relative_to(base).as_posix() for path in found_files)
     if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
         found = ", ".join(names) or ("no directory" if not base.is_dir() else "neither")
         raise UserError(f"{base}: expected config.json and *.safetensors, found {found}", hint=_HINT)

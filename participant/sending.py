@@ -234,12 +234,12 @@ def _heard(model: Any, modules: Mapping[str, object]) -> Iterator[dict[str, Tens
 
 
 def weighted(plan: Plan, deltas: Tensors, grams: Mapping[str, Matrix]) -> Tensors:
-    """For each module D (G + ridge I) in the place of D, what was added to B, and the upper triangle of G."""
+    """For each module D (G + ridge I) / (1 + ridge) in the place of D, what was added to B; the upper triangle of G."""
     settings = plan.aggregation.regmean
     assert settings is not None
     rank, found = plan.adapter.rank, {}
     for module, gram in grams.items():
-        weights = gram + settings.ridge * np.eye(rank)
+        weights = (gram + settings.ridge * np.eye(rank)) / (1.0 + settings.ridge)
         found[b_name(module)] = (deltas[b_name(module)].astype(np.float64) @ weights).astype(np.float32)
         found[gram_name(module)] = (plan.round.clip * gram[np.triu_indices(rank)]).astype(np.float32)
     return found

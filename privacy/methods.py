@@ -163,8 +163,8 @@ def merged(
     parts = unflatten(mean, sent(plan))
     facts: dict[str, Any] = {} if method == "freeze_a" else {"method": method}
     if plan.aggregation.counted is not None:
-        _counted(parts, plan, rounding)
-        facts["head"] = "counted"
+        lost = _counted(parts, plan, rounding)
+        facts |= {"head": "counted"} | ({"classes_lost_in_rounding": lost} if lost else {})
     if method == "dense":
         tensors, facts["truncation"] = _truncated(start, parts, plan, rounding)
         return Merged(tensors, facts)
@@ -173,9 +173,12 @@ def merged(
     elif method == "regmean":
         facts["ridge"] = _regmean(parts, plan, rounding)
     elif method == "fisher":
+        numbers = 0
         for name, _ in layout.trained:
             weights = np.divide(parts.pop(fisher_name(name)).astype(np.float64), plan.round.clip)
             parts[name] = _ratio(parts[name], weights, plan, rounding)
+            numbers += int(np.count_nonzero(weights <= _slack(rounding)))  # no site sent a weight of zero
+        facts |= {"numbers_lost_in_rounding": numbers} if numbers else {}
     elif method == "core":
         assert factors is not None, "whoever merges cores has the factors"
         _unfold(parts, plan, factors)
@@ -196,11 +199,12 @@ def head_parts(plan: Plan) -> list[str]:
     return [f"{PREFIX}{name}" for name in sorted(plan.adapter.head)]
 
 
-def _counted(parts: Tensors, plan: Plan, rounding: Rounding) -> None:
+def _counted(parts: Tensors, plan: Plan, rounding: Rounding) -> list[str]:
     """Puts sum(c D) / sum(c) in the place of the mean of share * D, for each row D of the head and its class.
 
     c are the records of the class that a site has, share is c over all its records, and all of it weighted by these:
-    so a site without a class has no say in its row. A class that nobody counts keeps its row.
+    so a site without a class has no say in its row. A class that nobody counts keeps its row; so does one whose share
+    is no larger than what rounding makes of nothing, and these labels are returned.
 
     Raises:
         ProtocolError: no sites have such shares and rows.
@@ -211,6 +215,10 @@ def _counted(parts: Tensors, plan: Plan, rounding: Rounding) -> None:
     for name in head_parts(plan):
         share = shares.reshape(-1, *[1] * (parts[name].ndim - 1))
         parts[name] = _ratio(parts[name], share, plan, rounding)
+    # Quantisers leave an exact zero as it is, so what is above one was counted by somebody.
+    return [
+        k for k, s in zip(plan.data.labels, shares.tolist(), strict=True) if analytic.FLOAT32 < s <= _slack(rounding)
+    ]
 
 
 def _slack(rounding: Rounding) -> float:
@@ -272,11 +280,11 @@ def _moved(start: Start, parts: Tensors, name: str) -> Matrix:
 
 
 def _regmean(parts: Tensors, plan: Plan, rounding: Rounding) -> float:
-    """Puts D with D (G + ridge I) = S in the place of each S, of the means G and S; returns the largest ridge used.
+    """Puts D with D (G + ridge I) = (1 + ridge) S in the place of each S, of the means G and S; the largest ridge used.
 
-    Each site sent S_i = D_i (G_i + ridge I), with D_i what it added to B and G_i its mean of z z^T: D is the mean of
-    the D_i, each weighted by G_i + ridge I (RegMean, Jin et al. 2023, arXiv 2212.09849, inputs seen through the frozen
-    A). A large ridge makes it the plain mean.
+    Each site sent S_i = D_i (G_i + ridge I) / (1 + ridge), with D_i what it added to B and G_i its mean of z z^T: D is
+    the mean of the D_i, each weighted by G_i + ridge I (RegMean, Jin et al. 2023, arXiv 2212.09849, inputs seen through
+    the frozen A). A large ridge makes it the plain mean; the division keeps S within the clipping range.
 
     Raises:
         ProtocolError: no records have such statistics.
@@ -292,7 +300,8 @@ def _regmean(parts: Tensors, plan: Plan, rounding: Rounding) -> float:
             raise ProtocolError(f"garbled total: expected means of statistics within 1, found {largest:.3g}")
         name = b_name(module)
         try:
-            solution = analytic.solve(gram, parts[name].T.astype(np.float64), ridge)
+            moments = np.multiply(1.0 + settings.ridge, parts[name].T.astype(np.float64))
+            solution = analytic.solve(gram, moments, ridge)
         except ValueError as error:
             raise ProtocolError(f"garbled total: no records have this Gram matrix: {error}") from error
         parts[name] = np.ascontiguousarray(solution.T, np.float32)

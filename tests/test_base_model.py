@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
+import transformers
 
 from participant.base_model import BASE_FILES, base_digest, fetch_base, find_base
 from participant.config import Home, Settings
@@ -41,7 +44,24 @@ def test_the_chat_template_is_part_of_the_model(tmp_path: Path) -> None:
         (tmp_path / name).write_text("x")
     before = base_digest(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("x")
-    assert base_digest(tmp_path) != before
+    assert (first := base_digest(tmp_path)) != before
+    more = tmp_path / "additional_chat_templates"
+    more.mkdir()
+    assert base_digest(tmp_path) == first
+    (more / "default.jinja").write_text("x")  # which transformers prefers to the one above
+    assert (second := base_digest(tmp_path)) != first
+    (more / "default.jinja").write_text("y")
+    assert base_digest(tmp_path) not in (first, second)
+
+
+def test_every_file_that_a_tokenizer_of_transformers_names_counts() -> None:
+    """Else two sites with one digest could tokenise one text otherwise."""
+    named: set[str] = set()
+    for path in (Path(transformers.__file__).parent / "models").rglob("tokenization_*.py"):
+        for block in re.findall(r"VOCAB_FILES_NAMES\s*=\s*\{([^}]*)\}", path.read_text(encoding="utf-8"), re.DOTALL):
+            named |= set(re.findall(r':\s*"([^"]+)"', block))
+    assert {"vocab.txt", "bpe.codes", "source.spm"} <= named
+    assert [name for name in sorted(named) if not any(fnmatchcase(name, pattern) for pattern in BASE_FILES)] == []
 
 
 def test_another_file_is_no_base_model(tmp_path: Path) -> None:

@@ -84,6 +84,17 @@ def test_a_row_that_nobody_counts_stays(tmp_path: Path) -> None:
         close(combined.tensors[name], rows_of(job, everybody, name, nobody), 10 * unit(job))
 
 
+@pytest.mark.parametrize(("bits", "lost"), [(16, ["c"]), (32, [])])
+def test_a_class_that_rounding_hides_is_named(bits: int, lost: list[str], tmp_path: Path) -> None:
+    """Its row stays at the start, and the manifest says that somebody had counted it."""
+    job = the_job("freeze_a", counted=True, bits=bits)
+    few = (*((a, b, 0) for a, b, _ in COUNTS[:4]), (50, 50, 0.02))
+    combined = released(job, counted_sites(job, few), tmp_path)  # type: ignore[arg-type]
+    start, name = job.start_tensors(), HEAD[1]
+    assert combined.facts == {"head": "counted"} | ({"classes_lost_in_rounding": lost} if lost else {})
+    assert np.array_equal(combined.tensors[name][2], start[name][2]) == bool(lost)
+
+
 @settings(max_examples=25)
 @given(st.lists(st.tuples(*[st.integers(0, 50)] * 3), min_size=5, max_size=5))
 def test_any_counts_give_the_weighted_rows(counts: list[tuple[int, int, int]]) -> None:

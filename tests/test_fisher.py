@@ -69,6 +69,18 @@ def test_fisher_weights_each_number(ridge: float, tmp_path: Path) -> None:
     assert combined.facts == {"method": "fisher"}
 
 
+def test_numbers_that_rounding_hides_are_counted_in_the_manifest(tmp_path: Path) -> None:
+    job = the_job("fisher", ridge=1e-6, bits=16)
+    everybody = sites(job)
+    for site in everybody:
+        for squares in site.squares.values():
+            squares.flat[::2] = 0
+    combined, start = released(job, everybody, tmp_path), job.start_tensors()
+    lost = combined.facts["numbers_lost_in_rounding"]
+    names = [name for name, _ in layout_of(job.plan.adapter).trained]
+    assert 0 < lost <= sum(int((combined.tensors[name] == start[name]).sum()) for name in names)
+
+
 def test_a_large_ridge_gives_the_plain_mean(tmp_path: Path) -> None:
     job = the_job("fisher", ridge=1e5)
     everybody = sites(job)
