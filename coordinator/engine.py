@@ -223,10 +223,12 @@ class Engine:
         row = self.store.stages(digest).get(stage)
         return bytes.fromhex(self.jobs[digest].plan.adapter.digest) if row is None or row.start is None else row.start
 
-    def beginning(self) -> tuple[bytes, StageRow] | None:
-        """A stage whose start is still to be computed, with the digest of its plan."""
+    def beginning(self, but: Collection[bytes] = ()) -> tuple[bytes, StageRow] | None:
+        """A stage whose start is still to be computed, with the digest of its plan, which is none of ``but``."""
         with self.lock:
             for plan in self.store.plans():
+                if plan.digest in but:
+                    continue
                 for row in self.store.stages(plan.digest).values():
                     if row.start is None and plan.state in ("open", "released"):
                         return plan.digest, row

@@ -39,8 +39,8 @@ class Worker:
     def __init__(self, engine: Engine, executor: Executor | None = None) -> None:
         self._engine, self._store = engine, engine.store
         self._executor: Executor = executor or Threads()
-        #: Beginning a stage failed; tried again then.
-        self._begin_again = 0.0
+        #: Digest of a plan -> when beginning its stage, which failed, is tried again.
+        self._begin_again: dict[bytes, float] = {}
 
     def work(self) -> bool:
         """One piece of work, for a round or a stage that waits for it; was there any?"""
@@ -97,7 +97,8 @@ class Worker:
 
     def _work_on_stage(self) -> bool:
         engine = self._engine
-        waiting = engine.beginning() if engine.clock() >= self._begin_again else None
+        now = engine.clock()
+        waiting = engine.beginning([digest for digest, again in self._begin_again.items() if now < again])
         if waiting is None:
             return False
         try:
@@ -105,7 +106,7 @@ class Worker:
         except (DiskError, ProtocolError) as error:
             log.error("stage cannot begin", plan=engine.jobs[waiting[0]].plan.name, reason=str(error))
             engine.held[waiting[0]] = endings.stage_blocked(waiting[1].stage, error)
-            self._begin_again = engine.clock() + RETRY_S
+            self._begin_again[waiting[0]] = engine.clock() + RETRY_S
         return True
 
     def _begin(self, digest: bytes, row: StageRow) -> None:

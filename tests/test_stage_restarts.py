@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
 import participant.daemon
 import participant.patience
 from coordinator import phases
+from coordinator.engine import Engine
 from coordinator.report import report
 from coordinator.store import Event
-from coordinator.work import RETRY_S
+from coordinator.work import RETRY_S, Worker
 from participant.fetch import start_of
 from privacy import faults
-from privacy.errors import UserError
+from privacy.errors import ProtocolError, UserError
 from tests.on_disk import OnDisk, full_disk
 from tests.staged import assert_released, run_stage, staged
 from tests.test_end_to_end import POLICY
@@ -192,6 +196,28 @@ def test_a_plan_that_is_cancelled_in_its_second_stage_leaves_the_release_of_the_
     assert note["cause"] == "cancelled"
     world.wait(1e6)
     assert world.engine.beginning() is None
+
+
+def test_a_stage_that_cannot_begin_keeps_no_other_plan_waiting() -> None:
+    engine, rows = mock.MagicMock(), {digest: mock.Mock(start=None, stage=2) for digest in (b"a", b"b")}
+    engine.lock, engine.clock = threading.RLock(), lambda: 10.0
+    engine.store.plans.return_value = [mock.Mock(digest=digest, state="released") for digest in rows]
+    engine.store.stages = lambda digest: {2: rows[digest]}
+    engine.beginning = lambda but=(): Engine.beginning(engine, but)
+    worker, begun = Worker(engine), list[bytes]()
+
+    def begin(digest: bytes, row: Any) -> None:
+        begun.append(digest)
+        if digest == b"a":
+            raise ProtocolError("its total is damaged")
+        row.start = b"computed"
+
+    with mock.patch.object(worker, "_begin", begin):
+        assert [worker._work_on_stage() for _ in range(4)] == [True, True, False, False]
+        assert begun == [b"a", b"b"]
+        engine.clock = lambda: 10.0 + RETRY_S
+        assert worker._work_on_stage()
+    assert begun == [b"a", b"b", b"a"]
 
 
 def test_a_stage_of_a_cancelled_plan_does_not_begin(world: OnDisk) -> None:
