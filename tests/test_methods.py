@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,14 @@ from hypothesis import strategies as st
 from coordinator.publish import CohortTotal, publish
 from privacy import methods
 from privacy.adapter import a_name, b_name, layout_of, load_peft, save_peft, start_digest
+from privacy.aggregation import METHODS
 from privacy.audit import audit_release
 from privacy.errors import ProtocolError, UserError
 from privacy.job import Job
 from privacy.methods import PROBES, Rounding, merged, probes, sent
 from privacy.outcome import combine, manifest
 from privacy.plan import parse_plan
-from tests.analytic import evidence_of, run_round
+from tests.analytic import evidence_of, job_for, run_round
 from tests.methods import (
     MODULES,
     RANK,
@@ -331,3 +333,34 @@ def test_under_privacy_b_alone_is_summed(method: str) -> None:
     )
     with pytest.raises(UserError, match=r'aggregation\.method: expected "freeze_a" under'):
         parse_plan(text.encode())
+
+
+@pytest.mark.parametrize(("method", "counted"), [*((method, False) for method in METHODS), ("freeze_a", True)])
+def test_two_cohorts_give_what_all_sites_together_would(method: str, counted: bool, tmp_path: Path) -> None:
+    """Whatever a method divides by is summed over the cohorts first."""
+    job = the_job(method, counted=counted)
+    shares = ((0.5, 0.5, 0.0), (0.1, 0.2, 0.7))
+    both = [
+        [replace(site, shares=own) if counted else site for site in sites(job, apart)]
+        for apart, own in zip((1.0, 0.6), shares, strict=True)
+    ]
+    first, second = (run_round(job, quantised(job, one), tmp_path / f"{k}", {}) for k, one in enumerate(both))
+    found = combine(job, [first, replace(second, survivors=tuple(range(SITES, 2 * SITES)))])
+    everybody = [*both[0], *both[1]]
+    mean = mean_of([vector_of(job, site) for site in everybody], [site.weight for site in everybody])
+    exact = merged(job.start_tensors(), mean.astype(np.float32), job.plan, factors=job.factors())
+    alone = combine(job, [first]).tensors
+    assert found.weight == 2 * sum(WEIGHTS)
+    for name in exact.tensors:
+        close(found.tensors[name], exact.tensors[name].astype(np.float64), 1e-3)
+    assert any(np.abs(alone[name] - found.tensors[name]).max() > 0.02 for name in alone)
+
+
+def test_with_even_weights_every_site_counts_the_same(tmp_path: Path) -> None:
+    text = plan_text("freeze_a").replace('method = "freeze_a"', 'method = "freeze_a"\nweights = "uniform"')
+    job = job_for(text.replace("max_weight = 256", "max_weight = 1"))
+    everybody = [replace(site, weight=1) for site in sites(job)]
+    combined = released(job, everybody, tmp_path)
+    assert combined.weight == SITES
+    for name, _ in job.layout.trained:
+        close(combined.tensors[name], np.mean([site.after[name] for site in everybody], axis=0), 1e-4)
