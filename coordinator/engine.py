@@ -19,7 +19,7 @@ from coordinator.publish import CohortTotal
 from coordinator.round import CoordinatorRound
 from coordinator.running import Running, keep_accusations, replay
 from coordinator.space import missing_space
-from coordinator.stage import check_enough, is_over, next_cohort
+from coordinator.stage import check_enough, is_over, last_round, next_cohort
 from coordinator.store import Event, PlanRow, RoundRow, StageRow, Store
 from privacy import endings
 from privacy.encoding import decode, encode
@@ -326,7 +326,7 @@ class Engine:
     ) -> tuple[int, ...] | None:
         """Who aggregates next: a certified list whose total is missing, whole; or whoever is free.
 
-        Whoever failed last lets others go first: one silent member of a list does not keep all the rest out.
+        Whose last round is longest ago goes first: silent members of lists do not keep all the rest out.
         """
         job, done = self.jobs[digest], self.done(digest, stage)
         bonds = open_bonds([r.machine for r in rounds], done)
@@ -336,8 +336,7 @@ class Engine:
             free, (), len(job.roster.members) - len(out), job.rules, self.clock(), job.plan.deadlines.join_s
         )
         found = [bond for bond in bonds if set(bond) <= set(eligible)] + ([rest] if rest is not None else [])
-        last = rounds[-1].row.invited if rounds else ()
-        return min(found, key=lambda cohort: cohort == last, default=None)
+        return min(found, key=lambda cohort: last_round([r.row.invited for r in rounds], cohort), default=None)
 
     def _restore(self, row: RoundRow) -> None:
         """Build a round's machine from its stored events."""

@@ -41,6 +41,7 @@ from privacy.secagg.messages import (
     Complaint,
     Inbox,
     KeyList,
+    ListProof,
     MaskedInput,
     NonceList,
     Offer,
@@ -287,6 +288,16 @@ class CoordinatorRound:
         elif isinstance(phase, Projecting):
             self.phase = Released(phase.closed, phase.outcome, phase.votes, dict(phase.shares))
 
+    @property
+    def _is_list(self) -> bool:
+        """Is this cohort a certified list that comes again? Then it is whole to the end, or its members refuse."""
+        proofs = self.proofs.get(self.invited[0], ()) if self.invited else ()
+        return any(isinstance(p, ListProof) and tuple(e.member for e in p.listed) == self.invited for p in proofs)
+
+    def _least(self, usual: int) -> int:
+        """Fewest members that a phase needs."""
+        return len(self.invited) if self._is_list else usual
+
     def _too_few(self, step: endings.Step, found: int, needed: int) -> bool:
         if found >= needed:
             return False
@@ -319,17 +330,16 @@ class CoordinatorRound:
             self.phase = Released(phase.closed, phase.outcome, votes, {})
 
     def _close_joining(self, phase: Joining) -> None:
-        # A cohort that was invited with fewer is a certified list, which comes again as it is.
-        if self._too_few("to join", len(phase.keys), min(self.context.rules.min_cohort, len(self.invited))):
+        if self._too_few("to join", len(phase.keys), self._least(self.context.rules.min_cohort)):
             return
         self.phase = Sharing(Cohort(self.context, tuple(phase.keys[i] for i in sorted(phase.keys))))
 
     def _close_sharing(self, phase: Sharing) -> None:
-        if not self._too_few("with shares", len(phase.shares), phase.cohort.quorum):
+        if not self._too_few("with shares", len(phase.shares), self._least(phase.cohort.quorum)):
             self.phase = Uploading(phase.cohort, dict(sorted(phase.shares.items())))
 
     def _close_uploading(self, phase: Uploading) -> None:
-        if self._too_few("with an upload", len(phase.inputs), phase.cohort.quorum):
+        if self._too_few("with an upload", len(phase.inputs), self._least(phase.cohort.quorum)):
             return
         inputs = tuple(phase.inputs[i] for i in sorted(phase.inputs))
         survivors_l = transcript.survivors_hash(phase.t2, inputs)

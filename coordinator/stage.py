@@ -6,7 +6,7 @@ becomes ready later waits for the next cohort.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from privacy.errors import UserError
 from privacy.roster import Rules
@@ -51,6 +51,11 @@ def next_cohort(
     if 0 < rest < rules.min_cohort <= len(in_order) - rules.min_cohort:  # leave the rest enough for a cohort of its own
         count = len(in_order) - rules.min_cohort
     return tuple(sorted(in_order[:count]))
+
+
+def last_round(invited: Sequence[Collection[int]], cohort: Collection[int]) -> int:
+    """The number, from 1, of the last round that any of these members was invited to; 0 for none."""
+    return max((number for number, members in enumerate(invited, 1) if not set(cohort).isdisjoint(members)), default=0)
 
 
 def is_over(done: int, members: int, first_release: float | None, now: float, stage_s: float) -> bool:

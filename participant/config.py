@@ -121,7 +121,7 @@ class SitePolicy(Section):
     admits: Admits | None = None
     #: When training may begin, local time, for example ``"20:00-06:00"``; one that runs goes on.
     hours: Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")] | None = None
-    #: Fewer members in a round are refused.
+    #: Fewer members that begin a round are refused, but for a certified list that comes again without its lost ones.
     min_cohort: Annotated[int, Field(ge=2)] = 2
     #: Fewer members in a sum are refused.
     min_survivors: Annotated[int, Field(ge=2)] = 2

@@ -168,8 +168,8 @@ class ParticipantRound:
     def _on_key_list(self, phase: Advertising, message: KeyList) -> tuple[Step, Phase]:
         """M2 -> M3 (Bonawitz 2017, Fig. 4, round 1; T1, n, t and the holders are fixed here)."""
         context, me = self.context, self.site.me
-        least, bond = context.rules.min_cohort, self.site.bond
-        transcript.check_key_list(context, message.members, min(least, len(bond)) if bond is not None else least)
+        bond = self.site.bond
+        transcript.check_key_list(context, message.members, context.rules.min_cohort if bond is None else len(bond))
         mine = [m for m in message.members if m.sender == me]
         if mine != [phase.own]:
             raise ProtocolError("M2: expected my own M1 byte for byte, found another or none")

@@ -35,7 +35,8 @@ ENDINGS: tuple[Ending, ...] = (
     # --- a round that was aborted
     Ending(
         *("round", "too-few-joined", r"^expected at least \d+ members to join"),
-        "fewer sites than the plan's min_cohort took the offer within join_s",
+        "fewer sites than the round needs (the plan's min_cohort, or a whole list that comes again) took the offer "
+        "within join_s",
         f"start the daemon at {{members}}; {AGAIN}",
         LOOK,
     ),

@@ -27,7 +27,7 @@ class Policy(Section):
 
     #: A plan must withstand at least so many members that work together with the coordinator.
     max_colluders: Annotated[int, Field(ge=0, le=126)]
-    #: Fewer members in a round are refused.
+    #: Fewer members that begin a round are refused, but for a certified list that comes again without its lost ones.
     min_cohort: Annotated[int, Field(ge=2)]
     #: Fewer members in a sum are refused.
     min_survivors: Annotated[int, Field(ge=2)]

@@ -9,6 +9,7 @@ import pytest
 
 from coordinator import phases
 from coordinator.proofs import open_bonds, proofs_for, sharers_of
+from coordinator.round import CoordinatorRound
 from participant.records import Aborted, Joined, Record, Released, SignedSurvivors, Spent
 from participant.retry import check_proofs, may_state_abort
 from participant.round import abort_step
@@ -124,6 +125,13 @@ def test_a_certified_list_comes_again_though_it_is_smaller_than_a_cohort() -> No
     assert verify_transcript(second.context, transcript).survivors == (0, 1, 2, 3)
 
 
+@pytest.fixture
+def reckless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coordinator that goes on with fewer than a cohort, and with a part of a list."""
+    monkeypatch.setattr(CoordinatorRound, "_least", lambda machine, usual: min(usual, len(machine.invited)))
+
+
+@pytest.mark.usefixtures("reckless")
 def test_nobody_else_begins_with_fewer_than_a_cohort() -> None:
     """The attack: a coordinator invites four where five were promised, or leaves out one of a list that binds."""
     alone = Simulation(N, C, minimum=3, joiners=5, invited=(0, 1, 2, 3)).run()
@@ -135,6 +143,25 @@ def test_nobody_else_begins_with_fewer_than_a_cohort() -> None:
         assert "M2: expected 4 to 5 members, found 3" in str(bound.members[member].refusals[0])
 
 
+@pytest.mark.parametrize(("step", "reason"), [("M1", "to join"), ("M3", "with shares"), ("M5", "with an upload")])
+def test_a_list_that_is_not_whole_ends_at_once_and_names_who_is_missing(step: str, reason: str) -> None:
+    """Its members would refuse what comes next, and would be named silent for it."""
+    second = retry([small_list()], (0, 1, 2, 3), joiners=5, silent={3: step})
+    assert isinstance(second.phase, phases.Aborted)
+    assert second.phase.reason == f"expected at least 4 members {reason}, found 3; silent: 3"
+
+
+def test_nobody_is_made_to_believe_in_a_cohort_smaller_than_any_list() -> None:
+    """The attack: three who collude make up a round of their own under a plan of at least five."""
+    alone = Simulation(N, C, minimum=3, joiners=3, invited=(0, 1, 2)).run()
+    assert isinstance(alone.phase, phases.Released)
+    promised = context_for(N, C, minimum=3, joiners=5)
+    assert promised.header == alone.context.header
+    with pytest.raises(ProtocolError, match="M2: expected 4 to 5 members, found 3"):
+        verify_transcript(promised, alone.phase.outcome.transcript)
+
+
+@pytest.mark.usefixtures("reckless")
 def test_under_proof_c_nothing_is_uploaded_among_other_sharers() -> None:
     """The attack: the same five vectors, once with member 4 and once without, would give member 4's by difference."""
     first = aborted_after_release()
@@ -145,6 +172,7 @@ def test_under_proof_c_nothing_is_uploaded_among_other_sharers() -> None:
         assert not any(isinstance(r, Spent) and r.header.round == 2 for r in second.disks[member])
 
 
+@pytest.mark.usefixtures("reckless")
 def test_under_proof_c_no_other_list_is_signed() -> None:
     first = aborted_after_release()
     second = retry([first], tuple(range(N)), silent={4: "M5"})

@@ -101,10 +101,11 @@ def check_key_list(context: RoundContext, members: Sequence[Signed[Advertise]], 
     Args:
         least: fewest members that the caller agrees to; ``None`` for whoever reads what others agreed to. A certified
             list that lost its total comes again as it is, and may be smaller than ``min_cohort`` (protocol section 6,
-            c); only its members can tell, and t of them signed what an outsider reads.
+            c), though not than the t that signed it; only its members can tell, and t of them signed what others read.
     """
     rules = context.rules
-    least = rules.min_survivors if least is None else least
+    if least is None:
+        least = max(rules.min_survivors, threshold(rules.min_cohort, rules.colluders))
     if not least <= len(members) <= rules.cohort:
         raise ProtocolError(f"M2: expected {least} to {rules.cohort} members, found {len(members)}")
     for member in members:
