@@ -85,7 +85,7 @@ def test_lists_and_others_take_turns(
 def test_a_silent_member_in_each_of_two_lists_costs_nobody_else_the_release(tmp_path: Path) -> None:
     """Nine sites in cohorts of three, two of which never release their shares."""
     plan = toy_plan().replace(b"min_cohort = 4", b"min_cohort = 3").replace(b"max_cohort = 5", b"max_cohort = 3")
-    policy: dict[str, object] = dict(POLICY) | {"min_cohort": 3}
+    policy: dict[str, object] = {**POLICY, "min_cohort": 3}
     world = OnDisk(tmp_path, 9, plan, policy)
     world.ready()
     mute = {0, 3}
