@@ -51,7 +51,8 @@ METHOD = """\
   process, without gRPC and TLS. Bytes are those of the protobuf messages and chunks, both ways, audit included. Beside
   it the same mean was computed in the clear, from floats, and the unmasked total was compared with the plain sum of
   what the sites sent, bit by bit: a cell where that differs is no result.
-* `tls-freeze_a` is one cell between processes, over gRPC and mutual TLS; its bytes are counted by the service.
+* `tls-freeze_a` is one cell between processes, over gRPC and mutual TLS; its bytes are counted by the service. Each
+  site fetches the total once more there, with the release.
 * tau is the Frobenius norm of what the adapter adds over that of the adapted matrices; the section on the mechanism
   has that over all weights beside it."""
 
