@@ -60,6 +60,12 @@ def points(interval: Interval) -> str:
     return f"{p.value:+.1f} points [{p.low:+.1f}, {p.high:+.1f}]"
 
 
+def percent(interval: Interval) -> str:
+    """An accuracy in per cent with its interval."""
+    p = interval.scaled(100)
+    return f"{p.value:.1f} [{p.low:.1f}, {p.high:.1f}]"
+
+
 def near_pooled(results: Results, where: Where, most: float, promise: str) -> Bar:
     """The best one-shot arm is at most ``most`` (as a share) below the best pooled arm."""
     one, pooled = best(results, one_shot_arms(), where), best(results, pooled_arms(), where)

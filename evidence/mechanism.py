@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from evidence.arms import ARMS, counterpart
-from evidence.bars import points
+from evidence.bars import percent, points
 from evidence.grid import SEEDS
 from evidence.results import Results, Where
-from evidence.stats import Interval, difference, gained, mean_accuracy
+from evidence.stats import Answers, Interval, difference, gained, mean_accuracy
 
 CLAIM = """\
 ## The mechanism: pretraining
@@ -63,7 +63,7 @@ def said(gaps: Sequence[tuple[Interval, Interval]], nothing: int) -> str:
     return " ".join(words) or "No pair is complete yet."
 
 
-def _pair(results: Results, arm: str, where: Where) -> tuple[Any, Any]:
+def _pair(results: Results, arm: str, where: Where) -> tuple[Answers, Answers]:
     return results.answers(arm, where), results.answers(counterpart("multi", arm), where)
 
 
@@ -89,12 +89,6 @@ def _row(results: Results, arm: str, where: Where) -> str:
     taus = " | ".join(f"{adapted} ({network})" for adapted, network in zip(*both, strict=True))
     name = f"{corpus}, {split}, {arm.removeprefix('one-')}"
     return f"| {name} | {weights} | {100 * base.value:.1f} | {percent(mean)} | {points(gap)} | {taus} |"
-
-
-def percent(interval: Interval) -> str:
-    """An accuracy in per cent with its interval."""
-    p = interval.scaled(100)
-    return f"{p.value:.1f} [{p.low:.1f}, {p.high:.1f}]"
 
 
 def tau_words(found: Sequence[dict[str, Any]], over: str) -> str:

@@ -10,10 +10,10 @@ import numpy as np
 
 from evidence import plots
 from evidence.arms import ARMS, LADDER, counterpart
-from evidence.bars import DESKS, Bar, all_bars, baseline, seeds_in_words, wire
+from evidence.bars import DESKS, Bar, all_bars, baseline, percent, seeds_in_words, wire
 from evidence.bars import points as in_points
 from evidence.grid import SEEDS, TUNED_SEED, TUNED_SPLIT, Grid
-from evidence.mechanism import mechanism, percent, tau_words
+from evidence.mechanism import mechanism, tau_words
 from evidence.method import method
 from evidence.results import Results, Where, collect, published
 from evidence.stats import Answers, Interval, difference, mean_accuracy, recovered

@@ -103,14 +103,13 @@ def test_proof_c_binds_the_next_round_to_the_very_list() -> None:
     assert second.is_exact()
 
 
-def small_list(**changes: object) -> Simulation:
+def small_list() -> Simulation:
     """Five join, as they must; member 4 uploads nothing, and the certificate reaches two of the other four."""
 
     def lose_certificate(member: int, message: ToMember) -> ToMember | None:
         return None if member in (2, 3) and isinstance(message, Certificate) else message
 
-    settings = {"minimum": 3, "joiners": 5, "silent": {4: "M5"}, "to_member": lose_certificate}
-    return Simulation(N, C, **(settings | changes)).run()  # type: ignore[arg-type]
+    return Simulation(N, C, minimum=3, joiners=5, silent={4: "M5"}, to_member=lose_certificate).run()
 
 
 def test_a_certified_list_comes_again_though_it_is_smaller_than_a_cohort() -> None:
