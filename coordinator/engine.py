@@ -119,6 +119,15 @@ class Engine:
             self._go_on(digest)
             return len(self.store.ready(digest, stage)), len(job.roster.members)
 
+    def decline(self, digest: bytes, member: int, reason: str) -> None:
+        """A member takes no part for this reason, and waits for no round; without one, nothing keeps it any more."""
+        self.open_plan(digest)
+        with self.lock:
+            self.declined.pop((digest, member), None)
+            if reason:
+                self.declined[digest, member] = reason
+                self.store.set_unready(digest, member)
+
     def done(self, digest: bytes, stage: int) -> set[int]:
         """Members that a released round of this stage contains."""
         found = (r.machine.phase for r in self.stage_rounds(digest, stage))
@@ -324,10 +333,7 @@ class Engine:
     def _cohort(
         self, digest: bytes, stage: int, rounds: list[Running], eligible: Collection[int]
     ) -> tuple[int, ...] | None:
-        """Who aggregates next: a certified list whose total is missing, whole; or whoever is free.
-
-        Whose last round is longest ago goes first: silent members of lists do not keep all the rest out.
-        """
+        """Who aggregates next: a certified list whose total is missing, whole; or whoever is free."""
         job, done = self.jobs[digest], self.done(digest, stage)
         bonds = open_bonds([r.machine for r in rounds], done)
         out = done.union(*bonds)
@@ -336,6 +342,7 @@ class Engine:
             free, (), len(job.roster.members) - len(out), job.rules, self.clock(), job.plan.deadlines.join_s
         )
         found = [bond for bond in bonds if set(bond) <= set(eligible)] + ([rest] if rest is not None else [])
+        # Whose last round is longest ago goes first: silent members of lists do not keep all the rest out.
         return min(found, key=lambda cohort: last_round([r.row.invited for r in rounds], cohort), default=None)
 
     def _restore(self, row: RoundRow) -> None:

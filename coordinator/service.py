@@ -224,11 +224,9 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         member = await self._member(context, plan=request.plan)
 
         def keep() -> None:
-            self._engine.open_plan(request.plan)
-            state, key = "waiting" if request.waiting else "refused", (request.plan, member)
-            self._engine.declined.pop(key, None)
-            if request.reason:
-                self._engine.declined[key] = f"{state}: {shown(request.reason, MAX_REASON)}"
+            state = "waiting" if request.waiting else "refused"
+            reason = f"{state}: {shown(request.reason, MAX_REASON)}" if request.reason else ""
+            self._engine.decline(request.plan, member, reason)
 
         await self._guarded(context, asyncio.to_thread(keep), member)
         return pb.DeclineReply()

@@ -214,6 +214,9 @@ class Store:
     def set_ready(self, plan: bytes, stage: int, member: int, since: float) -> None:
         self._write("ready", "insert or ignore into ready values (?, ?, ?, ?)", plan, stage, member, since)
 
+    def set_unready(self, plan: bytes, member: int) -> None:
+        self._write("ready", "delete from ready where plan = ? and member = ?", plan, member)
+
     def ready(self, plan: bytes, stage: int) -> dict[int, float]:
         rows = self._read("select member, since from ready where plan = ? and stage = ?", plan, stage)
         return {int(member): float(since) for member, since in rows}

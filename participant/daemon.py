@@ -53,6 +53,10 @@ class Daemon:
     warned: set[UploadTime] = field(default_factory=set)
     #: Digest of a plan -> why this site takes no part, as the operator was told, and when.
     declined: dict[bytes, tuple[str, float]] = field(default_factory=dict)
+    #: (digest of a plan, stage) in which no round came for a while -> the last message heard there.
+    quiet: dict[tuple[bytes, int], bytes] = field(default_factory=dict)
+    #: (digest of a plan, stage) in which others count on this site for a round.
+    counted_on: set[tuple[bytes, int]] = field(default_factory=set)
 
     def run(self, *, once: bool = False) -> None:
         """Work until interrupted; with ``once``, until a release is here or a plan of this site has failed.
@@ -118,6 +122,7 @@ class Daemon:
         if reason == before and time.monotonic() - at < TELL_S:
             return
         self.declined[digest] = (reason, time.monotonic())
+        self.counted_on = {key for key in self.counted_on if key[0] != digest}
         try:
             self.client.decline(digest, shown(reason, MAX_REASON), waiting=waiting)
         except VeilsumError as error:  # nobody waits for it
@@ -145,12 +150,16 @@ class Daemon:
                 return "released", self._adapter(job, released)
             kept = f"the release of stage {released} of {last} stays: {self._adapter(job, released)}"
             return offered.state, f"{offered.reason}; {kept}"
-        if not self._is_released(job, stage):
-            self._prepare(job, stage)
+        again = (job.plan_file.digest, stage) in self.quiet  # as it was left a moment ago
+        if again or not self._is_released(job, stage):
+            if not again:
+                self._prepare(job, stage)
             try:
-                self._take_part(job.at(stage), stage)
+                waits = self._take_part(job.at(stage), stage)
             finally:
                 self.site.counts.no_round()
+            if waits:
+                return "ready", waits
         if not self._fetch(job, stage):
             return "waiting", "for the release" if last == 1 else f"for the release of stage {stage} of {last}"
         if stage == last:
@@ -188,6 +197,8 @@ class Daemon:
         if error is not None and time.monotonic() < until:
             raise error
         self._withdraw(job.plan_file.digest)
+        if self.site.store.trained(job.plan.name, stage) is None:
+            self._leave_others(job)
         try:
             later = patiently(lambda: start_of(self.site, self.client, job, stage)) if stage > 1 else None
             prepare(self.site, job, stage, self.progress(job, stage) if self.progress else None, later)
@@ -204,30 +215,56 @@ class Daemon:
         inputs = [c.evidence.outcome.transcript.inputs for c in cohorts]
         return any(self.site.me == i.sender for listed in inputs for i in listed)
 
-    def _ready(self, job: Job, stage: int) -> None:
+    def _ready(self, job: Job, stage: int) -> str:
+        """Say that this site is ready; how many are, as its administrator reads it."""
         ready, expected = patiently(lambda: self.client.ready(job.plan_file.digest, stage))
+        self.counted_on.add((job.plan_file.digest, stage))
         text, ended = f"{ready} of {expected} members are ready", self.site.ended.get(job.plan.name)
-        self.site.note(job.plan.name, "ready", f"{ended}; {text}" if ended else text)
+        text = f"{ended}; {text}" if ended else text
+        self.site.note(job.plan.name, "ready", text)
         log.info("ready", plan=job.plan.name, ready=ready, of=expected)
+        return text
 
-    def _take_part(self, job: Job, stage: int) -> None:
-        """Join rounds of a stage until this site's delta is in an outcome, or nothing can come of it any more."""
+    def _leave_others(self, job: Job) -> None:
+        """This site does one thing at a time: who waited for it in rounds of other plans would wait for hours."""
+        for key in [key for key in self.counted_on if key[0] != job.plan_file.digest]:
+            self.counted_on.remove(key)
+            try:
+                self.client.decline(key[0], endings.works_on(job.plan.name), waiting=True)
+            except VeilsumError as error:
+                log.info("the operator was not told", reason=str(error))
+
+    def _take_part(self, job: Job, stage: int) -> str:
+        """Join rounds of a stage until this site's delta is in an outcome, or nothing can come of it any more.
+
+        Returns:
+            What there is to say of the waiting, where no round came for a while: other plans have their turn then, and
+            this one again. Empty where there is nothing left to wait for.
+        """
         run: RoundRun | None = None
-        seen = b""
-        self.site.ended.pop(job.plan.name, None)
-        self._ready(job, stage)
+        key = (job.plan_file.digest, stage)
+        fresh, seen = key not in self.quiet, self.quiet.pop(key, b"")
+        if fresh:
+            self.site.ended.pop(job.plan.name, None)
+        if fresh or key not in self.counted_on:
+            self._ready(job, stage)
         while True:
             found = patiently(lambda: self.client.next(job.plan_file.digest, stage, seen))  # noqa: B023
             if found is None:
                 if self._is_over(job, stage, run):
-                    return
+                    return ""
+                if run is None:
+                    self.quiet[key] = seen
+                    return self._ready(job, stage)
                 continue
             seen = seen_hash(found[1])
+            if not isinstance(found[1], RoundAborted):
+                self._leave_others(job)
             run = self._hear(job, stage, run, *found)
             if isinstance(found[1], Outcome) and run is None:
-                return  # of a round this process did not live through: the release says it all
+                return ""  # of a round this process did not live through: the release says it all
             if run is not None and isinstance(run.machine.phase, Finished):
-                return
+                return ""
 
     def _hear(self, job: Job, stage: int, run: RoundRun | None, round_id: bytes, message: ToMember) -> RoundRun | None:
         """One message; the round this process is in afterwards. Lines of the log say which round it is about."""
@@ -278,5 +315,6 @@ class Daemon:
         if run is None or isinstance(run.machine.phase, Uploading | Stopped):
             if self._is_released(job, stage):
                 return True
-            self._ready(job, stage)
+            if run is not None:
+                self._ready(job, stage)
         return False

@@ -154,6 +154,12 @@ ENDINGS: tuple[Ending, ...] = (
         "ask the administrator of {members}: veilsum-participant status there says why",
         "veilsum-participant status",
     ),
+    Ending(
+        *("site", "busy", r"works on plan '.*' first$"),
+        "the site was ready, and trains for another plan or is in a round of it",
+        "wait: it says again that it is ready",
+        "wait: it comes back to this plan by itself",
+    ),
     Ending(*("held", "other-held", ""), "none of the above", "veilsum-coordinator doctor", "ask the operator"),
     # --- a plan at a site: refusals
     Ending(

@@ -103,6 +103,11 @@ def site_failed() -> Reason:
     return Reason("this site cannot go on: its administrator sees why")
 
 
+def works_on(plan: str) -> Reason:
+    """A site that was ready is busy with another plan."""
+    return Reason(f"this site works on plan '{plan}' first")
+
+
 def offer_refused(number: int, error: Exception) -> Reason:
     """A site did not take an offer."""
     return Reason(f"the offer of round {number} was refused: {error}")

@@ -72,8 +72,9 @@ class Direct(Client):
         engine = self.world.engine
         return [OfferedPlan(p.toml, p.state, p.reason, engine.stage(p.digest)) for p in engine.store.plans()]
 
-    def decline(self, plan: bytes, reason: str, *, waiting: bool) -> None:  # noqa: ARG002
-        self.world.engine.declined[plan, self.me] = reason
+    def decline(self, plan: bytes, reason: str, *, waiting: bool) -> None:
+        state = "waiting: " if waiting else "refused: "
+        self.world.engine.decline(plan, self.me, state + reason if reason else "")
 
     def releases(self, plan: bytes, stage: int) -> list[ReleasedCohort]:
         return [ReleasedCohort(c.round_id, stage, c.evidence) for c in self.world.engine.released(plan, stage)]

@@ -54,6 +54,7 @@ SAMPLES: dict[str, tuple[Kind, Callable[[], Reason]]] = {
     "no_adapter": ("held", lambda: endings.no_adapter("toy")),
     "unconfirmed": ("held", lambda: endings.unconfirmed((1,))),
     "site_failed": ("site", endings.site_failed),
+    "works_on": ("site", lambda: endings.works_on("second")),
     "offer_refused": ("site", lambda: endings.offer_refused(3, Refusal("x"))),
     "total_wrong": ("site", lambda: endings.total_wrong(3, ValueError("x"))),
     "complained": ("site", lambda: endings.complained(3, "the shares of member 1 do not open")),
@@ -320,7 +321,7 @@ def test_what_failed_at_a_site_is_told_without_its_details(tmp_path: Path, monke
     assert "a secret" in note["reason"]
     assert note["todo"].startswith("mend what the reason says")
     said = world.engine.declined[world.digest, 0]
-    assert said == "this site cannot go on: its administrator sees why"
+    assert said == "waiting: this site cannot go on: its administrator sees why"
 
 
 def test_a_plan_of_several_stages_that_is_cancelled_is_not_called_released() -> None:
