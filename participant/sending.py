@@ -115,27 +115,6 @@ def probed(plan: Plan, after: Tensors) -> Tensors:
 # --- dense: products of any rank ------------------------------------------------------------------------------------
 
 
-def narrowed(plan: Plan, start: Mapping[str, Any], rank: int | None) -> tuple[Plan, Mapping[str, Any]]:
-    """Plan and start for a site that trains ``rank`` directions at most, the first of the start adapter's.
-
-    alpha / rank stays as it is, so that the products of all sites can be added.
-
-    Raises:
-        ValueError: a method other than "dense" cannot sum them.
-    """
-    adapter = plan.adapter
-    if rank is None or rank >= adapter.rank:
-        return plan, start
-    if plan.aggregation.method != "dense":
-        raise ValueError(f'a smaller rank than the plan\'s needs the method "dense", found "{plan.aggregation.method}"')
-    narrow = adapter.model_copy(update={"rank": rank, "alpha": adapter.alpha * rank / adapter.rank})
-    cut = dict(start)
-    for module in adapter.modules:
-        cut[a_name(module)] = np.ascontiguousarray(start[a_name(module)][:rank])
-        cut[b_name(module)] = np.ascontiguousarray(start[b_name(module)][:, :rank])
-    return plan.model_copy(update={"adapter": narrow}), cut
-
-
 def dense(plan: Plan, parts: Tensors, start: Mapping[str, Any], after: Tensors) -> Tensors:
     """For each module what was added to B A, in the place of what was added to A and to B."""
     found = dict(parts)

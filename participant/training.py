@@ -28,7 +28,8 @@ from participant.data import Examples
 from participant.loading import check_model, load_base
 from participant.loading import load_classifier as load_classifier
 from participant.measured import Measured
-from participant.sending import class_shares, narrowed, squared_gradients, vector_of
+from participant.ranks import keep_beneath, narrowed
+from participant.sending import class_shares, squared_gradients, vector_of
 from participant.task_data import TaskData
 from participant.text_data import Records
 from privacy.adapter import Tensors, Vector, check_tensors, flatten, layout_of, peft_config, trained_part
@@ -277,9 +278,11 @@ def train(
     _check_examples(examples, plan)
     if threads is not None:
         torch.set_num_threads(threads)
+    whole, everything = plan, start
     plan, start = narrowed(plan, start, rank)
     layout, settings = layout_of(plan.adapter), plan.training
     loaded = load_model(plan, base, start, device)
+    keep_beneath(loaded.model, whole, everything, rank)
     seen = _seen(loaded, plan, examples)
     cores = Cores(loaded.model, plan, factors)
     weights = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]

@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from coordinator.publish import CohortTotal, publish
-from participant import sending
+from participant import ranks, sending
 from privacy.adapter import a_name, b_name, check_tensors, flatten, layout_of, start_digest
 from privacy.audit import audit_release
 from privacy.errors import UserError
@@ -170,7 +170,7 @@ def test_sites_of_different_ranks_are_summed_exactly(tmp_path: Path) -> None:
     rng = np.random.default_rng(2)
     vectors, products = [], []
     for rank, weight in zip((1, 2, 3, 2, 1), WEIGHTS, strict=True):
-        narrow, cut = sending.narrowed(plan, start, rank)
+        narrow, cut = ranks.narrowed(plan, start, rank)
         assert narrow.adapter.alpha / rank == pytest.approx(plan.adapter.alpha / RANK)
         layout = layout_of(narrow.adapter)
         check_tensors(dict(cut), layout)
@@ -190,16 +190,16 @@ def test_sites_of_different_ranks_are_summed_exactly(tmp_path: Path) -> None:
 def test_only_dense_sums_different_ranks() -> None:
     job = the_job("both")
     plan, start = job.plan, job.start_tensors()
-    assert sending.narrowed(plan, start, None) == sending.narrowed(plan, start, RANK) == (plan, start)
+    assert ranks.narrowed(plan, start, None) == ranks.narrowed(plan, start, RANK) == (plan, start)
     with pytest.raises(ValueError, match='needs the method "dense", found "both"'):
-        sending.narrowed(plan, start, 2)
+        ranks.narrowed(plan, start, 2)
 
 
 def test_dense_goes_on_from_a_later_start(tmp_path: Path) -> None:
     """What a site adds to B A is added to that of the start, also where it knows only its first directions."""
     job = the_job("dense")
     first = released(job, sites(job), tmp_path).tensors
-    narrow, cut = sending.narrowed(job.plan, first, 2)
+    narrow, cut = ranks.narrowed(job.plan, first, 2)
     after = {name: (value + np.float32(0.1)).astype(np.float32) for name, value in cut.items()}
     delta = {name: after[name] - cut[name] for name, _ in layout_of(narrow.adapter).trained}
     vector = flatten(sending.dense(narrow, delta, cut, after), sent(job.plan))
