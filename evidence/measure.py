@@ -134,13 +134,8 @@ def _alone(bench: Bench) -> dict[str, Any]:
     for one in trained_sites(bench, plan.plan, start, bench.parts):
         tensors = bench.alone(plan.plan, start, one.delta)
         found.append(bench.judge(plan.plan, tensors))
-    accuracies = [one["accuracy"] for one in found]
-    return {
-        "accuracy": float(np.mean(accuracies)),
-        "loss": float(np.mean([one["loss"] for one in found])),
-        "right": np.mean([one["right"] for one in found], axis=0).tolist(),
-        "by_site": accuracies,
-    }
+    means = {key: np.mean([one[key] for one in found], axis=0).tolist() for key in found[0]}
+    return means | {"by_site": [one["accuracy"] for one in found]}
 
 
 def _rounds(bench: Bench) -> dict[str, Any]:
@@ -221,17 +216,22 @@ def _analytic(bench: Bench) -> dict[str, Any]:
 
 
 def _aligned(bench: Bench) -> dict[str, Any]:
-    """One plan of two stages: the analytic head, and then all epochs of the adapter behind it."""
-    plan = bench.plan(epochs=bench.cell.epochs)
+    """One plan: the analytic head, and then the adapter behind it, its epochs shared out to the stages after."""
+    arm, cell = bench.arm, bench.cell
+    assert cell.epochs % arm.rounds == 0, "the epochs are shared out evenly"
+    plan = bench.plan(epochs=cell.epochs // arm.rounds)
     start, parts = bench.start(plan.plan), [frequent(examples, plan.plan, 1) for examples in bench.parts]
 
     def gives(stage: int, before: Tensors) -> list[Contribution]:
         if stage == 1:
             return _statistics(bench, plan_at(plan.plan, 1), before, parts)
-        return trained_sites(bench, plan_at(plan.plan, stage), before, bench.parts)
+        later = str(stage) if stage > 2 else ""
+        return trained_sites(bench, plan_at(plan.plan, stage), before, bench.parts, later)
 
-    head, after = secure_stages(plan, gives, start, bench.out / "scratch", bench.factors_directory)
-    return _judged(bench, plan_at(plan.plan, 2), head.tensors, after) | {
-        "rounds": [_facts(head), _facts(after)],
-        "tau": update_size(plan.plan, bench.base, start, after.tensors),
+    found = secure_stages(plan, gives, start, bench.out / "scratch", bench.factors_directory)
+    result = _judged(bench, plan_at(plan.plan, len(found)), found[-2].tensors, found[-1])
+    _forget_later_rounds(bench)
+    return result | {
+        "rounds": [_facts(one) for one in found],
+        "tau": update_size(plan.plan, bench.base, start, found[-1].tensors),
     }

@@ -31,19 +31,23 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def cell(arm: str, rate: float = 0.03) -> Cell:
-    split = "natural" if arm.startswith(("one", "multi")) else "none"
+    split = "natural" if arm.startswith(("one", "multi", "alone")) else "none"
     return Cell(arm, "desks", "smollm2", split, 0, rate, "test", 5)
 
 
 def test_one_round_and_several_lower_the_held_out_loss_and_equal_the_sum_in_the_clear(tiny: Path) -> None:
     found = {arm: measure.measure(cell(arm), tiny) for arm in TEXT_ARMS}
-    for arm, rounds in (("one-freeze_a", 1), ("multi-freeze_a", 3)):
+    for arm, rounds in (("one-freeze_a", 1), ("one-core", 1), ("one-regmean", 1), ("multi-freeze_a", 3)):
         result = found[arm]
         assert len(result["rounds"]) == rounds
         assert all(0 < r["difference"] <= r["tolerance"] for r in result["rounds"])
         assert result["loss"] < found["base"]["loss"]
         assert result["clear"]["loss"] == pytest.approx(result["loss"], abs=1e-3)
     assert found["pooled-freeze_a"]["loss"] < found["base"]["loss"]
+    alone = found["alone"]
+    assert len(alone["by_site"]) == 5
+    assert alone["tokens"] == found["base"]["tokens"]
+    assert by_record(alone).mean() == pytest.approx(alone["loss"]) != found["one-freeze_a"]["loss"]
     one = found["one-freeze_a"]
     assert sum(one["nats"]) / sum(one["tokens"]) == pytest.approx(one["loss"])
     assert by_record(one).mean() == pytest.approx(one["loss"])
