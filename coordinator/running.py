@@ -54,6 +54,10 @@ class Running:
         bound: structlog.BoundLogger = log.bind(**self.about)
         return bound
 
+    def asks_to_join(self, member: int) -> bool:
+        """Does the round wait for this member to take or refuse its offer?"""
+        return isinstance(self.machine.phase, phases.Joining) and member in self.machine.missing()
+
     def told(self) -> endings.Told:
         """Why the round is over without a total, or by whom its total is not confirmed, for people."""
         phase, name = self.machine.phase, self.job.roster.name

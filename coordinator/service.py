@@ -46,6 +46,8 @@ log = structlog.get_logger()
 
 #: Seconds a long poll waits before it answers "nothing new".
 POLL_S = 20.0
+#: The shortest, for a member that a round of another plan waits for.
+TURN_S = 1.0
 #: What a member may say of why it takes no part.
 MAX_REASON = 500
 #: Messages kept encoded; the largest, M10, is one for the whole cohort.
@@ -242,6 +244,9 @@ class FederationService(federation_pb2_grpc.FederationServicer):
                 self._count(found[0], member, received=reply.ByteSize())
                 return reply
             rest = deadline - asyncio.get_running_loop().time()
+            if await asyncio.to_thread(self._is_awaited, request.plan, member):
+                await asyncio.sleep(max(0.0, rest - POLL_S + TURN_S))
+                return pb.NextReply()  # for its turn at the other plan
             if rest <= 0:
                 return pb.NextReply()
             try:
@@ -252,6 +257,10 @@ class FederationService(federation_pb2_grpc.FederationServicer):
     def _message_for(self, plan: bytes, stage: int, member: int) -> tuple[bytes, Encoded] | None:
         found = self._engine.message_for(plan, stage, member)
         return (found[0], self._encoded.of(found[1])) if found is not None else None
+
+    def _is_awaited(self, plan: bytes, member: int) -> bool:
+        with self._engine.lock:
+            return any(r.row.plan != plan and r.asks_to_join(member) for r in self._engine.rounds.values())
 
     def _count(self, round_id: bytes, member: int, **counts: int) -> None:
         if round_id in self._engine.rounds:  # what a caller invents leaves no trace on disk

@@ -51,7 +51,8 @@ def said(gaps: Sequence[tuple[Interval, Interval]], nothing: int) -> str:
     if nothing:
         words.append(
             f"In {nothing} pairs several rounds on random weights are not clearly better than the untrained network: "
-            "nothing was learned that one round could lose."
+            "nothing was learned that one round could lose. Their learning rates are the best of rates that learned "
+            "nothing, so tau on random weights is that of an arbitrary one."
         )
     if gaps:
         larger = sum(random.value < pretrained.value for pretrained, random in gaps)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from structlog.contextvars import bound_contextvars
 
-from coordinator import phases, report
+from coordinator import phases, report, service
 from participant import daemon as module
 from participant.client import OfferedPlan, seen_hash
 from participant.policy import Waits
@@ -17,6 +18,8 @@ from privacy.encoding import encode
 from privacy.job import Job
 from privacy.plan import parse_plan
 from privacy.secagg.dialogue import ToMember
+from privacy.wire import federation_pb2 as pb
+from tests.hostile import Hostile
 from tests.on_disk import Direct, OnDisk
 from tests.test_end_to_end import SITE
 
@@ -166,3 +169,28 @@ def test_an_aborted_round_is_told_once_however_often_a_site_comes_back(
     monkeypatch.setattr(module.Daemon, "_hear", hear)
     run(world, Asked(world, 12), monkeypatch)
     assert len(told) == len(set(told)), "the same ending came twice"
+
+
+def test_a_poll_ends_when_a_round_of_another_plan_waits(tmp_path: Path) -> None:
+    """Else who waits in many plans would miss a short join_s."""
+    hostile = Hostile(tmp_path, large=False)
+    try:
+        engine, stub = hostile.world.engine, hostile.caller(1).stub
+        request = pb.NextRequest(plan=hostile.world.digest, stage=1, seen=seen_hash(hostile.world.message_for(1)[1]))
+        poll = stub.Next.future(request, timeout=service.POLL_S + 10)
+        time.sleep(service.TURN_S / 2)
+        other = engine.submit_plan(hostile.world.plan.replace(b'name = "toy"', b'name = "second"', 1))
+        for member in range(hostile.world.n):
+            engine.ready(other, 1, member)
+        engine.changed()
+        began = time.monotonic()
+        assert not poll.result().HasField("message")
+        assert time.monotonic() - began < service.POLL_S / 2
+        (round_of_other,) = engine.stage_rounds(other, 1)
+        assert round_of_other.asks_to_join(1)
+        began = time.monotonic()
+        assert not stub.Next(request, timeout=service.POLL_S + 10).HasField("message")
+        assert service.TURN_S * 0.9 < time.monotonic() - began < service.POLL_S / 2, "no busy loop"
+        assert stub.Next(pb.NextRequest(plan=other, stage=1), timeout=10).message.HasField("offer")
+    finally:
+        hostile.close()
