@@ -301,6 +301,7 @@ class Engine:
         self.store.add_round(row, Event("proofs", encode(table)))
         self._restore(row)
         self.rounds[row.id].log.info("round opened", members=[job.roster.name(m) for m in cohort])
+        self.changed()
 
     def _has_failed_too_often(self, digest: bytes, rounds: list[Running]) -> bool:
         """Give a plan up that has no release; one that has stays released, and its next round waits as long as a join.
