@@ -18,7 +18,7 @@ TUNED_SEED, TUNED_SPLIT = 0, "natural"
 SPLITS = ("natural", "dirichlet-0.1", "iid", "dirichlet-0.5")
 RANDOM_SPLITS = ("natural", "dirichlet-0.1")
 #: Arms of the language model; it has no head, and little time.
-TEXT_ARMS = ("base", "pooled-freeze_a", "one-freeze_a", "one-core", "one-regmean", "multi-freeze_a", "alone")
+TEXT_ARMS = ("base", "pooled-freeze_a", "one-freeze_a", "one-regmean", "multi-freeze_a", "alone")
 #: Without those that are measured only on the one corpus and the two splits that the bars are about.
 CHEAPER_ARMS = tuple(name for name, arm in ARMS.items() if arm.method != "fisher" and arm.head_rate == 1.0)
 #: On random weights, where only the methods themselves are compared; merging otherwise than by the mean is left out.

@@ -37,8 +37,8 @@ METHOD = """\
 * The faster head was measured on BBC News at 80 % skew and Dirichlet 0.1 only, the two splits of the bars; compare its
   pooled arm with the others of other splits with that in mind.
 * SmolLM2: five sites, 24 articles of each desk dealt 80 : 20, the first 128 tokens of each, batches of 4, alpha 16; A
-  frozen. Loss in nats a token on 60 other articles; lower is better. A fixed and small budget of tokens; `both`, in one
-  round and in three, was left out for lack of time.
+  frozen. Loss in nats a token on 60 other articles; lower is better. A fixed and small budget of tokens; `core` and
+  `both` were left out for lack of time.
 * A later round is a federation of its own; its deltas are relative to the release before, and the release is what the
   product's `combine` makes of that and the verified total. Learning rate and warm-up begin anew in each round.
 * A Dirichlet deal gives every site at least 20 records of at least two classes; deals without are drawn anew, which

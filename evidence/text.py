@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from demo.corpus import package_files
-from evidence.arms import CLIP, CORE_CLIP, RANK, TEXT
+from evidence.arms import CLIP, RANK, TEXT
 from evidence.bases import made
 from evidence.bench import Bench
 from participant.data import Examples
@@ -85,17 +85,15 @@ class TextBench(Bench):
             max_cohort=c.sites,
             min_cohort=c.sites - 1,
             min_survivors=3,
-            clip=CORE_CLIP if self.arm.method == "core" else CLIP,
+            clip=CLIP,
             max_weight=1024,
-            factors_to=self.factors_directory,
             seed=hashlib.sha256(f"evidence {c.seed}".encode()).digest(),
         )
         return parse_plan(text.encode(), c.name)
 
     def train(self, plan: Plan, start: Tensors, examples: Examples) -> TrainingResult:
         records = records_of(examples)
-        factors = self.factors(plan)
-        return train(plan=plan, base=self.base, start=start, examples=records, device="cpu", threads=1, factors=factors)
+        return train(plan=plan, base=self.base, start=start, examples=records, device="cpu", threads=1)
 
     def judge(self, plan: Plan, adapter: Tensors) -> dict[str, Any]:
         """``loss`` in nats a token, ``accuracy`` of the likeliest token; ``nats`` and ``tokens`` record by record."""
