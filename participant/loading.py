@@ -15,7 +15,7 @@ import transformers
 from safetensors import SafetensorError
 
 from participant import four_bit
-from participant.base_files import GGUF_SUFFIX, only_counted
+from participant.base_files import GGUF_NAME, GGUF_SUFFIX, only_counted
 from participant.base_model import in_four_bits
 from privacy.errors import UserError, shown
 from privacy.sections import Adapter
@@ -47,7 +47,8 @@ def loading(base: Path, kind: str) -> Iterator[dict[str, Any]]:
                 f"{base}: expected the package gguf, which reads such a file, found none or an older one",
                 hint="install veilsum with its extra: pip install 'veilsum[participant,gguf]'",
             ) from error
-        reason = (str(error).replace(str(seen), str(base)).strip() or type(error).__name__).splitlines()[0]
+        reason = str(error).replace(str(seen / GGUF_NAME), str(base)).replace(str(seen), str(base))
+        reason = (reason.strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{base}: expected a base model for {kind}, found: {shown(reason, 300)}", hint=HINT) from error
 
 
@@ -103,7 +104,8 @@ def _place(base: Path, seen: Path) -> dict[str, Any]:
     """How transformers is told of a directory, or of a GGUF file; ``seen`` is what :func:`only_counted` made of it."""
     if base.is_dir():
         return {"pretrained_model_name_or_path": str(seen)}
-    return {"pretrained_model_name_or_path": str(base.parent), "gguf_file": base.name}
+    # The whole path: a bare name would be that of a file in the working directory, if there is one.
+    return {"pretrained_model_name_or_path": str(seen), "gguf_file": str(seen / GGUF_NAME)}
 
 
 def _folder(base: Path) -> str:
