@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from participant.device import autocast
 from participant.drafting import draft_plan
-from participant.training import Loaded, autocast, load_model, logits_of
+from participant.training import Loaded, load_model, logits_of
 from privacy.adapter import start_adapter
 from privacy.errors import UserError
 from privacy.plan import parse_plan

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from participant.data import Examples
+from participant.device import Device, repeatable
 from participant.features import inputs_of, trained_head
 from participant.measured import Measured
-from participant.training import Device, Loaded, Progress, TrainingResult, load_model, tokenise
+from participant.training import Loaded, Progress, TrainingResult, load_model, tokenise
 from privacy.adapter import Matrix
 from privacy.analytic import head_of, pack
 from privacy.errors import UserError
@@ -115,6 +116,7 @@ def _answers(answers: Sequence[float], plan: Plan) -> Matrix:
     return np.array([[scaled(value, plan.data.target)] for value in answers])
 
 
+@repeatable
 def collect(
     *,
     plan: Plan,

@@ -1,4 +1,4 @@
-"""Which files are the base model: their digest is in the plan, so that all sites train on the same one. No torch."""
+"""The digest of the base model is in the plan, so that all sites train on the same one; where it lies. No torch."""
 
 from __future__ import annotations
 
@@ -12,54 +12,31 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from participant.base_files import BASE_FILES, HINT, counted_files, weight_files
 from participant.config import Home
 from privacy.errors import UserError, shown
 from privacy.plan import Plan
 
 BASE_LABEL = b"veilsum/1/base-model\0"
-#: What determines the model: weights and their index, configuration, and every file a tokenizer may read.
-BASE_FILES = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "*.model",
-    # What only some tokenizers read; a directory without these keeps the digest that it had before they were listed.
-    "additional_chat_templates/*.jinja",
-    *("tokenizer.*.json", "tekken.json", "tokenizer.model.*", "*.tiktoken", "*.tokenizer", "*.spm", "*.codes"),
-    *("dict.txt", "emoji.json", "entity_vocab.json", "target_vocab.json", "vocab-*.json", "byte_maps.json"),
-    *("normalizer.json", "word_shape.json", "word_pronunciation.json"),
-    # With this file transformers would load another base, and an adapter into it.
-    "adapter_config.json",
-)
-#: One file with weights, configuration and tokenizer; it counts under the name GGUF_NAME, whatever it is called.
-GGUF_SUFFIX, GGUF_NAME = ".gguf", "model.gguf"
 #: A base model on a model hub: only the site's own file can name one, and only there is anything fetched.
 HUB = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+?)(?:#(?P<file>[\w./-]+\.gguf))?")
-
-_HINT = "name the directory of the base model in this site's configuration"
 
 
 def base_digest(base: Path) -> str:
     """Hex SHA-256 over the files that determine the base model, in order of their names.
 
-    Taken over a label, then for each file of the directory that matches :data:`BASE_FILES`: the length of its name
-    (u64, big-endian), its name, the length of its content (u64, big-endian), its content. Other files, pickled weights
-    and READMEs among them, and all below subdirectories but chat templates, do not count: they are never loaded. A GGUF
-    file counts as a directory that has nothing but this file, under the name :data:`GGUF_NAME`.
+    Taken over a label, then for each file of the directory that matches one of BASE_FILES: the length of its name (u64,
+    big-endian), its name, the length of its content (u64, big-endian), its content. Other files, pickled weights and
+    READMEs among them, and all below subdirectories but chat templates, do not count. They are not loaded either: a
+    directory whose files name one of them is refused, and transformers is shown no others. A GGUF file counts as a
+    directory that has nothing but this file, under the name GGUF_NAME.
 
     Raises:
-        UserError: no such directory, no weights or no config.json in it, or a file cannot be read.
+        UserError: no such directory, no weights or no config.json in it, one of its files names a file that does not
+            count, or a file cannot be read.
     """
     digest = hashlib.sha256(BASE_LABEL)
-    for name, path in _base_files(base):
+    for name, path in counted_files(base).items():
         try:
             with path.open("rb") as file:
                 size = path.stat().st_size
@@ -67,19 +44,8 @@ def base_digest(base: Path) -> str:
                 while block := file.read(1 << 20):
                     digest.update(block)
         except OSError as error:
-            raise UserError(f"{path}: expected a readable file, found: {error.strerror}", hint=_HINT) from error
+            raise UserError(f"{path}: expected a readable file, found: {error.strerror}", hint=HINT) from error
     return digest.hexdigest()
-
-
-def _base_files(base: Path) -> list[tuple[str, Path]]:
-    if base.is_file() and base.suffix == GGUF_SUFFIX:
-        return [(GGUF_NAME, base)]
-    found_files = {path for pattern in BASE_FILES for path in base.glob(pattern) if path.is_file()}
-    names = sorted(path.relative_to(base).as_posix() for path in found_files)
-    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
-        found = ", ".join(names) or ("no directory" if not base.is_dir() else "neither")
-        raise UserError(f"{base}: expected config.json and *.safetensors, found {found}", hint=_HINT)
-    return [(name, base / name) for name in names]
 
 
 def in_four_bits(base: Path) -> bool:
@@ -111,18 +77,20 @@ def in_four_bits(base: Path) -> bool:
 def memory_of(base: Path) -> int:
     """Bytes that the weights of a directory take once they are loaded: what is packed as it lies, all else in float32.
 
+    Files of weights that are not loaded, as those of a second format beside the first, take nothing.
+
     Raises:
         UserError: a file that is none of safetensors.
     """
     total = 0
-    for path in sorted(base.glob("*.safetensors")):
+    for path in weight_files(base):
         try:
             with safe_open(path, "np") as file:
                 for name in file.keys():  # noqa: SIM118
                     tensor = file.get_slice(name)
                     total += math.prod(tensor.get_shape()) * (1 if tensor.get_dtype() == "U8" else 4)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: expected safetensors, found: {shown(str(error))}", hint=_HINT) from error
+            raise UserError(f"{path}: expected safetensors, found: {shown(str(error))}", hint=HINT) from error
     return total
 
 
@@ -149,7 +117,7 @@ def find_base(home: Home, name: str) -> Path:
 def fetch_base(entry: str) -> Path:
     """A base model from the Hugging Face hub, out of the hub's own cache where it is there already.
 
-    Only the files of :data:`BASE_FILES` are asked for, or the one GGUF file that is named. What comes is checked
+    Only the files of BASE_FILES are asked for, or the one GGUF file that is named. What comes is checked
     against the plan's digest like any other base model.
 
     Raises:

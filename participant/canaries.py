@@ -13,7 +13,8 @@ import torch
 
 from participant import dp_sgd, dp_step
 from participant.data import Examples
-from participant.training import Device, Loaded, load_model, logits_of, tokenise
+from participant.device import Device
+from participant.training import Loaded, load_model, logits_of, tokenise
 from privacy.adapter import Tensors, layout_of, release, start_adapter
 from privacy.budget.empirical import Scores
 from privacy.budget.events import DpSgd

@@ -150,7 +150,7 @@ class Settings(Section):
     member: Name
     #: Where training runs.
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    #: CPU threads for training; without it all.
+    #: CPU threads for training; without it all. Another number may give other last digits.
     threads: Positive | None = None
     #: Largest rank of an adapter that this site trains. Plans with the method "dense" take any; others of a larger rank
     #: are refused.

@@ -20,6 +20,7 @@ import torch
 from opacus.grad_sample import GradSampleHooks
 
 from participant import dp_step, generation, regression
+from participant.device import Device
 from participant.features import Standard, enter, leave, standard_of
 from participant.measured import Measured
 from participant.noise import SecretRandom
@@ -27,7 +28,6 @@ from participant.self_test import SelfTest, run_self_test
 from participant.task_data import TaskData
 from participant.text_data import Records
 from participant.training import (
-    Device,
     Loaded,
     Progress,
     TrainingResult,

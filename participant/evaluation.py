@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from participant.data import Examples
+from participant.device import Device, autocast
 from participant.generation import encoded, foretell
 from participant.measured import Measured
 from participant.task_data import TaskData
 from participant.text_data import Records
-from participant.training import Device, Loaded, autocast, load_model, logits_of, tokenise
+from participant.training import Loaded, load_model, logits_of, tokenise
 from privacy.adapter import start_adapter
 from privacy.errors import UserError
 from privacy.plan import Plan

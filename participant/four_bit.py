@@ -51,7 +51,7 @@ def keep_in_full(auto: Any, config: Any, packed: Collection[str]) -> None:
     always what is left out now.
     """
     with torch.device("meta"):
-        model = auto.from_config(config)
+        model = auto.from_config(config, trust_remote_code=False)
     linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     prefix = f"{model.base_model_prefix}."
     full = [name for name in linears if not {name, name.removeprefix(prefix), prefix + name} & set(packed)]

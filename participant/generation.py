@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from participant.device import autocast
 from participant.text_data import Records
 from participant.tokens import Tokens, encode
-from participant.training import Loaded, Seen, autocast
+from participant.training import Loaded, Seen
 from privacy.errors import UserError
 from privacy.plan import Plan
 

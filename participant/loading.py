@@ -1,4 +1,7 @@
-"""Base models off the disk, of either task: nothing is fetched, no code of the model is run, no pickle is read."""
+"""Base models off the disk, of either task: nothing is fetched, no code of the model is run, no pickle is read.
+
+transformers is shown the files that the digest of the base model counts, and no others (``participant/base_files.py``).
+"""
 
 from __future__ import annotations
 
@@ -12,28 +15,40 @@ import transformers
 from safetensors import SafetensorError
 
 from participant import four_bit
-from participant.base_model import GGUF_SUFFIX, in_four_bits
+from participant.base_files import GGUF_NAME, GGUF_SUFFIX, only_counted
+from participant.base_model import in_four_bits
 from privacy.errors import UserError, shown
 from privacy.sections import Adapter
 
+#: Left unsaid, transformers would ask whoever sits there whether to run code that a model's files name.
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+#: By transformers, safetensors and tokenizers, about files that are not what they should be.
+_RAISED = (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 HINT = "name a directory with config.json, *.safetensors and tokenizer files"
 
 
 @contextmanager
-def loading(base: Path, kind: str) -> Iterator[None]:
-    """Whatever transformers raises about the files of a base model, as a UserError of one line."""
+def loading(base: Path, kind: str) -> Iterator[dict[str, Any]]:
+    """How transformers is told of a base model's files; whatever it raises about them is a UserError of one line.
+
+    Raises:
+        UserError: it cannot load it, or as :func:`participant.base_files.counted_files`.
+    """
     # Its load report would tell the user to train what is new in the model, which is what we are about to do.
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    seen = base
     try:
-        yield
-    except (ImportError, OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        with only_counted(base) as seen:
+            yield _place(base, seen)
+    except _RAISED as error:
         if isinstance(error, ImportError) and base.suffix == GGUF_SUFFIX:
             raise UserError(
                 f"{base}: expected the package gguf, which reads such a file, found none or an older one",
                 hint="install veilsum with its extra: pip install 'veilsum[participant,gguf]'",
             ) from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error).replace(str(seen / GGUF_NAME), str(base)).replace(str(seen), str(base))
+        reason = (reason.strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{base}: expected a base model for {kind}, found: {shown(reason, 300)}", hint=HINT) from error
 
 
@@ -60,10 +75,11 @@ def load_classifier(base: Path, outputs: int) -> tuple[Any, Any, set[str]]:
             hint=HINT,
         )
     packed = in_four_bits(base)
-    with loading(base, "sequence classification"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(base), local_files_only=True)
-        about = {"pretrained_model_name_or_path": str(base), "num_labels": outputs}
+    with loading(base, "sequence classification") as place:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**place, **LOCAL)
+        about = place | {"num_labels": outputs}
         model, missing = _from_files(transformers.AutoModelForSequenceClassification, base, about, packed)
+    tokenizer.name_or_path = _folder(base)
     finish(model, tokenizer)
     return model, tokenizer, missing
 
@@ -71,26 +87,30 @@ def load_classifier(base: Path, outputs: int) -> tuple[Any, Any, set[str]]:
 def _from_files(auto: Any, base: Path, about: dict[str, Any], packed: bool) -> tuple[Any, set[str]]:
     """(model in float32, names of the tensors that the files do not hold); layers in 4 bits stay packed, on the CPU."""
     if packed:
-        config = transformers.AutoConfig.from_pretrained(**about, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(**about, **LOCAL)
         four_bit.keep_in_full(auto, config, four_bit.packed_layers(base))
-        about = {"pretrained_model_name_or_path": str(base), "config": config, "device_map": {"": "cpu"}}
+        place = about["pretrained_model_name_or_path"]
+        about = {"pretrained_model_name_or_path": place, "config": config, "device_map": {"": "cpu"}}
     model, report = auto.from_pretrained(
-        **about, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+        **about, **LOCAL, dtype=torch.float32, use_safetensors=True, output_loading_info=True
     )
     if packed:
         four_bit.take_over(model, base)
+    model.name_or_path = model.config.name_or_path = _folder(base)
     return model, set(report["missing_keys"])
 
 
-def _place(base: Path) -> dict[str, Any]:
-    """How transformers is told of a directory, or of a GGUF file."""
-    if not base.exists():  # transformers would take the name for one of a model hub
-        raise UserError(f"{base}: expected the directory of a base model or a GGUF file, found none", hint=HINT)
+def _place(base: Path, seen: Path) -> dict[str, Any]:
+    """How transformers is told of a directory, or of a GGUF file; ``seen`` is what :func:`only_counted` made of it."""
     if base.is_dir():
-        return {"pretrained_model_name_or_path": str(base)}
-    if base.suffix != GGUF_SUFFIX:
-        raise UserError(f"{base}: expected a directory or a file named *{GGUF_SUFFIX}, found another", hint=HINT)
-    return {"pretrained_model_name_or_path": str(base.parent), "gguf_file": base.name}
+        return {"pretrained_model_name_or_path": str(seen)}
+    # The whole path: a bare name would be that of a file in the working directory, if there is one.
+    return {"pretrained_model_name_or_path": str(seen), "gguf_file": str(seen / GGUF_NAME)}
+
+
+def _folder(base: Path) -> str:
+    """Where a model is said to lie: not where its files were only shown."""
+    return str(base if base.is_dir() else base.parent)
 
 
 def load_tokenizer(base: Path) -> Any:
@@ -100,9 +120,13 @@ def load_tokenizer(base: Path) -> Any:
         UserError: transformers cannot load it, it cannot say where in a text a token stands, or it has no token that
             ends a text.
     """
-    place = _place(base)
-    with loading(base, "text generation"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**place, local_files_only=True)
+    if not base.exists():  # transformers would take the name for one of a model hub
+        raise UserError(f"{base}: expected the directory of a base model or a GGUF file, found none", hint=HINT)
+    if not base.is_dir() and base.suffix != GGUF_SUFFIX:
+        raise UserError(f"{base}: expected a directory or a file named *{GGUF_SUFFIX}, found another", hint=HINT)
+    with loading(base, "text generation") as place:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**place, **LOCAL)
+    tokenizer.name_or_path = _folder(base)
     if not tokenizer.is_fast:
         raise UserError(
             f"{base}: expected a tokenizer that says where in the text a token stands, found a slow one",
@@ -124,8 +148,8 @@ def load_causal(base: Path) -> tuple[Any, Any, set[str]]:
     """
     packed = in_four_bits(base)
     tokenizer = load_tokenizer(base)
-    with loading(base, "text generation"):
-        model, missing = _from_files(transformers.AutoModelForCausalLM, base, _place(base), packed)
+    with loading(base, "text generation") as place:
+        model, missing = _from_files(transformers.AutoModelForCausalLM, base, place, packed)
     finish(model, tokenizer)
     return model, tokenizer, missing
 

@@ -207,7 +207,7 @@ def _keep(site: Site, job: Job, stage: int, delta: NDArray[np.float32], trained:
 
 
 def rounding_key(job: Job, stage: int, member: int) -> bytes:
-    """Key of the numbers that round a member's vector up or down: the same training gives the same release.
+    """Key of the numbers that round a member's vector up or down: the same update gives the same release.
 
     It may be public, since it hides nothing: what is rounded is either not private, or has its noise already. Each
     member has its own, so that rounding errors of members do not add up.

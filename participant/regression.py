@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from participant import dp_step
+from participant.device import autocast
 from participant.features import Standard
 from participant.measured import Measured
-from participant.training import Loaded, Seen, autocast, logits_by_length, logits_of, tokenise
+from participant.training import Loaded, Seen, logits_by_length, logits_of, tokenise
 from privacy.plan import Plan
 from privacy.target import scaled
 

@@ -2,7 +2,8 @@
 
 Everything a site must agree on with the others comes from the plan and is checked before the first step: the digest of
 the base model, the modules' shapes, the start adapter. Dropout is off, in the base as in the adapter: B starts at zero,
-the epochs are few, and so one plan on one data set gives one delta on one machine and one number of threads.
+the epochs are few, and so one plan on one data set gives one delta on one CPU and one number of threads. On a GPU torch
+is asked for the same (``participant/device.py``), and has not been held to it.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import peft
@@ -25,6 +25,7 @@ from participant.base_model import base_digest as base_digest  # the name others
 from participant.base_model import check_base
 from participant.cores import Cores
 from participant.data import Examples
+from participant.device import Device, autocast, pick_device, repeatable
 from participant.loading import check_model, load_base
 from participant.loading import load_classifier as load_classifier
 from participant.measured import Measured
@@ -42,7 +43,6 @@ WARM_UP = 0.1
 #: Largest L2 norm of one step's gradient; an outlier batch moves the adapter no further.
 MAX_GRADIENT_NORM = 1.0
 
-Device = Literal["auto", "cpu", "cuda"]
 #: Called after each step with (steps done, steps in all, loss of the step).
 Progress = Callable[[int, int, float], None]
 
@@ -79,26 +79,6 @@ class Seen:
     loss_of: Callable[[list[int]], Tensor]
     #: Token ids -> what the model says of them, padded on the right; one row a text.
     forward: Callable[[list[Tensor]], Tensor]
-
-
-def pick_device(device: Device) -> torch.device:
-    """``auto`` is CUDA where there is one, else the CPU.
-
-    Raises:
-        UserError: ``cuda`` was asked for and there is none.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: expected a CUDA device, found none", hint='set device = "auto" or "cpu"')
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
-
-
-def autocast(device: torch.device, bf16: bool = True) -> AbstractContextManager[object]:
-    """bf16 autocast where the CUDA device has it, else nothing; parameters and the delta stay float32."""
-    if device.type == "cuda" and bf16 and torch.cuda.is_bf16_supported():
-        return torch.autocast("cuda", dtype=torch.bfloat16)
-    return nullcontext()
 
 
 def load_model(plan: Plan, base: Path, adapter: Mapping[str, Any], device: Device) -> Loaded:
@@ -235,6 +215,7 @@ def set_rates(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
         group["lr"] = learning_rate_at(group["peak"], step, steps)
 
 
+@repeatable
 def train(
     *,
     plan: Plan,
@@ -262,7 +243,7 @@ def train(
         base: directory of the base model.
         start: the whole start adapter of this stage, under PEFT's names.
         examples: the site's records, labels numbered as in the plan; or with numbers, or for text generation.
-        device: ``auto`` is CUDA, then CPU; bf16 autocast where CUDA has it.
+        device: ``auto`` is CUDA, then CPU; on CUDA bf16 autocast where it has it, and deterministic algorithms.
         threads: CPU threads for torch in this process; None leaves torch's own choice.
         progress: called after each step.
         factors: the frozen ones of the method "core".

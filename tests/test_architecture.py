@@ -25,7 +25,7 @@ EVERYWHERE = tuple(f"{package}/*" for package in PRODUCT)
 TRAINING = tuple(
     f"participant/{name}.py"
     for name in (
-        *("training", "dp_sgd", "dp_step", "features", "self_test", "canaries", "data", "evaluation"),
+        *("training", "device", "dp_sgd", "dp_step", "features", "self_test", "canaries", "data", "evaluation"),
         *("analytic", "sending", "cores", "ranks"),
         *("loading", "four_bit", "tokens", "generation", "regression"),
     )

@@ -12,7 +12,8 @@ import huggingface_hub
 import pytest
 import transformers
 
-from participant.base_model import BASE_FILES, base_digest, fetch_base, find_base
+from participant.base_files import BASE_FILES
+from participant.base_model import base_digest, fetch_base, find_base
 from participant.config import Home, Settings
 from privacy.errors import UserError
 

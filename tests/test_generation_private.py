@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from participant import canaries, dp_step, generation
+from participant.device import autocast
 from participant.dp_sgd import train_private
 from participant.self_test import SelfTest, SelfTestFailed
 from participant.tokens import Tokens
-from participant.training import Loaded, TrainingResult, autocast
+from participant.training import Loaded, TrainingResult
 from privacy.adapter import layout_of, start_adapter
 from privacy.errors import UserError
 from privacy.plan import Plan, parse_plan

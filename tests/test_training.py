@@ -14,6 +14,7 @@ import torch
 from participant import training
 from participant.base_model import base_digest
 from participant.data import Examples
+from participant.device import pick_device
 from participant.evaluation import accuracy
 from participant.training import (
     Loaded,
@@ -373,7 +374,7 @@ def test_a_missing_gpu_is_a_users_mistake(plan: Plan, base: Path, monkeypatch: p
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="expected a CUDA device, found none"):
         train(plan=plan, base=base, start=start_adapter(plan.adapter), examples=EXAMPLES, device="cuda")
-    assert training.pick_device("auto") == torch.device("cpu")
+    assert pick_device("auto") == torch.device("cpu")
 
 
 def test_the_thread_count_is_touched_only_when_asked(plan: Plan, base: Path) -> None:
