@@ -15,6 +15,7 @@ from evidence.corpora import CORPORA, Corpus
 from evidence.scoring import score
 from evidence.splits import deal
 from participant.data import Examples
+from participant.different import keys_of
 from participant.drafting import draft_plan
 from participant.sending import class_shares, vector_of
 from participant.training import TrainingResult, load_model, logits_of, tokenise, train
@@ -120,6 +121,7 @@ class Bench:
             return delta
         after = release(start, delta, 1.0, layout_of(plan.adapter))
         loaded = load_model(plan, self.base, after, "cpu")
+        texts = tokenise(loaded.tokenizer, examples.texts, plan.data.max_length)
         return vector_of(
             plan=plan,
             start=start,
@@ -127,8 +129,8 @@ class Bench:
             delta=delta,
             cores={},
             model=loaded.model,
-            texts=tokenise(loaded.tokenizer, examples.texts, plan.data.max_length),
-            shares=class_shares(examples, plan, 1),
+            texts=texts,
+            shares=class_shares(examples, plan, 1, keys_of(texts)),
             squares={},
             forward=lambda batch: logits_of(loaded, batch),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from participant.data import Examples
 from participant.device import Device, repeatable
+from participant.different import looks_of, texts_by_label
 from participant.features import inputs_of, trained_head
 from participant.measured import Measured
 from participant.training import Loaded, Progress, TrainingResult, load_model, tokenise
@@ -31,11 +32,18 @@ log = structlog.get_logger()
 STEP = 32
 
 
-def frequent(examples: Examples, plan: Plan, own_minimum: int) -> Examples:
+def frequent(examples: Examples, plan: Plan, own_minimum: int, seen: Iterable[Hashable] | None = None) -> Examples:
     """The records of the classes that the site has often enough, by the plan and by its own file.
 
     A sum over one record is that record's features; the other sites may have none of the class. Copies of a text count
-    once, since their sum is a multiple of its features.
+    once, since their sum is a multiple of its features, and so do texts of which the model sees the same.
+
+    Args:
+        examples: the site's records.
+        plan: with an analytic head.
+        own_minimum: the site's own.
+        seen: what the model sees of each record, see ``participant/different.py``; None where no base model is at
+            hand, and then texts count by how they look.
 
     Raises:
         UserError: no class is left.
@@ -44,7 +52,7 @@ def frequent(examples: Examples, plan: Plan, own_minimum: int) -> Examples:
     assert settings is not None
     assert settings.min_class_count is not None
     least = max(settings.min_class_count, own_minimum)
-    counts = Counter(label for _, label in set(zip(examples.texts, examples.labels, strict=True)))
+    counts = texts_by_label(examples, looks_of(examples.texts) if seen is None else seen)
     rare = sorted(label for label, count in counts.items() if count < least)
     if rare:
         log.warning("left out", plan=plan.name, fewer_than=least, classes=[plan.data.labels[c] for c in rare])
@@ -57,13 +65,14 @@ def frequent(examples: Examples, plan: Plan, own_minimum: int) -> Examples:
     return Examples(tuple(examples.texts[i] for i in kept), tuple(examples.labels[i] for i in kept))
 
 
-def check_spread(examples: Measured, least: int) -> None:
+def check_spread(examples: Measured, least: int, seen: Iterable[Hashable]) -> None:
     """Raise UserError where nearly all records have one number c and few another.
 
-    Everybody learns the sums of z y and of z, hence that of z (y - c): the features of the few alone.
+    Everybody learns the sums of z y and of z, hence that of z (y - c): the features of the few alone. Those are few
+    of which the model sees few different things, which ``seen`` says of each record.
     """
     common, _ = Counter(examples.targets).most_common(1)[0]
-    others = {text for text, number in zip(examples.texts, examples.targets, strict=True) if number != common}
+    others = {one for one, number in zip(seen, examples.targets, strict=True) if number != common}
     if 0 < len(others) < least:
         raise UserError(
             f"data: expected at least {least} different texts (min_texts) with another number than {common!r}, "

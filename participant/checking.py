@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from participant.base_model import check_base, find_base
+from participant.different import looks_of, seen_of
 from participant.measured import Measured
 from participant.site import Site
 from participant.task_data import load_for
@@ -32,12 +33,26 @@ def check_data(site: Site, name: str, plan: Plan | None) -> dict[str, int]:
     records = load_records(path, data) if plan is None else load_for(plan, path, data)
     found = {"records": len(records)}
     if isinstance(records, Measured):
-        return found | {"different texts": len(set(records.texts))}
+        assert plan is not None
+        return found | {"different texts": _different(site, plan, records)}
     if isinstance(records, Records):
         return found | records.kinds() | ({} if plan is None else _tokens(site, plan, records))
     assert plan is not None
     counts = Counter(records.labels)
     return found | {label: counts[i] for i, label in enumerate(plan.data.labels)}
+
+
+def _base(site: Site, plan: Plan) -> Path:
+    base = find_base(site.home, plan.base.name)
+    check_base(plan, base)
+    return base
+
+
+def _different(site: Site, plan: Plan, records: Measured) -> int:
+    """Different texts as the plan's minimum counts them, or by how they look where the site lacks the base model."""
+    if plan.base.name not in site.home.settings.models:
+        return len(set(looks_of(records.texts)))
+    return len(set(seen_of(plan, _base(site, plan), records)))
 
 
 def _tokens(site: Site, plan: Plan, records: Records) -> dict[str, int]:
@@ -48,8 +63,7 @@ def _tokens(site: Site, plan: Plan, records: Records) -> dict[str, int]:
         raise UserError(
             f"expected base model '{plan.base.name}' in participant.toml, found none", hint="name it under [models]"
         )
-    base: Path = find_base(site.home, plan.base.name)
-    check_base(plan, base)
+    base = _base(site, plan)
     assert plan.generation is not None
     whole = encode(load_tokenizer(base), records.records, plan.generation.template, UNCUT)
     most = plan.data.max_length

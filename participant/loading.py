@@ -59,6 +59,23 @@ def finish(model: Any, tokenizer: Any) -> None:
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
+def tokenizer_for_classes(base: Path) -> Any:
+    """The tokenizer of a base model for classification or regression.
+
+    Raises:
+        UserError: transformers cannot load it.
+    """
+    if not base.is_dir():  # transformers would take the name for one of a model hub
+        raise UserError(
+            f"{base}: expected the directory of a base model, found {'a file' if base.exists() else 'none'}",
+            hint=HINT,
+        )
+    with loading(base, "sequence classification") as place:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**place, **LOCAL)
+    tokenizer.name_or_path = _folder(base)
+    return tokenizer
+
+
 def load_classifier(base: Path, outputs: int) -> tuple[Any, Any, set[str]]:
     """(model in float32, tokenizer, names of the tensors that the files do not hold) of a local base model.
 
@@ -69,17 +86,11 @@ def load_classifier(base: Path, outputs: int) -> tuple[Any, Any, set[str]]:
     Raises:
         UserError: transformers cannot load it.
     """
-    if not base.is_dir():  # transformers would take the name for one of a model hub
-        raise UserError(
-            f"{base}: expected the directory of a base model, found {'a file' if base.exists() else 'none'}",
-            hint=HINT,
-        )
     packed = in_four_bits(base)
+    tokenizer = tokenizer_for_classes(base)
     with loading(base, "sequence classification") as place:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**place, **LOCAL)
         about = place | {"num_labels": outputs}
         model, missing = _from_files(transformers.AutoModelForSequenceClassification, base, about, packed)
-    tokenizer.name_or_path = _folder(base)
     finish(model, tokenizer)
     return model, tokenizer, missing
 

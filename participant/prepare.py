@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from participant import charging
 from participant.base_model import find_base
 from participant.data import Examples
+from participant.different import seen_of
 from participant.factors import ensure_factors
 from participant.holdout import split
 from participant.judging import judge
@@ -118,29 +119,43 @@ def _used(site: Site, job: Job, examples: TaskData) -> TaskData:
     """What of the records that are not held out has a part in the vector of the stage.
 
     Raises:
-        UserError: these are too few, for this stage or for a later one: then the site does not begin.
+        UserError: these are too few, for this stage or for a later one: then the site does not begin; or which of them
+            are different cannot be said, as of :func:`participant.different.seen_of`.
     """
+
+    def seen() -> Iterator[bytes]:
+        return seen_of(job.plan, find_base(site.home, job.plan.base.name), examples)
+
     aggregation, own = job.plan_file.plan.aggregation, site.home.settings.policy
     least = max(aggregation.min_texts or 1, own.min_texts or 1)
     if aggregation.min_texts is not None:
-        _enough_texts(examples, least)
+        _enough_texts(seen(), least)
     if job.plan.aggregation.analytic is None or isinstance(examples, Records):
         return examples
     from participant.analytic import check_spread, frequent
 
     if isinstance(examples, Examples):
-        return frequent(examples, job.plan, own.min_class_count or 1)
-    check_spread(examples, least)
+        return frequent(examples, job.plan, own.min_class_count or 1, seen())
+    check_spread(examples, least, seen())
     return examples
 
 
-def _enough_texts(examples: TaskData, least: int) -> None:
-    """Raise UserError unless the site has as many different texts as the plan and its own file ask for."""
-    if (found := len(set(examples.texts))) < least:
-        raise UserError(
-            f"data: expected at least {least} different texts (min_texts), found {found}",
-            hint="sit this plan out, or agree on a smaller minimum",
-        )
+def _enough_texts(seen: Iterable[Hashable], least: int) -> None:
+    """Raise UserError unless the site has as many different texts as the plan and its own file ask for.
+
+    Args:
+        seen: what the model sees of each; no more of it is asked for than it takes.
+        least: the larger of the two minima.
+    """
+    found: set[Hashable] = set()
+    for one in seen:
+        found.add(one)
+        if len(found) >= least:
+            return
+    raise UserError(
+        f"data: expected at least {least} different texts (min_texts), found {len(found)}",
+        hint="sit this plan out, or agree on a smaller minimum",
+    )
 
 
 def _train(

@@ -6,7 +6,7 @@ Whatever is said of records beside the trained tensors is computed here, after t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from participant.data import Examples
+from participant.different import texts_by_label
 from privacy.adapter import Matrix, Tensors, Vector, a_name, b_name, flatten, layout_of, unflatten
 from privacy.methods import SHARES, dense_name, fisher_name, gram_name, head_parts, probe_name, probes, sent
 from privacy.plan import Plan
@@ -75,13 +76,16 @@ def vector_of(
     return flatten(parts, sent(plan))
 
 
-def class_shares(examples: Examples, plan: Plan, own_minimum: int) -> list[float]:
-    """The share of each class among the records, 0 where fewer different texts have it than plan and site ask for."""
+def class_shares(examples: Examples, plan: Plan, own_minimum: int, seen: Iterable[Hashable]) -> list[float]:
+    """The share of each class among the records, 0 where fewer different texts have it than plan and site ask for.
+
+    ``seen`` is what the model sees of each record, see ``participant/different.py``.
+    """
     settings = plan.aggregation.counted
     if settings is None:
         return []
     least = max(settings.min_class_count, own_minimum)
-    different = Counter(label for _, label in set(zip(examples.texts, examples.labels, strict=True)))
+    different = texts_by_label(examples, seen)
     counts = Counter(examples.labels)
     rare = [label for label in range(len(plan.data.labels)) if 0 < different[label] < least]
     if rare:

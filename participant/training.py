@@ -26,6 +26,7 @@ from participant.base_model import check_base
 from participant.cores import Cores
 from participant.data import Examples
 from participant.device import Device, autocast, pick_device, repeatable
+from participant.different import keys_of
 from participant.loading import check_model, load_base
 from participant.loading import load_classifier as load_classifier
 from participant.measured import Measured
@@ -293,6 +294,9 @@ def train(
     delta = delta_of(start, after, plan.adapter, step)
     assert delta.shape == (layout.size,)
     squares: Tensors = {}
+    shares: list[float] = []
+    if isinstance(examples, Examples):
+        shares = class_shares(examples, plan, min_class_count, keys_of(seen.texts))
     if plan.aggregation.fisher is not None:
         squared_gradients(loaded.model, (seen.loss_of([i]) for i in range(len(examples))))
         squares = read_adapter(loaded.model)
@@ -305,7 +309,7 @@ def train(
         model=loaded.model,
         texts=seen.texts,
         squares=squares,
-        shares=class_shares(examples, plan, min_class_count) if isinstance(examples, Examples) else [],
+        shares=shares,
         forward=seen.forward,
     )
     return TrainingResult(vector, len(examples), epoch_loss / len(examples), time.monotonic() - began)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,14 @@ VOCABULARY = (
     "a",
     *(word for words in WORDS.values() for word in words),
 )
+#: What tells spellings of one text apart, for all but the model: :func:`tiny_base` sees each kind as one text, within 8
+#: tokens. Number -> spelling, of which the first 24 differ.
+SPELLINGS: dict[str, Callable[[int], str]] = {
+    "case": lambda i: "".join(c.upper() if i >> k & 1 else c for k, c in enumerate("rhine the")),
+    "white space": lambda i: "the" + " " * (i + 1) + "rhine",
+    "what is cut off": lambda i: "the rhine " * 3 + "apple " * i,
+    "words it does not know": lambda i: f"the rhine {i}",
+}
 #: A section ``[privacy]`` for 24 records.
 PRIVACY: dict[str, Any] = {
     "unit": "record",
@@ -110,6 +119,13 @@ def word_examples(counts: tuple[int, ...]) -> Examples:
             texts.append(f"the {words[i % 4]} {'a ' * (i % 3)}{words[(i // 4) % 4]}")
             labels.append(number)
     return Examples(tuple(texts), tuple(labels))
+
+
+def spelled(kind: str, count: int) -> tuple[str, ...]:
+    """Spellings of one text, see :data:`SPELLINGS`."""
+    found = tuple(map(SPELLINGS[kind], range(count)))
+    assert len(set(found)) == count
+    return found
 
 
 def regression_plan(base: Path, **changes: Any) -> Plan:

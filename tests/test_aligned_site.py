@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -207,14 +206,7 @@ def test_a_class_that_is_rare_at_a_site_is_left_out_of_the_statistics_alone(set_
 
 def test_records_that_are_held_out_do_not_count_for_a_class(set_up: Federation, tmp_path: Path) -> None:
     """Six texts of the last class, some of them held out: the sum would be over fewer than the minimum."""
-    site = site_with(set_up, tmp_path, "min_class_count = 6\n")
-    words = [("the rhine", 6), ("the iron", 30), ("the plum", 30)]
-    lines = [
-        {"text": f"{text} {i}", "label": LABELS[2 - number]}
-        for number, (text, count) in enumerate(words)
-        for i in range(count)
-    ]
-    (tmp_path / "words.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    site = site_with(set_up, tmp_path, "min_class_count = 6\n", word_examples((30, 30, 6)))
     job = job_of(site, stages=1, holdout=0.5)
     prepare(site, job, 1)
     decoded = job.quantizer.decode(np.concatenate(list(kept_vector(site, job, 1))).astype(np.uint32), 1)

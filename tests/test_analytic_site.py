@@ -35,7 +35,7 @@ from privacy.job import Job
 from privacy.methods import vector_size
 from privacy.plan import Plan, load_plan, parse_plan
 from privacy.settings import parse_toml
-from tests.helpers_learning import LABELS, tiny_base, tiny_plan, word_examples
+from tests.helpers_learning import LABELS, SPELLINGS, spelled, tiny_base, tiny_plan, word_examples
 
 SITE = """device = "cpu"
 threads = 1
@@ -133,6 +133,12 @@ def test_copies_of_a_text_count_once(base: Path) -> None:
     assert len(frequent(copies, the_plan(base), 1)) == 32
 
 
+@pytest.mark.parametrize("kind", ["case", "white space"])
+def test_texts_that_look_alike_count_once_where_no_tokenizer_is_at_hand(base: Path, kind: str) -> None:
+    alike = Examples((*EXAMPLES.texts, *spelled(kind, 9)), (*EXAMPLES.labels, *[2] * 9))
+    assert set(frequent(alike, the_plan(base), 1).labels) == {0, 1}
+
+
 def test_a_model_whose_logits_are_not_linear_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = the_plan(base)
     loaded = load_model(plan, base, start_adapter(plan.adapter), "cpu")
@@ -144,7 +150,7 @@ def test_a_model_whose_logits_are_not_linear_is_refused(base: Path, monkeypatch:
 # --- at a site -------------------------------------------------------------------------------------------------------
 
 
-def site_with(set_up: Federation, directory: Path, policy: str) -> Site:
+def site_with(set_up: Federation, directory: Path, policy: str, examples: Examples = EXAMPLES) -> Site:
     for path in set_up.site("site-1").iterdir():
         if path.is_file():
             (directory / path.name).write_bytes(path.read_bytes())
@@ -153,7 +159,7 @@ def site_with(set_up: Federation, directory: Path, policy: str) -> Site:
     (directory / "participant.toml").write_text(head + SITE + policy)
     tiny_base(directory / "base")
     lines = [
-        {"text": text, "label": LABELS[label]} for text, label in zip(EXAMPLES.texts, EXAMPLES.labels, strict=True)
+        {"text": text, "label": LABELS[label]} for text, label in zip(examples.texts, examples.labels, strict=True)
     ]
     (directory / "words.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return Site.open(directory)
@@ -182,6 +188,18 @@ def test_a_site_keeps_its_statistics_and_what_they_give_alone(set_up: Federation
     local = load_peft(site.local_directory("sums", 1))
     assert not local["base_model.model.classifier.weight"][2].any()
     assert local["base_model.model.classifier.weight"][:2].any()
+
+
+@pytest.mark.parametrize("kind", SPELLINGS)
+def test_spellings_that_the_model_does_not_tell_apart_count_once(kind: str, set_up: Federation, tmp_path: Path) -> None:
+    """Two texts and nine spellings of a third: the sum over the class would be nearly the features of the third."""
+    examples = Examples((*EXAMPLES.texts, *spelled(kind, 9)), (*EXAMPLES.labels, *[2] * 9))
+    site = site_with(set_up, tmp_path, "min_class_count = 5\n", examples)
+    job = job_of(site)
+    assert prepare(site, job, 1).weight == 32
+    decoded = job.quantizer.decode(np.concatenate(list(kept_vector(site, job, 1))).astype(np.uint32), 1)
+    _, products = unpack(decoded.mean, head_of(job.plan), job.plan.round.clip)
+    np.testing.assert_allclose(products[:, 2], 0, atol=1e-3)
 
 
 def test_a_class_of_which_too_few_are_not_held_out_is_left_out(set_up: Federation, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ TRAINING = tuple(
     f"participant/{name}.py"
     for name in (
         *("training", "device", "dp_sgd", "dp_step", "features", "self_test", "canaries", "data", "evaluation"),
-        *("analytic", "sending", "cores", "ranks"),
+        *("analytic", "sending", "cores", "ranks", "different"),
         *("loading", "four_bit", "tokens", "generation", "regression"),
     )
 )

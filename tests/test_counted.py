@@ -25,7 +25,7 @@ from privacy.methods import SHARES, head_parts, merged, sent
 from privacy.outcome import combine
 from privacy.plan import parse_plan
 from tests.analytic import run_round
-from tests.helpers_learning import LABELS, tiny_base, tiny_plan, word_examples
+from tests.helpers_learning import LABELS, SPELLINGS, spelled, tiny_base, tiny_plan, word_examples
 from tests.methods import WEIGHTS, Trained, close, plan_text, quantised, released, sites, the_job, unit, vector_of
 from tests.test_methods_site import job_of, site_with
 
@@ -157,10 +157,10 @@ def test_a_class_with_few_texts_has_no_share(base: Path, capsys: pytest.CaptureF
     plan = tiny_plan(base, head="counted")
     texts = tuple(f"the apple {i}" for i in range(6)) + ("iron",) * 9 + tuple(f"elbe {i}" for i in range(5))
     examples = Examples(texts, (0,) * 6 + (1,) * 9 + (2,) * 5)
-    assert sending.class_shares(examples, plan, 1) == [6 / 20, 0.0, 5 / 20]
+    assert sending.class_shares(examples, plan, 1, texts) == [6 / 20, 0.0, 5 / 20]
     assert "metal" in capsys.readouterr().out, "nine copies of one text"
-    assert sending.class_shares(examples, plan, 6) == [6 / 20, 0.0, 0.0]
-    assert sending.class_shares(examples, tiny_plan(base), 6) == []
+    assert sending.class_shares(examples, plan, 6, texts) == [6 / 20, 0.0, 0.0]
+    assert sending.class_shares(examples, tiny_plan(base), 6, texts) == []
 
 
 def test_a_site_sends_its_rows_by_their_share(base: Path) -> None:
@@ -176,6 +176,18 @@ def test_a_site_sends_its_rows_by_their_share(base: Path) -> None:
         np.testing.assert_allclose(parts[name], other[name] * share, rtol=1e-5, atol=1e-9)
     some = b_name(min(plan.adapter.modules))
     assert np.array_equal(parts[some], other[some])
+
+
+@pytest.mark.parametrize("kind", SPELLINGS)
+def test_a_class_with_spellings_of_one_text_has_no_share(base: Path, kind: str) -> None:
+    plan, examples = tiny_plan(base, head="counted", epochs=1), word_examples((12, 24, 0))
+    examples = Examples((*examples.texts, *spelled(kind, 9)), (*examples.labels, *[2] * 9))
+    start = start_adapter(plan.adapter)
+    parts = unflatten(
+        train(plan=plan, base=base, start=start, examples=examples, device="cpu", threads=1).delta, sent(plan)
+    )
+    np.testing.assert_allclose(parts[SHARES] / plan.round.clip, (12 / 45, 24 / 45, 0.0), rtol=1e-6)
+    assert not any(parts[name][2].any() for name in head_parts(plan))
 
 
 @pytest.mark.parametrize("method", ["freeze_a", "regmean"])

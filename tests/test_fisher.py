@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from privacy.methods import fisher_name, merged, sent
 from privacy.outcome import combine
 from privacy.plan import parse_plan
 from tests.analytic import run_round
-from tests.helpers_learning import tiny_base, tiny_plan, word_examples
+from tests.helpers_learning import LABELS, SPELLINGS, spelled, tiny_base, tiny_plan, word_examples
 from tests.methods import (
     MODULES,
     WEIGHTS,
@@ -198,3 +199,15 @@ def test_a_site_with_too_few_texts_sits_out(set_up: Federation, tmp_path: Path) 
     site = site_with(set_up, tmp_path, "min_texts = 73\n")
     with pytest.raises(UserError, match="expected at least 73 different texts"):
         prepare(site, job_of(site, "fisher"), 1)
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean"])
+@pytest.mark.parametrize("kind", SPELLINGS)
+def test_a_site_with_spellings_of_few_texts_sits_out(
+    kind: str, method: str, set_up: Federation, tmp_path: Path
+) -> None:
+    site = site_with(set_up, tmp_path, "")
+    lines = [{"text": text, "label": LABELS[i % 3]} for i, text in enumerate(("a pear", *spelled(kind, 24)))]
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match=r"at least 20 different texts \(min_texts\), found 2"):
+        prepare(site, job_of(site, method), 1)

@@ -21,7 +21,7 @@ from participant.loading import load_causal
 from participant.policy import admit
 from participant.prepare import kept_vector, prepare
 from participant.site import Site
-from participant.text_data import Records
+from participant.text_data import Record, Records
 from participant.training import Loaded, train
 from privacy.adapter import load_peft, save_peft, start_adapter, start_digest
 from privacy.errors import UserError
@@ -33,7 +33,7 @@ from privacy.secagg.keys import identity_public
 from privacy.secagg.masking import pack
 from privacy.secagg.messages import Evidence
 from privacy.secagg.quantize import weighted_loss
-from tests.helpers_text import talks, text_draft, tiny_causal
+from tests.helpers_text import conversation, pair, plain, talks, text_draft, tiny_causal
 from tests.simulation import Simulation, identity
 from tests.test_end_to_end import toy_plan
 
@@ -120,8 +120,15 @@ plans = ["*"]
 """
 
 
+def row_of(record: Record) -> dict[str, Any]:
+    if record.kind == "conversation":
+        return {"messages": [{"role": m.role, "content": m.content} for m in record.messages]}
+    names = ("prompt", "response") if record.kind == "pair" else ("text",)
+    return dict(zip(names, (m.content for m in record.messages), strict=True))
+
+
 def lines_of(records: Records) -> str:
-    rows = [{"messages": [{"role": m.role, "content": m.content} for m in r.messages]} for r in records.records]
+    rows = [row_of(record) for record in records.records]
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
@@ -170,6 +177,31 @@ def test_a_site_trains_keeps_and_evaluates(site: Site) -> None:
     said = run(site, *asked)
     assert f"local: loss {found['local']['loss']:.4f} nats a token, accuracy {found['local']['accuracy']:.4f}" in said
     assert "tokens)" in said
+
+
+#: Sentence -> twenty records, and how many of them the model tells apart.
+ALIKE: dict[str, tuple[Records, int]] = {
+    "that differ in what is cut off": (Records(tuple(plain("Capital of Peru? " * 6 + str(i)) for i in range(20))), 1),
+    "one as pair and as conversation": (
+        Records(tuple(make("France?", "Paris") for _ in range(10) for make in (pair, conversation))),
+        1,
+    ),
+    "that differ in who says what": (
+        Records(tuple(pair(f"{'a' * i}.", f".{'a' * (19 - i)}") for i in range(20))),
+        20,
+    ),
+}
+
+
+@pytest.mark.parametrize(("records", "different"), ALIKE.values(), ids=ALIKE.keys())
+def test_records_that_the_model_does_not_tell_apart_count_once(site: Site, records: Records, different: int) -> None:
+    (site.home.directory / "talks.jsonl").write_text(lines_of(records))
+    job = Job.of(parse_plan(plan_file(site, method="regmean", epochs=1).read_bytes()), site.roster)
+    if different == 20:
+        assert prepare(site, job, 1).weight == 20
+        return
+    with pytest.raises(UserError, match=rf"at least 20 different texts \(min_texts\), found {different}$"):
+        prepare(site, job, 1)
 
 
 def test_the_records_of_a_site_are_checked_before_anything_runs(site: Site) -> None:

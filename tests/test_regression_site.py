@@ -34,7 +34,16 @@ from privacy.evaluation import candidates_of, results_of
 from privacy.job import Job
 from privacy.plan import Plan, parse_plan
 from privacy.stages import first_start
-from tests.helpers_learning import TARGET, VOCABULARY, private_plan, regression_plan, tiny_base, word_numbers
+from tests.helpers_learning import (
+    SPELLINGS,
+    TARGET,
+    VOCABULARY,
+    private_plan,
+    regression_plan,
+    spelled,
+    tiny_base,
+    word_numbers,
+)
 
 EXAMPLES = word_numbers((24, 24, 24))
 #: Base model, plan and data set in a site's own file.
@@ -311,6 +320,34 @@ def test_a_site_where_few_records_have_another_number_sits_out(
         return
     with pytest.raises(UserError, match=rf"with another number than 20\.0, .*, found {others}$"):
         prepare(site, job, 1)
+
+
+@pytest.mark.parametrize("kind", SPELLINGS)
+def test_a_site_with_spellings_of_few_texts_sits_out(kind: str, set_up: Federation, tmp_path: Path) -> None:
+    names = tuple(f"{a} {b}" for a in VOCABULARY[7:] for b in VOCABULARY[7:])[:10]
+    records = Measured((*names, *spelled(kind, 24)), tuple(map(float, range(10, 44))))
+    site = site_with(set_up, tmp_path, "min_texts = 1\n", records)
+    job = job_of(site, head="analytic")
+    with pytest.raises(UserError, match=r"at least 20 different texts \(min_texts\), found 11"):
+        prepare(site, job, 1)
+    assert check_data(site, "words", job.plan) == {"records": 34, "different texts": 11}
+
+
+@pytest.mark.parametrize("kind", SPELLINGS)
+def test_spellings_of_one_text_do_not_hide_that_few_have_another_number(
+    kind: str, set_up: Federation, tmp_path: Path
+) -> None:
+    names = tuple(f"{a} {b}" for a in VOCABULARY[7:] for b in VOCABULARY[7:])[:60]
+    records = Measured((*names, *spelled(kind, 24)), (*[19.0] * 60, *map(float, range(20, 44))))
+    site = site_with(set_up, tmp_path, "min_texts = 1\n", records)
+    with pytest.raises(UserError, match=r"with another number than 19\.0, .*, found 1$"):
+        prepare(site, job_of(site, head="analytic"), 1)
+
+
+def test_a_check_without_the_base_model_goes_by_how_texts_look(set_up: Federation, tmp_path: Path) -> None:
+    site = site_with(set_up, tmp_path, "", Measured(("the apple", "The  apple", "the pear"), (20.0, 21.0, 22.0)))
+    plan = job_of(site, base_name="another").plan
+    assert check_data(site, "words", plan) == {"records": 3, "different texts": 2}
 
 
 def test_the_texts_that_count_are_those_that_are_not_held_out(set_up: Federation, tmp_path: Path) -> None:
