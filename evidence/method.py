@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from evidence.arms import ALPHA, BATCH, HEAD_RATE, RANK
 from evidence.cells import EPOCHS, SITES
+from evidence.grid import estimate
 from evidence.results import Results
 
 METHOD = """\
@@ -63,10 +64,12 @@ def method(results: Results) -> list[str]:
     abouts = [result["about"] for _, result in (*results.reported, *results.tuned) if "about" in result]
     commits = ", ".join(sorted({about["commit"] for about in abouts})) or "none"
     spent = sum(result.get("cpu_s", 0.0) for _, result in (*results.reported, *results.tuned)) / 3600
+    whole = sum(estimate(cell) for cell in (*(c for c, _ in (*results.reported, *results.tuned)), *results.missing))
     versions = sorted({f"Python {about['python']}, torch {about['torch']}, {about['machine']}" for about in abouts})
     return [
         *METHOD.format(
             sites=SITES, epochs=EPOCHS, rank=RANK, alpha=ALPHA, batch=BATCH, head_rate=HEAD_RATE
         ).splitlines(),
-        f"* Commits: {commits}. {'; '.join(versions)}. {spent:.1f} CPU hours so far.",
+        f"* Commits: {commits}. {'; '.join(versions)}. {spent:.1f} CPU hours so far,",
+        f"  on machines of different speed. Estimated for two cores with AVX-512: {whole / 7200:.1f} hours (`--list`).",
     ]
