@@ -64,12 +64,13 @@ def method(results: Results) -> list[str]:
     abouts = [result["about"] for _, result in (*results.reported, *results.tuned) if "about" in result]
     commits = ", ".join(sorted({about["commit"] for about in abouts})) or "none"
     spent = sum(result.get("cpu_s", 0.0) for _, result in (*results.reported, *results.tuned)) / 3600
+    so_far = " so far" if results.missing else ""
     whole = sum(estimate(cell) for cell in (*(c for c, _ in (*results.reported, *results.tuned)), *results.missing))
     versions = sorted({f"Python {about['python']}, torch {about['torch']}, {about['machine']}" for about in abouts})
     return [
         *METHOD.format(
             sites=SITES, epochs=EPOCHS, rank=RANK, alpha=ALPHA, batch=BATCH, head_rate=HEAD_RATE
         ).splitlines(),
-        f"* Commits: {commits}. {'; '.join(versions)}. {spent:.1f} CPU hours so far,",
+        f"* Commits: {commits}. {'; '.join(versions)}. {spent:.1f} CPU hours{so_far},",
         f"  on machines of different speed. Estimated for two cores with AVX-512: {whole / 7200:.1f} hours (`--list`).",
     ]
