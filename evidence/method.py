@@ -39,7 +39,7 @@ METHOD = """\
   pooled arm with the others of other splits with that in mind.
 * SmolLM2: five sites, 24 articles of each desk dealt 80 : 20, the first 128 tokens of each, batches of 4, alpha 16; A
   frozen. Loss in nats a token on 60 other articles; lower is better. A fixed and small budget of tokens; `core` and
-  `both` were left out for lack of time.
+  `both` were left out: with them the grid would take more than its eight hours on two cores.
 * On random weights `alone`, `aligned`, `fisher`, and what weighs or stretches the mean of `one-freeze_a` otherwise,
   were left out, and the faster head was measured on one split.
 * A later round is a federation of its own; its deltas are relative to the release before, and the release is what the
