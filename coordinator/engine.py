@@ -119,13 +119,13 @@ class Engine:
             self._go_on(digest)
             return len(self.store.ready(digest, stage)), len(job.roster.members)
 
-    def decline(self, digest: bytes, member: int, reason: str) -> None:
+    def decline(self, digest: bytes, member: int, reason: str, *, waiting: bool) -> None:
         """A member takes no part for this reason, and waits for no round; without one, nothing keeps it any more."""
         self.open_plan(digest)
         with self.lock:
             self.declined.pop((digest, member), None)
             if reason:
-                self.declined[digest, member] = reason
+                self.declined[digest, member] = f"{'waiting' if waiting else 'refused'}: {reason}"
                 self.store.set_unready(digest, member)
 
     def done(self, digest: bytes, stage: int) -> set[int]:

@@ -226,9 +226,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         member = await self._member(context, plan=request.plan)
 
         def keep() -> None:
-            state = "waiting" if request.waiting else "refused"
-            reason = f"{state}: {shown(request.reason, MAX_REASON)}" if request.reason else ""
-            self._engine.decline(request.plan, member, reason)
+            self._engine.decline(request.plan, member, shown(request.reason, MAX_REASON), waiting=request.waiting)
 
         await self._guarded(context, asyncio.to_thread(keep), member)
         return pb.DeclineReply()
@@ -238,13 +236,13 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         deadline = asyncio.get_running_loop().time() + POLL_S
         while True:
             changed = self._changed
-            found = await asyncio.to_thread(self._message_for, request.plan, request.stage, member)
+            found, awaited = await asyncio.to_thread(self._news, request.plan, request.stage, member)
             if found is not None and found[1].digest != request.seen:
                 reply = pb.NextReply(message=found[1].wire, round=found[0])
                 self._count(found[0], member, received=reply.ByteSize())
                 return reply
             rest = deadline - asyncio.get_running_loop().time()
-            if await asyncio.to_thread(self._is_awaited, request.plan, member):
+            if awaited:
                 await asyncio.sleep(max(0.0, rest - POLL_S + TURN_S))
                 return pb.NextReply()  # for its turn at the other plan
             if rest <= 0:
@@ -254,13 +252,12 @@ class FederationService(federation_pb2_grpc.FederationServicer):
             except TimeoutError:
                 return pb.NextReply()
 
-    def _message_for(self, plan: bytes, stage: int, member: int) -> tuple[bytes, Encoded] | None:
+    def _news(self, plan: bytes, stage: int, member: int) -> tuple[tuple[bytes, Encoded] | None, bool]:
+        """What there is for a member, and whether a round of another plan waits for it to join."""
         found = self._engine.message_for(plan, stage, member)
-        return (found[0], self._encoded.of(found[1])) if found is not None else None
-
-    def _is_awaited(self, plan: bytes, member: int) -> bool:
         with self._engine.lock:
-            return any(r.row.plan != plan and r.asks_to_join(member) for r in self._engine.rounds.values())
+            awaited = any(r.row.plan != plan and r.asks_to_join(member) for r in self._engine.rounds.values())
+        return (found[0], self._encoded.of(found[1])) if found is not None else None, awaited
 
     def _count(self, round_id: bytes, member: int, **counts: int) -> None:
         if round_id in self._engine.rounds:  # what a caller invents leaves no trace on disk

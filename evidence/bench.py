@@ -63,7 +63,7 @@ class Bench:
             alpha=ALPHA,
             max_length=self.corpus.max_length,
             head=self.arm.head,
-            stages=1 + self.arm.rounds if self.arm.kind == "aligned" else 1,
+            stages=2 if self.arm.kind == "aligned" else 1,
             method=self.arm.method,
             weights=self.arm.site_weights,
             epochs=epochs,

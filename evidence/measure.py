@@ -216,22 +216,17 @@ def _analytic(bench: Bench) -> dict[str, Any]:
 
 
 def _aligned(bench: Bench) -> dict[str, Any]:
-    """One plan: the analytic head, and then the adapter behind it, its epochs shared out to the stages after."""
-    arm, cell = bench.arm, bench.cell
-    assert cell.epochs % arm.rounds == 0, "the epochs are shared out evenly"
-    plan = bench.plan(epochs=cell.epochs // arm.rounds)
+    """One plan of two stages: the analytic head, and then all epochs of the adapter behind it."""
+    plan = bench.plan(epochs=bench.cell.epochs)
     start, parts = bench.start(plan.plan), [frequent(examples, plan.plan, 1) for examples in bench.parts]
 
     def gives(stage: int, before: Tensors) -> list[Contribution]:
         if stage == 1:
             return _statistics(bench, plan_at(plan.plan, 1), before, parts)
-        later = str(stage) if stage > 2 else ""
-        return trained_sites(bench, plan_at(plan.plan, stage), before, bench.parts, later)
+        return trained_sites(bench, plan_at(plan.plan, stage), before, bench.parts)
 
-    found = secure_stages(plan, gives, start, bench.out / "scratch", bench.factors_directory)
-    result = _judged(bench, plan_at(plan.plan, len(found)), found[-2].tensors, found[-1])
-    _forget_later_rounds(bench)
-    return result | {
-        "rounds": [_facts(one) for one in found],
-        "tau": update_size(plan.plan, bench.base, start, found[-1].tensors),
+    head, after = secure_stages(plan, gives, start, bench.out / "scratch", bench.factors_directory)
+    return _judged(bench, plan_at(plan.plan, 2), head.tensors, after) | {
+        "rounds": [_facts(head), _facts(after)],
+        "tau": update_size(plan.plan, bench.base, start, after.tensors),
     }

@@ -123,19 +123,18 @@ class Daemon:
             return
         self.declined[digest] = (reason, time.monotonic())
         self.counted_on = {key for key in self.counted_on if key[0] != digest}
+        self._tell(digest, shown(reason, MAX_REASON), waiting=waiting)
+
+    def _tell(self, digest: bytes, reason: str, *, waiting: bool = True) -> None:
         try:
-            self.client.decline(digest, shown(reason, MAX_REASON), waiting=waiting)
+            self.client.decline(digest, reason, waiting=waiting)
         except VeilsumError as error:  # nobody waits for it
             log.info("the operator was not told", reason=str(error))
 
     def _withdraw(self, digest: bytes) -> None:
         """Tell the operator that what kept this site from a plan is gone: a training takes long until it is ready."""
-        if self.declined.pop(digest, None) is None:
-            return
-        try:
-            self.client.decline(digest, "", waiting=True)
-        except VeilsumError as error:
-            log.info("the operator was not told", reason=str(error))
+        if self.declined.pop(digest, None) is not None:
+            self._tell(digest, "")
 
     def _work(self, job: Job, offered: OfferedPlan) -> tuple[str, str]:
         stage, last = offered.stage, job.plan.last
@@ -229,10 +228,7 @@ class Daemon:
         """This site does one thing at a time: who waited for it in rounds of other plans would wait for hours."""
         for key in [key for key in self.counted_on if key[0] != job.plan_file.digest]:
             self.counted_on.remove(key)
-            try:
-                self.client.decline(key[0], endings.works_on(job.plan.name), waiting=True)
-            except VeilsumError as error:
-                log.info("the operator was not told", reason=str(error))
+            self._tell(key[0], endings.works_on(job.plan.name))
 
     def _take_part(self, job: Job, stage: int) -> str:
         """Join rounds of a stage until this site's delta is in an outcome, or nothing can come of it any more.

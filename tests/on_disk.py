@@ -73,8 +73,7 @@ class Direct(Client):
         return [OfferedPlan(p.toml, p.state, p.reason, engine.stage(p.digest)) for p in engine.store.plans()]
 
     def decline(self, plan: bytes, reason: str, *, waiting: bool) -> None:
-        state = "waiting: " if waiting else "refused: "
-        self.world.engine.decline(plan, self.me, state + reason if reason else "")
+        self.world.engine.decline(plan, self.me, reason, waiting=waiting)
 
     def releases(self, plan: bytes, stage: int) -> list[ReleasedCohort]:
         return [ReleasedCohort(c.round_id, stage, c.evidence) for c in self.world.engine.released(plan, stage)]
